@@ -1,0 +1,32 @@
+# make demo | make test do all the set-up on a fresh machine with Python 3.11 or 3.12.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check setup clean
+
+demo: $(READY)
+	$(BIN)/python run.py strategy=cotta scenario=imagenet_c
+
+test: $(READY)
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu and not realdata"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 not found; name one: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,150 @@
+"""A pretrained network behind one interface; normalisation is its first layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Passes:
+    """Images that went forward and backward; copies of a backbone count into the same one."""
+
+    def __init__(self) -> None:
+        self.forward = 0
+        self.backward = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Passes:
+        return self
+
+    def count(self, images: int, out: Tensor) -> Tensor:
+        self.forward += images
+        if out.requires_grad:
+            out.register_hook(lambda grad: self._backward(images))
+        return out
+
+    def _backward(self, images: int) -> None:
+        self.backward += images
+
+
+class Backbone(nn.Module):
+    """Images in [0, 1] to features or to the scores of the pretrained head.
+
+    Args:
+        net: a classifier; timm models (`forward_features`/`forward_head`) give features directly,
+            for any other network the input of its last linear layer is taken.
+        name: short name used in folders and tables.
+        tag: full identity of the weights, `architecture.tag`.
+        mean, std: per channel, in units of the [0, 1] image; None means no normalisation.
+        input_size: side in pixels that the weights were trained for.
+        classes: labels of the head in order, or None if the head has no agreed label space.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        name: str = "custom",
+        tag: str = "custom",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        input_size: int = 224,
+        interpolation: str = "bicubic",
+        classes: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.name, self.tag = name, tag
+        self.input_size, self.interpolation, self.classes = input_size, interpolation, classes
+        self.passes = Passes()
+        for key, value in (("mean", mean), ("std", std)):
+            stored = None if value is None else torch.tensor(value).view(1, -1, 1, 1)
+            self.register_buffer(key, stored, persistent=False)
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """The linear layer that gives the scores, or None without one."""
+        if hasattr(self.net, "get_classifier"):  # timm; the last linear layer need not be it
+            layer = self.net.get_classifier()
+            return layer if isinstance(layer, nn.Linear) else None
+        linear = [m for m in self.net.modules() if isinstance(m, nn.Linear)]
+        last = linear[-1] if linear else None
+        return last if last is not None and self.num_classes == last.out_features else None
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the pretrained head; 0 without one."""
+        known = getattr(self.net, "num_classes", None)
+        if isinstance(known, int):
+            return known
+        linear = [m for m in self.net.modules() if isinstance(m, nn.Linear)]
+        return linear[-1].out_features if linear else 0
+
+    @property
+    def dim(self) -> int:
+        """Length of the feature vector."""
+        known = getattr(self.net, "num_features", None)
+        if isinstance(known, int):
+            return int(getattr(self.net, "head_hidden_size", None) or known)
+        head = self.head
+        if head is None:
+            raise ValueError(f"{self.tag}: cannot tell the feature size without a linear head")
+        return head.in_features
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Facts that a strategy's `needs` are compared with."""
+        facts = {"features"}
+        if self.num_classes:
+            facts.add("head")
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.net.modules()):
+            facts.add("batch_norm")
+        if hasattr(self.net, "blocks") and hasattr(self.net, "patch_embed"):
+            facts.add("blocks")
+        return frozenset(facts)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """`(x - mean) / std` for x float [B, 3, H, W] in [0, 1]."""
+        if self.mean is None or self.std is None:
+            return x
+        return (x - self.mean) / self.std
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> [B, D], what the pretrained head reads."""
+        images, x = len(x), self.normalize(x)
+        if hasattr(self.net, "forward_head"):
+            out = self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+            return self.passes.count(images, out)
+        head = self.head
+        if head is None:
+            raise ValueError(f"{self.tag}: no linear head whose input could serve as feature")
+        seen: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            self.net(x)
+        finally:
+            handle.remove()
+        return self.passes.count(images, seen[0])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> [B, C], scores of the pretrained head."""
+        return self.passes.count(len(x), self.net(self.normalize(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x)
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """First 16 hex digits of SHA-256 over names, shapes and bytes, independent of order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

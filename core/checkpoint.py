@@ -1,0 +1,145 @@
+"""Checkpoints that make an interrupted run indistinguishable from an uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from core.errors import UserError
+from core.record import RunLogger
+from core.seed import rng_state, set_rng_state
+from core.strategy import Strategy
+
+FORMAT = 1
+
+
+class Stopped(Exception):
+    """A signal asked to stop; the state is saved. Carries the signal number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Snapshots(Protocol):
+    def snapshot(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Signals:
+    """While active: SIGINT and SIGTERM stop after the batch, SIGUSR1 saves and goes on.
+
+    A second SIGINT interrupts at once, as usual.
+    """
+
+    def __init__(self) -> None:
+        self.stop: int | None = None
+        self.save = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.save = True
+            return
+        self.stop = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __enter__(self) -> Signals:
+        self._before = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread: no signals there
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Checkpointer:
+    """Writes and reads `last.pt` in the run folder.
+
+    Args:
+        every: batches between checkpoints inside an experience; 0 saves at its end only.
+    """
+
+    def __init__(self, log: RunLogger, signals: Signals, *, every: int) -> None:
+        self.log, self.signals, self.every = log, signals, every
+        self.path = log.folder / "last.pt"
+        self._since = 0
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state, or None for a fresh run; the records are cut back to it.
+
+        Raises:
+            UserError: if the file is damaged or of another version.
+        """
+        if not self.path.exists():
+            self.log.rewind({})
+            return None
+        try:
+            state = torch.load(self.path, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"cannot read the checkpoint {self.path}: {error}. "
+                "Delete it to start this run again."
+            ) from error
+        if state.get("format") != FORMAT:
+            raise UserError(f"{self.path} is of another version. Delete it to start again.")
+        self.log.rewind(state["log"])
+        return state
+
+    def apply(
+        self, state: Mapping[str, Any], strategy: Strategy, meters: Mapping[str, Snapshots]
+    ) -> dict[str, int]:
+        """Put a loaded state into place; returns the cursor."""
+        strategy.restore(state["strategy"])
+        for name, meter in meters.items():
+            meter.restore(state["meters"][name])
+        set_rng_state(state["rng"])
+        return dict(state["cursor"])
+
+    def tick(self, strategy: Strategy, meters: Mapping[str, Snapshots], **cursor: int) -> None:
+        """Called after every batch: saves on schedule or when a signal asks for it.
+
+        Raises:
+            Stopped: after saving, if a signal asked to stop.
+        """
+        self._since += 1
+        due = bool(self.every) and self._since >= self.every
+        if due or self.signals.save or self.signals.stop is not None:
+            self.save(strategy, meters, **cursor)
+
+    def save(self, strategy: Strategy, meters: Mapping[str, Snapshots], **cursor: int) -> None:
+        """Write to a temporary name, then rename.
+
+        Raises:
+            Stopped: after saving, if a signal asked to stop.
+        """
+        self.log.flush()
+        state = {
+            "format": FORMAT,
+            "cursor": cursor,
+            "strategy": strategy.snapshot(),
+            "meters": {name: meter.snapshot() for name, meter in meters.items()},
+            "rng": rng_state(),
+            "log": self.log.offsets(),
+        }
+        part = self.path.with_name(self.path.name + ".tmp")
+        torch.save(state, part)
+        os.replace(part, self.path)
+        self._since, self.signals.save = 0, False
+        if self.signals.stop is not None:
+            raise Stopped(self.signals.stop)
+
+    def remove(self) -> None:
+        """Delete the checkpoint of a finished run."""
+        self.path.unlink(missing_ok=True)

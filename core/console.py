@@ -1,0 +1,56 @@
+"""Everything a run prints; each line begins with the scenario's label."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from tqdm import tqdm
+
+
+class Console:
+    """Prints to stderr-safe stdout with a prefix, and owns the progress bar."""
+
+    def __init__(self, label: str, quiet: bool = False) -> None:
+        self.label, self.quiet = label, quiet
+        self._bar: tqdm | None = None
+
+    def say(self, text: str) -> None:
+        """Print one message; every line of it carries the label."""
+        if self.quiet:
+            return
+        for line in text.splitlines():
+            tqdm.write(f"{self.label} | {line}", file=sys.stdout)
+        sys.stdout.flush()
+
+    def start(self, total: int, done: int, what: str) -> None:
+        """Open a progress bar with rate and remaining time (only in a terminal)."""
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=f"{self.label} | {what}",
+            unit="batch",
+            disable=True if self.quiet else None,
+            dynamic_ncols=True,
+            leave=False,
+        )
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Plain text table: first column left, the others right."""
+    cells = [list(head), *(list(r) for r in rows)]
+    width = [max(len(r[i]) for r in cells) for i in range(len(head))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width)))
+        for r in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,126 @@
+"""What a run costs: passes counted in images, seconds without loading, memory, parameters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.strategy import Strategy
+
+
+class Costs:
+    """Passes and seconds of the learning steps, without data loading and without evaluation."""
+
+    def __init__(self, backbone: nn.Module, device: torch.device) -> None:
+        self.passes = backbone.passes
+        self.device = device
+        self.forward = self.backward = self.images = self.steps = 0
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self.seconds: Tensor | float = 0.0
+
+    @contextmanager
+    def step(self, images: int) -> Iterator[None]:
+        """Measure one step on `images` images; `seconds` then holds its duration."""
+        forward, backward = self.passes.forward, self.passes.backward
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.seconds = time.perf_counter() - start
+        self.forward += self.passes.forward - forward
+        self.backward += self.passes.backward - backward
+        self.images += images
+        self.steps += 1
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {
+            k: getattr(self, k) for k in ("forward", "backward", "images", "steps")
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
+
+    def summary(self, strategy: Strategy, seconds: list[float]) -> dict[str, float]:
+        """The cost block of a summary.
+
+        Args:
+            seconds: duration of every step, in order; the median leaves out warm-up effects.
+        """
+        ordered = sorted(seconds)
+        images = max(1, self.images)
+        return {
+            "seconds_per_batch": ordered[len(ordered) // 2] if ordered else 0.0,
+            "seconds_total": sum(seconds),
+            "images": self.images,
+            "batches": self.steps,
+            "forward_images": self.forward,
+            "backward_images": self.backward,
+            "forward_per_image": self.forward / images,
+            "backward_per_image": self.backward / images,
+            "peak_memory_mb": peak_memory_mb(self.device),
+            "parameters_updated": sum(p.numel() for p in strategy.updated_parameters()),
+            "parameters_total": sum(p.numel() for p in strategy.parameters()),
+            "state_bytes": state_bytes(strategy),
+        }
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak, on the device or (Linux) for this process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass  # the peak then counts from the start of the process
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak since `reset_peak_memory` in MiB: allocated on a GPU, resident (whole process) on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        with open("/proc/self/status") as file:
+            peak = next(line for line in file if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024
+    except (OSError, StopIteration):
+        return float("nan")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from _tensors(v)
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from _tensors(v)
+
+
+def state_bytes(strategy: Strategy) -> int:
+    """Bytes a method keeps beside the backbone: copies, moments, prototypes, statistics.
+
+    Storage shared between tensors counts once.
+    """
+    kept: dict[int, int] = {}
+    held = [*strategy.state_dict().values()]
+    if strategy.optimizer is not None:
+        held += _tensors(dict(strategy.optimizer.state))
+    for tensor in held:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+    for tensor in strategy.backbone.state_dict().values():
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())

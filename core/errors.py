@@ -1,0 +1,16 @@
+"""Errors that a user can fix: one line that names the setting and the remedy, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Wrong input or configuration; `run.py` prints the message alone and exits with status 2."""
+
+
+def suggest(given: str, allowed: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest allowed name, or an empty string."""
+    near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

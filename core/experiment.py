@@ -1,0 +1,417 @@
+"""From a composed configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from backbones.backbone import Backbone, weights_hash
+from core.build import build, locate
+from core.checkpoint import Checkpointer, Signals, Stopped
+from core.console import Console, table
+from core.errors import UserError
+from core.record import (
+    Lock,
+    RunLogger,
+    environment,
+    git_state,
+    identity,
+    write_json,
+    write_text,
+)
+from core.runner import Context, reference, run_shifts, run_tasks
+from core.seed import seed_all
+from core.sinks import WandbSink
+from core.strategy import CLStrategy, Strategy, TTAStrategy
+from core.stream import ShiftStream, TaskStream
+from streams.datasets import ORIGIN
+from streams.pipelines import Geometry
+
+CONF = Path(__file__).parents[1] / "conf"
+Stream = TaskStream | ShiftStream
+
+
+def load_option(group: str, name: str) -> DictConfig:
+    """One file of conf/<group>/ as a node."""
+    node = OmegaConf.load(CONF / group / f"{name}.yaml")
+    assert isinstance(node, DictConfig)
+    return node
+
+
+def complete(cfg: DictConfig) -> DictConfig:
+    """Fill in what depends on whether real data is given: label and backbone.
+
+    Without `data.root` everything is embedded and labelled so; with it nothing is.
+    """
+    cfg = cfg.copy()
+    real = cfg.data.root is not None
+    with open_dict(cfg):
+        choice = cfg.scenario.pop("backbones")
+        if cfg.backbone.name == "auto":
+            cfg.backbone = load_option("backbone", choice.real if real else choice.embedded)
+        label = cfg.scenario.pop("label", None) or cfg.scenario.name
+        defaults = {k: cfg.scenario.pop(k, {}) for k in ("real", "embedded")}
+        for key, value in defaults["real" if real else "embedded"].items():
+            if cfg.scenario[key] is None:
+                cfg.scenario[key] = value
+        cfg.scenario.label = label if real else f"{label}[embedded]"
+    return cfg
+
+
+def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False) -> dict[str, Any]:
+    """Run (or find, or resume) the experiment that `cfg` describes; returns its summary.
+
+    Raises:
+        UserError: for anything the user can fix.
+        Stopped: after a signal, with the state saved.
+    """
+    cfg = complete(cfg)
+    device = _device(cfg)
+    _runtime(cfg)
+    console = Console(cfg.scenario.label, quiet)
+    if cfg.data.root is None:
+        console.say(_how_to_real(cfg))
+    geometry = Geometry()
+    stream: Stream = build(
+        cfg.scenario,
+        at="scenario",
+        data_root=cfg.data.root,
+        on_error=cfg.data.on_error,
+        cache=cfg.data.cache,
+        workers=_workers(cfg),
+        seed=cfg.seed,
+        geometry=geometry,
+    )
+    kind = _check_kind(cfg, stream)
+    key = identity(cfg, str(stream.facts["fingerprint"]), _checkpoint_hash(cfg))
+    place = Path(cfg.root) / stream.name / cfg.strategy.name / cfg.backbone.name
+    folder, finished = _folder(place, f"s{cfg.seed}-{key}", cfg.on_exists)
+    if finished is not None:
+        console.say(f"already done: {folder} (on_exists=rerun runs it again)")
+        _warn_commit(folder, console)
+        console.say(_table(finished))
+        return finished
+    with _locked(folder, wait=quiet) as wait_result:
+        if wait_result is not None:
+            return wait_result
+        if issubclass(kind, TTAStrategy) and cfg.strategy.name != "source":
+            source = _source_run(cfg, console)
+        else:
+            source = None
+        return _execute(cfg, stream, geometry, device, folder, key, overrides, console, source)
+
+
+def _execute(
+    cfg: DictConfig,
+    stream: Stream,
+    geometry: Geometry,
+    device: torch.device,
+    folder: Path,
+    key: str,
+    overrides: list[str],
+    console: Console,
+    source: dict[str, Any] | None,
+) -> dict[str, Any]:
+    seed_all(cfg.seed)
+    backbone: Backbone = build(cfg.backbone, at="backbone").to(device)
+    geometry.size, geometry.interpolation = backbone.input_size, backbone.interpolation
+    _check_labels(cfg, stream, backbone)
+    strategy: Strategy = build(
+        cfg.strategy,
+        at="strategy",
+        backbone=backbone,
+        seed=cfg.seed,
+        num_classes=stream.num_classes,
+    ).to(device)
+    _check_needs(cfg, strategy, stream, backbone)
+
+    git, patch = git_state()
+    about = {
+        "scenario": stream.name,
+        "strategy": cfg.strategy.name,
+        "backbone": cfg.backbone.name,
+        "seed": cfg.seed,
+        "key": key,
+    }
+    OmegaConf.save(cfg, folder / "config.yaml.tmp", resolve=True)
+    (folder / "config.yaml.tmp").rename(folder / "config.yaml")
+    write_text(folder / "overrides.txt", "\n".join(overrides) + "\n")
+    weights = {"tag": backbone.tag, "hash": weights_hash(backbone.net.state_dict())}
+    known = {**about, **environment(device), "git": git, "weights": weights, "data": stream.facts}
+    write_json(folder / "environment.json", known)
+    if patch:
+        write_text(folder / "patch.diff", patch)
+
+    log = RunLogger(folder, stream.name, _sinks(cfg, folder, about))
+    started = time.perf_counter()
+    with Signals() as signals:
+        checkpoint = Checkpointer(log, signals, every=cfg.checkpoint.every)
+        run = Context(log, checkpoint, console, device, cfg.forgetting)
+        try:
+            if isinstance(stream, TaskStream):
+                assert isinstance(strategy, CLStrategy)
+                result = run_tasks(strategy, stream, run)
+            else:
+                assert isinstance(strategy, TTAStrategy)
+                result = run_shifts(strategy, stream, run)
+        except (Stopped, KeyboardInterrupt) as stop:
+            console.stop()
+            log.close()
+            console.say(f"stopped; the same command goes on from here: {folder}")
+            raise stop
+        except Exception as error:
+            console.stop()
+            log.fail(error)
+            raise
+    summary = {
+        "run": {**about, "folder": str(folder), "git": git["commit"]},
+        "data": {k: v for k, v in stream.facts.items() if k != "class_order"},
+        "weights": weights,
+        "definitions": {"forgetting": cfg.forgetting},
+        **result,
+        "wall_seconds": time.perf_counter() - started,
+    }
+    if source is not None:
+        summary["source"] = {
+            "folder": source["run"]["folder"],
+            "metrics": source["metrics"],
+            "gain": reference(result["metrics"], source["metrics"]),
+        }
+    if cfg.reference is not None:
+        summary["reference"] = OmegaConf.to_container(cfg.reference, resolve=True)
+    log.finish(summary)
+    if not cfg.checkpoint.keep:
+        checkpoint.remove()
+    console.say(_table(summary))
+    console.say(f"results: {folder}")
+    return summary
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+def _device(cfg: DictConfig) -> torch.device:
+    name = cfg.runtime.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"runtime.device={name} is no device; use auto, cpu or cuda[:n]") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"runtime.device={name}, but torch sees no GPU here; use runtime.device=cpu")
+    return device
+
+
+def _runtime(cfg: DictConfig) -> None:
+    threads = cfg.runtime.threads
+    if threads is None and cfg.data.root is None:
+        threads = 1  # the embedded networks are too small to gain from more
+    if threads is not None:
+        torch.set_num_threads(threads)
+    exact = cfg.precision == "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = not exact
+    torch.backends.cudnn.allow_tf32 = not exact
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    torch.backends.cudnn.benchmark = False
+
+
+def _workers(cfg: DictConfig) -> int:
+    """Loader processes: none for in-memory embedded images, else up to four."""
+    if cfg.runtime.workers is not None:
+        return int(cfg.runtime.workers)
+    return 0 if cfg.data.root is None else min(4, os.cpu_count() or 1)
+
+
+def _how_to_real(cfg: DictConfig) -> str:
+    dataset = cfg.scenario.dataset
+    return (
+        "procedural stand-in images made by this project, not the data set of that name. "
+        f"To run on the real one: add data.root=/path/to/data (published at {ORIGIN[dataset]})"
+    )
+
+
+def _checkpoint_hash(cfg: DictConfig) -> str:
+    """A local weights file counts by content, not by name."""
+    path = cfg.backbone.get("checkpoint")
+    if not path or not Path(path).is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sinks(cfg: DictConfig, folder: Path, about: dict[str, Any]) -> list[WandbSink]:
+    if cfg.logger.wandb is None:
+        return []
+    names = [str(about[k]) for k in ("scenario", "strategy", "key")]
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    sink = WandbSink(
+        folder,
+        plain,
+        **cfg.logger.wandb,
+        run_id="-".join(names).replace("[", "-").replace("]", ""),
+        group=f"{about['scenario']}/{about['strategy']}/{about['backbone']}",
+        job_type="run",
+    )
+    return [sink]
+
+
+# ------------------------------------------------------------------------------ checks
+
+
+def _check_kind(cfg: DictConfig, stream: Stream) -> type[Strategy]:
+    """The strategy's class, if it fits the kind of stream.
+
+    Raises:
+        UserError: if a task method meets a shift stream or the reverse.
+    """
+    kind = locate(cfg.strategy._target_)
+    wanted = CLStrategy if isinstance(stream, TaskStream) else TTAStrategy
+    if not issubclass(kind, wanted):
+        fitting = []
+        for path in sorted((CONF / "strategy").glob("*.yaml")):
+            target = str(OmegaConf.load(path).get("_target_"))
+            if target.startswith("cl." if wanted is CLStrategy else "tta."):
+                fitting.append(path.stem)
+        what = "a stream of tasks" if wanted is CLStrategy else "a stream of shifts"
+        raise UserError(
+            f"strategy={cfg.strategy.name} does not fit scenario={cfg.scenario.name}, which is "
+            f"{what}. Strategies for it: {', '.join(fitting)}"
+        )
+    return kind
+
+
+def _check_labels(cfg: DictConfig, stream: Stream, backbone: Backbone) -> None:
+    if isinstance(stream, TaskStream):
+        return
+    space = stream.facts["label_space"]
+    if backbone.classes is not None and backbone.classes != space:
+        fix = (
+            "Set data.root=/path/to/data to run on the real set, or leave backbone unset"
+            if space == "embedded"
+            else "Choose a backbone trained for this label space"
+        )
+        raise UserError(
+            f"backbone={cfg.backbone.name} predicts {backbone.classes} classes, but "
+            f"scenario={stream.name} holds {space} classes. {fix}."
+        )
+    if backbone.num_classes < stream.num_classes:
+        raise UserError(
+            f"scenario={stream.name} has labels up to {stream.num_classes - 1}, but "
+            f"backbone={cfg.backbone.name} ({backbone.tag}) has {backbone.num_classes} outputs"
+        )
+
+
+def _check_needs(cfg: DictConfig, strategy: Strategy, stream: Stream, backbone: Backbone) -> None:
+    lacking = strategy.needs - stream.provides - backbone.provides
+    if lacking:
+        raise UserError(
+            f"strategy={cfg.strategy.name} needs {', '.join(sorted(lacking))}, which neither "
+            f"scenario={stream.name} nor backbone={cfg.backbone.name} ({backbone.tag}) provides"
+        )
+
+
+# ------------------------------------------------------------------------------ folders
+
+
+def _folder(
+    place: Path, name: str, on_exists: str
+) -> tuple[Path, dict[str, Any] | None]:
+    """The folder to work in, and the summary if it is finished and shall be kept."""
+    if on_exists not in ("skip", "rerun", "error"):
+        raise UserError(f"on_exists must be skip, rerun or error, got {on_exists!r}")
+    number = 1
+    while True:
+        folder = place / (name if number == 1 else f"{name}-{number}")
+        done = folder / "summary.json"
+        if not done.exists():
+            return folder, None
+        if on_exists == "error":
+            raise UserError(f"{folder} is finished already; use on_exists=skip or rerun")
+        if on_exists == "skip":
+            return folder, json.loads(done.read_text())
+        number += 1
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[dict[str, Any] | None]:
+    """Hold the run folder; with `wait`, let another process finish it and yield its summary."""
+    lock = Lock(folder)
+    while not lock.acquire():
+        if not wait:
+            raise UserError(
+                f"{folder} is being written by {lock.holder()}. Wait for it to end, or change "
+                "a setting (for example the seed) to get another run folder"
+            )
+        time.sleep(1)
+    try:
+        done = folder / "summary.json"
+        yield json.loads(done.read_text()) if wait and done.exists() else None
+    finally:
+        lock.release()
+
+
+def _warn_commit(folder: Path, console: Console) -> None:
+    known = json.loads((folder / "environment.json").read_text()).get("git", {}).get("commit")
+    now = git_state()[0]["commit"]
+    if known != now:
+        console.say(f"note: that run is of commit {str(known)[:8]}, the code is at {str(now)[:8]}")
+
+
+def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:
+    """The frozen model on the same stream: a run of its own, found or made first."""
+    with open_dict(cfg := cfg.copy()):
+        cfg.strategy = load_option("strategy", "source")
+        cfg.reference, cfg.on_exists = None, "skip"
+        cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
+        cfg.scenario.label = cfg.scenario.label.removesuffix("[embedded]")
+    console.say("source error on this stream first (kept as a run of its own) ...")
+    with warnings.catch_warnings():
+        return run_experiment(cfg, ["strategy=source"], quiet=True)
+
+
+# ------------------------------------------------------------------------------ table
+
+
+def _table(summary: dict[str, Any]) -> str:
+    """The result as text: errors against the source model, or the metrics of a task stream."""
+    metrics, about = summary["metrics"], summary["run"]
+    title = f"{about['strategy']} on {about['scenario']}, backbone {about['backbone']}"
+    cost = summary["cost"]
+    foot = [
+        f"{cost['seconds_per_batch']:.3f} s/batch, peak {cost['peak_memory_mb']:.0f} MiB, "
+        f"{cost['forward_per_image']:.1f} forward and {cost['backward_per_image']:.1f} backward "
+        f"passes an image, {cost['parameters_updated']:,} of {cost['parameters_total']:,} "
+        "parameters updated"
+    ]
+    if "err_mean" not in metrics:
+        rows = [(k, f"{v:.2f}") for k, v in metrics.items()]
+        return "\n".join([title, table(("metric", "%"), rows), *foot])
+    source = summary.get("source", {}).get("metrics", {})
+    domains = [k for k in metrics if k.startswith("err/")]
+    head = ("error %", *(["source"] if source else []), about["strategy"])
+    rows = [
+        (k.removeprefix("err/"), *([f"{source[k]:.1f}"] if source else []), f"{metrics[k]:.1f}")
+        for k in domains
+    ]
+    mean = [f"{m['err_mean']:.1f}" for m in ([source] if source else []) + [metrics]]
+    rows.append(("mean", *mean))
+    names = ("plasticity", "stability", "forgetting", "source_forgetting")
+    kept = [f"{k} {metrics[k]:.2f}" for k in names if k in metrics]
+    if kept:
+        foot.insert(0, ", ".join(kept))
+    for row in summary.get("reference") or []:
+        comparable = row.get("comparable", True) and summary["data"]["label_space"] != "embedded"
+        against = f"ours {metrics['err_mean']:.1f}" if comparable else "not comparable"
+        foot.append(f"published {row['value']} ({row['source']}; {row['status']}): {against}")
+    return "\n".join([title, table(head, rows), *foot])

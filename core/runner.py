@@ -1,0 +1,209 @@
+"""The two loops. Everything that a run does to a method is on this page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core.checkpoint import Checkpointer
+from core.console import Console
+from core.cost import Costs, reset_peak_memory
+from core.metrics import AccuracyMatrix, OnlineError
+from core.record import RunLogger
+from core.strategy import CLStrategy, Strategy, TTAStrategy
+from core.stream import Batch, ShiftStream, TaskStream
+
+
+@dataclass
+class Context:
+    """What both loops share."""
+
+    log: RunLogger
+    checkpoint: Checkpointer
+    console: Console
+    device: torch.device
+    forgetting: str = "standard"  # which definition the summary reports
+
+
+@torch.no_grad()
+def evaluate(
+    strategy: Strategy, batches: Iterable[Batch | None], device: torch.device
+) -> tuple[int, int]:
+    """Images that `predict` gets right, and images seen; nothing adapts."""
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    total = 0
+    for batch in batches:
+        if batch is None:
+            continue
+        batch = batch.to(device)
+        correct += (strategy.predict(batch.x).argmax(1) == batch.y).sum()
+        total += len(batch.y)
+    return int(correct), total
+
+
+def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[str, Any]:
+    """Continual learning: learn each task in turn, then score every task seen so far.
+
+    Returns:
+        `metrics` and `cost` of the summary.
+    """
+    matrix = AccuracyMatrix([t.name for t in stream.tasks])
+    costs = Costs(strategy.backbone, run.device)
+    meters = {"matrix": matrix, "costs": costs}
+    at = {"task": 0, "begun": 0, "epoch": 0, "step": 0}
+    if state := run.checkpoint.load():
+        at = dict(state["cursor"])
+        for task in stream.tasks[: at["task"] + at["begun"]]:
+            strategy.grow(task)
+        run.checkpoint.apply(state, strategy, meters)
+        run.console.say(f"resuming in task {at['task']}, epoch {at['epoch']}, batch {at['step']}")
+    reset_peak_memory(run.device)
+    steps = sum(t.steps * strategy.epochs for t in stream.tasks)
+    run.console.start(steps, costs.steps, type(strategy).__name__)
+
+    for task in stream.tasks[at["task"] :]:
+        if not at["begun"]:
+            strategy.begin_task(task)
+        for epoch in range(at["epoch"], strategy.epochs):
+            if at["step"] == 0:
+                strategy.begin_epoch(task, epoch)
+            for step, batch in enumerate(task.train(epoch, at["step"]), at["step"]):
+                run.console.advance()
+                if batch is None:
+                    continue
+                batch = batch.to(run.device)
+                with costs.step(len(batch.y)):
+                    logged = strategy.observe(batch)
+                where = {"task": task.index, "epoch": epoch, "step": step}
+                run.log.log("batches", **where, n=len(batch.y), seconds=costs.seconds, **logged)
+                where["step"] += 1
+                run.checkpoint.tick(strategy, meters, **where, begun=1)
+            at["step"] = 0
+        strategy.end_task(task)
+        for seen in stream.tasks[: task.index + 1]:
+            correct, total = evaluate(strategy, seen.test(), run.device)
+            matrix.record(task.index, seen.index, correct, total)
+            _log_cell(run.log, task.index, task.name, seen.name, correct, total)
+        now = matrix.summary(forgetting=run.forgetting)
+        row = {k: now[k] for k in ("acc_last", "acc_inc", "forgetting") if k in now}
+        run.log.log("experiences", index=task.index, name=task.name, **row)
+        text = "  ".join(f"{k} {v:.2f} %" for k, v in row.items())
+        run.console.say(f"task {task.index + 1}/{len(stream.tasks)} ({task.name}): {text}")
+        run.checkpoint.save(strategy, meters, task=task.index + 1, begun=0, epoch=0, step=0)
+        at = {"task": task.index + 1, "begun": 0, "epoch": 0, "step": 0}
+    run.console.stop()
+    return {
+        "metrics": matrix.summary(forgetting=run.forgetting),
+        "cost": costs.summary(strategy, _seconds(run.log)),
+    }
+
+
+def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict[str, Any]:
+    """Test-time adaptation: adapt on each batch and score what it returned.
+
+    Returns:
+        `metrics` and `cost` of the summary.
+    """
+    online = OnlineError(stream.domains, stream.num_classes)
+    columns = sorted(stream.probes)
+    first = {d: s.index for s in reversed(stream.segments) for d in s.domains}
+    matrix = AccuracyMatrix([stream.domains[d] for d in columns], [first[d] for d in columns])
+    clean = AccuracyMatrix(["clean"], [0])
+    costs = Costs(strategy.backbone, run.device)
+    meters = {"online": online, "matrix": matrix, "clean": clean, "costs": costs}
+    counts: dict[str, tuple[int, int]] = {}  # domain -> images right, images seen
+
+    def score(after: int, name: str) -> None:
+        """Accuracy on every domain and on clean images, without adapting: one row of R."""
+        places = [(matrix, c, stream.domains[d], stream.probes[d]) for c, d in enumerate(columns)]
+        if stream.holdout is not None:
+            places.append((clean, 0, "clean", stream.holdout))
+        for target, column, domain, images in places:
+            if not (strategy.static and domain in counts):
+                counts[domain] = evaluate(strategy, images(), run.device)
+            target.record(after, column, *counts[domain])
+            _log_cell(run.log, after, name, domain, *counts[domain])
+
+    at = {"segment": 0, "batch": 0}
+    state = run.checkpoint.load()
+    strategy.begin_stream(stream.source)
+    if state:
+        at = run.checkpoint.apply(state, strategy, meters)
+        run.console.say(f"resuming in segment {at['segment']}, batch {at['batch']}")
+    elif columns or stream.holdout is not None:
+        score(-1, "start")
+    reset_peak_memory(run.device)
+    total = sum(s.steps for s in stream.segments)
+    run.console.start(total, costs.steps, type(strategy).__name__)
+
+    for segment in stream.segments[at["segment"] :]:
+        if stream.reset == "segment" and at["batch"] == 0 and segment.index > 0:
+            strategy.reset()
+        for i, batch in enumerate(segment.batches(at["batch"]), at["batch"]):
+            run.console.advance()
+            if batch is None:
+                continue
+            batch = batch.to(run.device)
+            if stream.reset == "batch":
+                strategy.reset()
+            with costs.step(len(batch.y)):
+                scores = strategy.adapt(batch.x)
+            wrong = online.update(scores, batch.y, segment.index, batch.domain, strategy.outputs)
+            run.log.log(
+                "batches",
+                segment=segment.index,
+                batch=i,
+                n=len(batch.y),
+                wrong=wrong,
+                seconds=costs.seconds,
+            )
+            run.checkpoint.tick(strategy, meters, segment=segment.index, batch=i + 1)
+        last = segment.index == len(stream.segments) - 1
+        if (segment.index + 1) % stream.probe_every == 0 or last:
+            score(segment.index, segment.name)
+        now = online.segment(segment.index)
+        run.log.log("experiences", index=segment.index, name=segment.name, **now)
+        place = f"{segment.index + 1}/{len(stream.segments)}"
+        run.console.say(f"segment {place} {segment.name}: error {now['err']:.1f} %")
+        run.checkpoint.save(strategy, meters, segment=segment.index + 1, batch=0)
+        at["batch"] = 0
+    run.console.stop()
+    metrics = {**online.summary(), **matrix.summary(forgetting=run.forgetting)}
+    metrics.update(_source_forgetting(clean))
+    missing = sum(s.images for s in stream.segments) - costs.images
+    metrics["skipped_images"] = missing
+    return {"metrics": metrics, "cost": costs.summary(strategy, _seconds(run.log))}
+
+
+def _source_forgetting(clean: AccuracyMatrix) -> dict[str, float]:
+    """Clean accuracy before and after the stream, the method frozen ("frozen" variant), percent."""
+    before, after = clean.start(), clean.table()
+    if math.isnan(before[0]) or not len(after):
+        return {}
+    return {
+        "clean_err_before": 100 - before[0],
+        "clean_err_after": 100 - after[-1, 0],
+        "source_forgetting": before[0] - after[-1, 0],
+    }
+
+
+def _log_cell(log: RunLogger, after: int, name: str, on: str, correct: int, total: int) -> None:
+    acc = 100 * correct / total if total else None
+    log.log("matrix", after=after, after_name=name, on=on, acc=acc, correct=correct, n=total)
+
+
+def _seconds(log: RunLogger) -> list[float]:
+    log.flush()
+    return [row["seconds"] for row in log.rows("batches")]
+
+
+def reference(metrics: Mapping[str, float], source: Mapping[str, float]) -> dict[str, float]:
+    """Gain over the frozen source model on the same stream: the TTA form of plasticity, percent."""
+    gain = {k: source[k] - v for k, v in metrics.items() if k.startswith("err/") and k in source}
+    if "err_mean" in source:
+        gain["err_mean"] = source["err_mean"] - metrics["err_mean"]
+    return gain

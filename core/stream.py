@@ -1,0 +1,77 @@
+"""What a stream is made of: batches, tasks (continual learning), segments (adaptation)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Images and what is known of them. A TTA method receives `x` alone."""
+
+    x: Tensor  # float32 [B, 3, H, W] in [0, 1], not normalised
+    y: Tensor  # int64 [B], position in the stream's label space
+    index: Tensor  # int64 [B], row in the image set
+    domain: Tensor  # int64 [B], position in the stream's list of domains (0 where there is one)
+
+    def to(self, device: object) -> Batch:
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+
+Batches = Callable[..., Iterator[Batch]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One experience of a class-incremental stream."""
+
+    index: int
+    name: str
+    classes: range  # label positions introduced here, contiguous after the class order is applied
+    steps: int  # batches per training epoch, for schedules
+    train: Batches = field(repr=False)  # (epoch, start=0): shuffled, training pipeline
+    fit: Batches = field(repr=False)  # (): training images, test pipeline, fixed order
+    test: Batches = field(repr=False)  # (): test images of these classes
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One stretch of an adaptation stream."""
+
+    index: int
+    name: str  # "gaussian_noise:5", "mixed", "r2/fog:5"
+    domains: tuple[int, ...]  # the stream domains that occur in it
+    images: int
+    steps: int
+    batches: Batches = field(repr=False)  # (start=0)
+
+
+@dataclass(frozen=True)
+class TaskStream:
+    """A sequence of tasks."""
+
+    name: str
+    num_classes: int
+    tasks: Sequence[Task]
+    facts: dict[str, object]  # recorded with every result: order, pipeline, counts, fingerprint
+    provides: frozenset[str] = frozenset({"boundaries"})
+
+
+@dataclass(frozen=True)
+class ShiftStream:
+    """A sequence of segments over a list of domains."""
+
+    name: str
+    num_classes: int
+    domains: Sequence[str]
+    segments: Sequence[Segment]
+    facts: dict[str, object]
+    reset: Literal["never", "segment", "batch"] = "never"
+    probes: Mapping[int, Batches] = field(default_factory=dict)  # domain -> images scored as is
+    probe_every: int = 1  # segments between two evaluations of the probes
+    holdout: Batches | None = None  # clean images, for source forgetting
+    source: Batches | None = None  # labelled source images for a warm-up phase
+    provides: frozenset[str] = frozenset()

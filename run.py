@@ -1,0 +1,116 @@
+"""Entry point: `python run.py strategy=cotta scenario=imagenet_c`.
+
+torch is imported only once a run starts, so that --help, --cfg job and typos answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from core.errors import UserError, suggest
+
+CONF = Path(__file__).parent / "conf"
+FAILED: list[str] = []  # runs of this sweep that ended with an error
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def run(cfg: DictConfig) -> float | None:
+    """One run; returns the headline number, which Hydra sweepers may optimise."""
+    from core.checkpoint import Stopped
+    from core.experiment import run_experiment
+
+    overrides = list(HydraConfig.get().overrides.task)
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        metrics = run_experiment(cfg, overrides)["metrics"]
+    except Stopped as stop:
+        raise SystemExit(128 + stop.number) from None
+    except Exception as error:
+        if not isinstance(error, UserError):
+            if not sweep:
+                raise
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        if not sweep:
+            raise SystemExit(2) from None
+        FAILED.append(" ".join(overrides))  # the other runs of a sweep go on
+        return None
+    return metrics.get("err_mean", metrics.get("acc_inc"))
+
+
+def explain(error: BaseException) -> str:
+    """A Hydra or OmegaConf error in one short message, with the nearest valid name."""
+    text = str(error)
+    if found := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+        group, given = found.groups()
+        options = sorted(
+            p.relative_to(CONF / group).with_suffix("").as_posix()
+            for p in (CONF / group).rglob("*.yaml")
+        )
+        return (
+            f"{group}={given}: no such option{suggest(given, options)}\n"
+            f"options of {group}: {', '.join(options)}"
+        )
+    if found := re.search(r"Could not override '([^']+)'", text):
+        key = found.group(1).split("@")[0].lstrip("+~")
+        return (
+            f"{key}: no such setting{suggest(key, _keys())}\n"
+            "all settings: the same command with --cfg job"
+        )
+    return "\n".join(line for line in text.splitlines() if line.strip())
+
+
+def _keys() -> list[str]:
+    """Every dotted key of the configuration as typed, without the overrides that failed."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    groups = [p.name for p in CONF.iterdir() if p.is_dir()]
+    chosen = [a for a in sys.argv[1:] if a.split("=")[0] in groups and "," not in a]
+    keys: list[str] = list(groups)
+
+    def walk(node: Any, path: str) -> None:
+        for name in node or {}:
+            dotted = f"{path}.{name}" if path else str(name)
+            keys.append(dotted)
+            if isinstance(node, DictConfig) and isinstance(node._get_node(name), DictConfig):
+                walk(node._get_node(name), dotted)
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            walk(compose("config", chosen), "")
+    except (HydraException, OmegaConfBaseException):
+        pass  # several mistakes at once: the group names still serve as suggestions
+    return keys
+
+
+def main() -> int:
+    """Run and turn every expected failure into one message and an exit status."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    for overrides in FAILED:
+        print(f"failed: {overrides}", file=sys.stderr)
+    return 1 if FAILED else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

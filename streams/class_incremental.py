@@ -1,0 +1,175 @@
+"""Class-incremental task streams: one function for CIFAR, image folders and the embedded set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from core.errors import UserError
+from core.seed import derive
+from core.stream import Batch, Task, TaskStream
+from streams.datasets import cifar, existing_root, expected
+from streams.images import ImageSet, fingerprint, image_folder
+from streams.loading import Reader, Rows
+from streams.pipelines import Geometry, Name, Pipeline
+from streams.pipelines import pipeline as make_pipeline
+
+
+def order_of_classes(classes: int, order: Literal["seeded", "fixed"] | list[int], seed: int) -> list[int]:
+    """Class ids in the order in which they are learned.
+
+    `seeded` is the permutation of NumPy's legacy generator, as in LAMDA-PILOT and its family
+    (seed 1993); a list is taken as it is.
+
+    Raises:
+        UserError: if a given list is no permutation of the class ids.
+    """
+    if isinstance(order, list):
+        if sorted(order) != list(range(classes)):
+            raise UserError(f"scenario.class_order must hold each of 0..{classes - 1} once")
+        return order
+    if order == "fixed":
+        return list(range(classes))
+    return np.random.RandomState(seed).permutation(classes).tolist()
+
+
+def task_sizes(classes: int, base: int, increment: int) -> list[int]:
+    """Classes per task: `base` first (0: as the others), then `increment`, then what is left.
+
+    Raises:
+        UserError: if base or increment do not fit the number of classes.
+    """
+    if not 1 <= increment <= classes or not 0 <= base <= classes:
+        raise UserError(
+            f"scenario.base={base} and scenario.increment={increment} do not fit {classes} classes"
+        )
+    sizes = [base or increment]
+    while sum(sizes) + increment <= classes:
+        sizes.append(increment)
+    if sum(sizes) < classes:
+        sizes.append(classes - sum(sizes))
+    return sizes
+
+
+def _load(
+    dataset: Literal["cifar10", "cifar100", "imagefolder"], root: str | None, per_class: list[int]
+) -> tuple[ImageSet, ImageSet]:
+    if root is None:
+        from streams.embedded import TASK_CLASSES, EmbeddedImages
+
+        classes = TASK_CLASSES[:10] if dataset == "cifar10" else TASK_CLASSES
+        train, test = (
+            EmbeddedImages(classes=classes, split=split, per_class=n)
+            for split, n in zip(("train", "test"), per_class, strict=True)
+        )
+        return train, test
+    path = existing_root(root, dataset)
+    if dataset == "imagefolder":
+        train, test = (image_folder(path / s, expected(dataset)) for s in ("train", "test"))
+        unknown = sorted(set(test.class_names) - set(train.class_names))
+        if unknown:
+            raise UserError(f"{path / 'test'} has classes that train lacks: {unknown[:5]}")
+        position = np.asarray([train.class_names.index(c) for c in test.class_names])
+        test.labels, test.class_names = position[test.labels], train.class_names
+        return train, test
+    return cifar(path, dataset, train=True), cifar(path, dataset, train=False)
+
+
+def _present(batches: Iterator[Batch | None]) -> Iterator[Batch]:
+    return (b for b in batches if b is not None)
+
+
+def split_stream(
+    *,
+    label: str,
+    dataset: Literal["cifar10", "cifar100", "imagefolder"],
+    base: int,
+    increment: int,
+    class_order: Literal["seeded", "fixed"] | list[int],
+    order_seed: int,
+    batch_size: int,
+    test_batch_size: int,
+    pipeline: Name,
+    embedded_images: list[int],
+    data_root: str | None,
+    on_error: Literal["raise", "skip"],
+    workers: int,
+    seed: int,
+    geometry: Geometry,
+) -> TaskStream:
+    """A class-incremental stream (B0-IncN, Bm-IncN) with a fixed class order.
+
+    Labels are renamed by position in the order, so tasks hold contiguous ranges. The order of
+    epoch e is a function of (seed, task, epoch); augmentation draws are keyed by image as well.
+
+    Raises:
+        UserError: for missing data or settings that do not fit.
+    """
+    train, test = _load(dataset, data_root, embedded_images)
+    order = order_of_classes(train.num_classes, class_order, order_seed)
+    position = np.argsort(order)
+    sizes = task_sizes(train.num_classes, base, increment)
+    readers = {
+        split: Reader([images], workers=workers, on_error=on_error)
+        for split, images in (("train", train), ("test", test))
+    }
+    is_cifar = dataset != "imagefolder"
+
+    def rows(images: ImageSet, classes: range) -> Rows:
+        label = position[images.labels]
+        row = np.flatnonzero((label >= classes.start) & (label < classes.stop))
+        return Rows(row, label[row], np.zeros(len(row), np.int64))
+
+    def change(train: bool) -> Pipeline:  # the geometry is known only once the backbone is loaded
+        return make_pipeline(pipeline, geometry, train=train, cifar=is_cifar)
+
+    def train_batches(task: int, pool: Rows, epoch: int, start: int = 0) -> Iterator[Batch | None]:
+        shuffle = np.random.default_rng(derive(seed, "shuffle", task, epoch))
+        return readers["train"].batches(
+            pool.take(shuffle.permutation(len(pool))),
+            batch_size,
+            change(True),
+            start=start,
+            seed=derive(seed, "augment", task, epoch),
+        )
+
+    def fixed_batches(split: str, pool: Rows) -> Iterator[Batch]:
+        return _present(readers[split].batches(pool, test_batch_size, change(False)))
+
+    tasks = []
+    for index, size in enumerate(sizes):
+        first = sum(sizes[:index])
+        classes = range(first, first + size)
+        pool = rows(train, classes)
+        if not len(pool):
+            raise UserError(f"task {index} of scenario={label} has no training images")
+        tasks.append(
+            Task(
+                index=index,
+                name=f"classes {classes.start}-{classes.stop - 1}",
+                classes=classes,
+                steps=-(-len(pool) // batch_size),
+                train=partial(train_batches, index, pool),
+                fit=partial(fixed_batches, "train", pool),
+                test=partial(fixed_batches, "test", rows(test, classes)),
+            )
+        )
+    facts = {
+        "classes": train.num_classes,
+        "class_order": order,
+        "task_sizes": sizes,
+        "pipeline": pipeline,
+        "train_images": len(train.labels),
+        "test_images": len(test.labels),
+        "fingerprint": fingerprint(train.fingerprint, test.fingerprint, order, sizes),
+    }
+    return TaskStream(
+        name=label,
+        num_classes=train.num_classes,
+        tasks=tasks,
+        facts=facts,
+        provides=frozenset({"boundaries", "num_tasks", "num_classes"}),
+    )

@@ -1,0 +1,211 @@
+"""Where each data set lies under `data.root`, and one clear error where it does not."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from core.errors import UserError
+from streams.images import Arrays, Files, ImageSet, NpyRows, image_folder
+
+Cifar = Literal["cifar10", "cifar100"]
+
+ORIGIN = {
+    "imagenet_c": "https://zenodo.org/records/2235448",
+    "cifar10_c": "https://zenodo.org/records/2535967",
+    "cifar100_c": "https://zenodo.org/records/3555552",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
+    "cifar100": "https://www.cs.toronto.edu/~kriz/cifar.html",
+    "imagenet": "https://image-net.org/download.php (ILSVRC2012 validation images)",
+    "imagefolder": "any set of yours",
+}
+LAYOUT = {
+    "imagenet_c": "<data.root>/ImageNet-C/<corruption>/<severity 1-5>/<wnid>/*.JPEG",
+    "cifar10_c": "<data.root>/CIFAR-10-C/<corruption>.npy and labels.npy",
+    "cifar100_c": "<data.root>/CIFAR-100-C/<corruption>.npy and labels.npy",
+    "cifar10": "<data.root>/cifar-10-batches-py/ (torchvision's own layout)",
+    "cifar100": "<data.root>/cifar-100-python/ (torchvision's own layout)",
+    "imagenet": "<data.root>/val/<wnid>/*.JPEG, or flat images with labels.csv "
+    "(columns filename, class_index)",
+    "imagefolder": "<data.root>/train/<class>/<image> and <data.root>/test/<class>/<image>",
+}
+
+
+def expected(dataset: str) -> str:
+    """The sentence that ends every missing-data error."""
+    return (
+        f"Expected layout: {LAYOUT[dataset]}. Published at: {ORIGIN[dataset]}. "
+        "Leave data.root unset to run on the embedded stand-in images."
+    )
+
+
+def existing_root(root: str, dataset: str) -> Path:
+    """`root` as a path.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise UserError(f"data.root={root}: there is no such folder. {expected(dataset)}")
+    return path
+
+
+def _first(root: Path, names: Sequence[str], probe: Sequence[str]) -> Path | None:
+    """The first of root/<name> (or root itself) that holds one of the `probe` entries."""
+    for folder in [*(root / n for n in names), root]:
+        if any((folder / p).exists() for p in probe):
+            return folder
+    return None
+
+
+# ---------------------------------------------------------------- ImageNet
+
+
+@cache
+def wnids() -> list[str]:
+    """The 1,000 synset ids of ImageNet-1k in label order."""
+    from timm.data import ImageNetInfo
+
+    return [str(name) for name in ImageNetInfo().label_names()]
+
+
+def canonical(files: Files) -> Files:
+    """Folder names that are synset ids get their ImageNet-1k label."""
+    position = {w: i for i, w in enumerate(wnids())}
+    unknown = [c for c in files.class_names if c not in position]
+    if unknown:
+        raise UserError(
+            f"{files.root} has class folders that are no ImageNet-1k synset ids: {unknown[:3]}"
+        )
+    canonical = np.asarray([position[c] for c in files.class_names])
+    return Files(files.root, files.names, canonical[files.labels], wnids())
+
+
+GROUPS = ("noise", "blur", "weather", "digital", "extra")  # how the archives are grouped
+
+
+def imagenet_c(
+    root: Path, corruptions: Sequence[str], severities: Sequence[int]
+) -> dict[tuple[str, int], Path]:
+    """`(corruption, severity) -> folder` of the released ImageNet-C.
+
+    Raises:
+        UserError: naming every missing corruption folder.
+    """
+    base = _first(root, ["ImageNet-C", "imagenet-c", "imagenet_c"], [*corruptions, *GROUPS])
+    if base is None:
+        raise UserError(
+            f"ImageNet-C is not under data.root={root} (looked for {root / 'ImageNet-C'} and "
+            f"{root / corruptions[0]}). {expected('imagenet_c')}"
+        )
+    found, missing = {}, []
+    for corruption in corruptions:
+        for severity in severities:
+            places = [base / corruption / str(severity)]
+            places += [base / g / corruption / str(severity) for g in GROUPS]
+            there = [p for p in places if p.is_dir()]
+            if there:
+                found[corruption, severity] = there[0]
+            else:
+                missing.append(f"{corruption}/{severity}")
+    if missing:
+        raise UserError(
+            f"{base} lacks {len(missing)} of {len(missing) + len(found)} corruption folders: "
+            f"{', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}. "
+            f"{expected('imagenet_c')}"
+        )
+    return found
+
+
+def published_list() -> list[str]:
+    """The fixed, shuffled 5,000-image list of RobustBench: `wnid/ILSVRC2012_val_*.JPEG`."""
+    path = Path(__file__).with_name("lists") / "imagenet_c_5000.txt"
+    return path.read_text().split()
+
+
+def imagenet_clean(root: Path) -> Files:
+    """Clean ImageNet images: a class-folder tree or flat files with `labels.csv`.
+
+    Raises:
+        UserError: if neither is there.
+    """
+    for base in (root, root / "imagenet", root / "ImageNet"):
+        if (base / "labels.csv").is_file():
+            with open(base / "labels.csv", newline="") as file:
+                rows = list(csv.DictReader(file))
+            if not rows or not {"filename", "class_index"} <= set(rows[0]):
+                raise UserError(f"{base / 'labels.csv'} needs the columns filename, class_index")
+            labels = np.asarray([int(r["class_index"]) for r in rows])
+            if labels.min() < 0 or labels.max() >= 1000:
+                raise UserError(f"{base / 'labels.csv'}: class_index must lie in 0..999")
+            return Files(base, [r["filename"] for r in rows], labels, wnids())
+    for base in (root / "imagenet" / "val", root / "ImageNet" / "val", root / "val", root):
+        if base.is_dir() and any(
+            e.is_dir() and e.name.startswith("n0") for e in os.scandir(base)
+        ):
+            return canonical(image_folder(base, expected("imagenet")))
+    raise UserError(f"no clean ImageNet images under data.root={root}. {expected('imagenet')}")
+
+
+# ---------------------------------------------------------------- CIFAR
+
+
+def cifar(root: Path, which: Cifar, *, train: bool) -> Arrays:
+    """CIFAR-10/100 through torchvision, which also checks the files' MD5 sums.
+
+    Raises:
+        UserError: if the files are missing or damaged.
+    """
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if which == "cifar10" else datasets.CIFAR100
+    try:
+        data = kind(str(root), train=train, download=False)
+    except RuntimeError as error:
+        raise UserError(
+            f"{which} is missing or damaged: {root / kind.base_folder}. {expected(which)}"
+        ) from error
+    return Arrays(np.asarray(data.data), np.asarray(data.targets), list(data.classes))
+
+
+def cifar_c(
+    root: Path, which: Cifar, corruptions: Sequence[str], severities: Sequence[int]
+) -> dict[tuple[str, int], ImageSet]:
+    """`(corruption, severity) -> images`: rows 10000(s-1) ... 10000 s - 1 of each .npy file.
+
+    Raises:
+        UserError: naming every missing file, or a file of the wrong shape.
+    """
+    key = f"{which}_c"
+    folder = "CIFAR-10-C" if which == "cifar10" else "CIFAR-100-C"
+    base = _first(root, [folder], ["labels.npy", *(f"{c}.npy" for c in corruptions)])
+    if base is None:
+        raise UserError(f"{root / folder} does not exist. {expected(key)}")
+    files = ["labels.npy", *(f"{c}.npy" for c in corruptions)]
+    missing = [f for f in files if not (base / f).is_file()]
+    if missing:
+        raise UserError(
+            f"{base} lacks {len(missing)} of {len(files)} files: {', '.join(missing[:6])}"
+            f"{' ...' if len(missing) > 6 else ''}. {expected(key)}"
+        )
+    labels = np.load(base / "labels.npy")
+    block = len(labels) // 5
+    classes = [str(i) for i in range(10 if which == "cifar10" else 100)]
+    found: dict[tuple[str, int], ImageSet] = {}
+    for corruption in corruptions:
+        path = base / f"{corruption}.npy"
+        shape = np.load(path, mmap_mode="r").shape
+        if len(shape) != 4 or shape[0] != 5 * block or shape[3] != 3:
+            raise UserError(f"{path}: expected {5 * block} images [N, H, W, 3], found {shape}")
+        for severity in severities:
+            start = block * (severity - 1)
+            rows = labels[start : start + block]
+            found[corruption, severity] = NpyRows(path, start, rows, classes)
+    return found

@@ -1,0 +1,70 @@
+"""Named image pipelines: PIL to PIL, so that resizing is PIL's own, antialiased.
+
+Sources: LAMDA-PILOT, gqk/LAE and RanPAC data managers; timm `create_transform`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+
+Name = Literal["raw", "plain", "pilot", "lae", "ranpac", "timm"]
+Pipeline = Callable[[Image.Image], Image.Image]
+
+
+@dataclass
+class Geometry:
+    """What the backbone expects; filled in once the backbone is known."""
+
+    size: int = 224
+    interpolation: str = "bicubic"
+    crop: float = 0.875  # share of the resized side that the centre crop keeps
+
+
+def pipeline(name: Name, geometry: Geometry, *, train: bool, cifar: bool) -> Pipeline:
+    """The pipeline `name`; sizes scale with `geometry.size` (224 in the sources).
+
+    | name   | train                                            | test                           |
+    |--------|--------------------------------------------------|--------------------------------|
+    | raw    | as stored                                        | as stored                      |
+    | plain  | resize if needed, horizontal flip                | resize if needed               |
+    | pilot  | random crop, area .05-1, bilinear; flip          | resize 256 bicubic, crop 224   |
+    | ranpac | as pilot                                         | CIFAR: resize 224; else pilot  |
+    | lae    | random crop, area .08-1, bilinear; flip          | resize 256 bilinear, crop 224  |
+    | timm   | random crop, area .08-1, the backbone's own; flip| resize and crop of the backbone|
+    """
+    size = geometry.size
+    bilinear, bicubic = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
+    own = InterpolationMode(geometry.interpolation)
+    if name == "raw":
+        return lambda image: image
+    if name == "plain":
+        fit = T.Lambda(lambda i: i if i.size == (size, size) else T.functional.resize(i, [size, size]))
+        return T.Compose([fit, T.RandomHorizontalFlip()] if train else [fit])
+    if train:
+        area, how = {
+            "pilot": (0.05, bilinear),
+            "ranpac": (0.05, bilinear),
+            "lae": (0.08, bilinear),
+            "timm": (0.08, own),
+        }[name]
+        crop = T.RandomResizedCrop(size, scale=(area, 1.0), interpolation=how)
+        return T.Compose([crop, T.RandomHorizontalFlip()])
+    if name == "ranpac" and cifar:
+        return T.Resize([size, size], bicubic)
+    how = {"pilot": bicubic, "ranpac": bicubic, "lae": bilinear, "timm": own}[name]
+    share = geometry.crop if name == "timm" else 0.875
+    return T.Compose([T.Resize(int(size / share), how), T.CenterCrop(size)])
+
+
+def seeded(change: Pipeline, image: Image.Image, seed: int) -> Image.Image:
+    """Apply `change` with torch's global generator seeded, and put the generator back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return change(image)

@@ -1,0 +1,473 @@
+"""Adaptation streams over corruption sets: which images, in which order.
+
+Orders follow the protocols of the field: continual and gradual (qinenergy/cotta), mixed and
+correlated (mariodoebler/test-time-adaptation), recurring (the sequence repeated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from torchvision import transforms as T
+
+from core.errors import UserError, suggest
+from core.seed import derive
+from core.stream import Batch, Segment, ShiftStream
+from streams import corruptions as C
+from streams.datasets import (
+    LAYOUT,
+    Cifar,
+    canonical,
+    cifar,
+    cifar_c,
+    existing_root,
+    expected,
+    imagenet_c,
+    imagenet_clean,
+    published_list,
+)
+from streams.images import Derived, Files, ImageSet, fingerprint, image_folder
+from streams.loading import Reader, Rows
+from streams.pipelines import Geometry, pipeline
+
+Dataset = Literal["imagenet_c", "cifar10_c", "cifar100_c"]
+Order = Literal["continual", "gradual", "gradual_full", "mixed", "correlated", "recurring"]
+Domain = tuple[str, int]  # corruption, severity
+LABELS = {"imagenet_c": "imagenet1k", "cifar10_c": "cifar10", "cifar100_c": "cifar100"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the settings ask of a data set."""
+
+    domains: list[Domain]
+    images: int | None
+    image_list: str
+    probe: int
+    probe_from: Literal["auto", "held_out", "stream"]
+    clean: int
+    seed: int
+    legacy_resize: bool
+    cache: str | None
+    generate: dict[str, Any]  # corruption seed, JPEG quality, frost folder
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(n for n, _ in self.domains))
+
+    @property
+    def severities(self) -> list[int]:
+        return list(dict.fromkeys(s for _, s in self.domains))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The image sets of a stream: one per domain, and what surrounds them."""
+
+    sets: dict[Domain, ImageSet]
+    stream: np.ndarray  # int64 [n], rows of every set, in stream order
+    probe: np.ndarray  # int64 [m], rows scored without adapting
+    probe_sets: dict[Domain, ImageSet]
+    clean: ImageSet | None
+    clean_rows: np.ndarray
+    notes: dict[str, object]
+
+
+def corruption_names(given: str | list[str]) -> list[str]:
+    """`standard` (15), `extra` (4), `all` (19) or a list of names.
+
+    Raises:
+        UserError: for an unknown name, with the nearest known one.
+    """
+    groups = {"standard": C.STANDARD, "extra": C.EXTRA, "all": (*C.STANDARD, *C.EXTRA)}
+    if isinstance(given, str) and given in groups:
+        return list(groups[given])
+    names = given if isinstance(given, list) else [given]
+    for name in names:
+        if name not in groups["all"]:
+            known = [*groups, *groups["all"]]
+            raise UserError(
+                f"scenario.corruptions: {name!r} is no corruption{suggest(name, known)}. "
+                f"Known: {', '.join(known)}"
+            )
+    if not names or len(set(names)) != len(names):
+        raise UserError("scenario.corruptions must hold each corruption once, and at least one")
+    return names
+
+
+def plan(order: Order, names: list[str], severity: int, rounds: int) -> list[tuple[str, Domain]]:
+    """Segments of an order as (segment name, domain), before images are dealt out."""
+    ups, downs = [1, 2, 3, 4], [4, 3, 2, 1]
+    if order in ("gradual", "gradual_full"):
+        steps = []
+        for i, name in enumerate(names):
+            first = order == "gradual" and i == 0
+            steps += [(name, s) for s in ([5, *downs] if first else [*ups, 5, *downs])]
+        return [(f"{i}/{n}:{s}", (n, s)) for i, (n, s) in enumerate(steps)]
+    once = [(f"{n}:{severity}", (n, severity)) for n in names]
+    if order == "recurring":
+        return [(f"r{r}/{text}", domain) for r in range(1, rounds + 1) for text, domain in once]
+    return once
+
+
+def _corrupt(
+    image: Image.Image,
+    row: int,
+    *,
+    domain: Domain,
+    preset: Literal["imagenet", "cifar"],
+    seed: int,
+    jpeg_quality: int | None,
+    frost_dir: str | None,
+) -> Image.Image:
+    name, severity = domain
+    pixels = C.corrupt(
+        np.asarray(image),
+        name,
+        severity,
+        preset=preset,
+        seed=seed,
+        index=row,
+        jpeg_quality=jpeg_quality,
+        frost_dir=frost_dir,
+    )
+    return Image.fromarray(pixels)
+
+
+def _corrupted(
+    base: ImageSet, domains: list[Domain], cache: str | None, **settings: Any
+) -> dict[Domain, ImageSet]:
+    def identity(domain: Domain) -> str:
+        return f"{domain} {sorted(settings.items())} {C.VERSION}"
+
+    return {
+        d: Derived(base, partial(_corrupt, domain=d, **settings), identity(d), cache)
+        for d in domains
+    }
+
+
+CROP = "resize 256, crop 224"  # how ImageNet-C was made from the validation images
+_CROP = T.Compose([T.Resize(256, T.InterpolationMode.BILINEAR), T.CenterCrop(224)])
+
+
+def _crop(image: Image.Image, row: int) -> Image.Image:
+    return _CROP(image)
+
+
+def _legacy(images: ImageSet) -> ImageSet:
+    """The resize that old loaders applied to images that were 224 px already."""
+    return Derived(images, _crop, f"legacy {CROP}")
+
+
+def corruption_stream(
+    *,
+    label: str,
+    dataset: Dataset,
+    corrupt: Literal["released", "on_the_fly"],
+    corruptions: str | list[str],
+    severity: int,
+    order: Order,
+    rounds: int,
+    images: int | None,
+    image_list: str,
+    batch_size: int,
+    reset: Literal["never", "segment", "batch"],
+    order_seed: int,
+    corruption_seed: int,
+    jpeg_quality: int | None,
+    frost_dir: str | None,
+    legacy_resize: bool,
+    probe_images: int,
+    probe_from: Literal["auto", "held_out", "stream"],
+    probe_every: int,
+    clean_images: int,
+    data_root: str | None,
+    on_error: Literal["raise", "skip"],
+    cache: str | None,
+    workers: int,
+    geometry: Geometry,
+) -> ShiftStream:
+    """A stream of corrupted images for test-time adaptation.
+
+    Raises:
+        UserError: for missing data or settings that do not fit.
+    """
+    names = corruption_names(corruptions)
+    if severity not in range(1, 6):
+        raise UserError(f"scenario.severity must be 1..5, got {severity}")
+    if batch_size < 1 or rounds < 1 or probe_every < 1:
+        raise UserError("scenario.batch_size, rounds and probe_every must be at least 1")
+    steps = plan(order, names, severity, rounds)
+    domains = list(dict.fromkeys(d for _, d in steps))
+    request = Request(
+        domains=domains,
+        images=images,
+        image_list=image_list,
+        probe=probe_images,
+        probe_from=probe_from,
+        clean=clean_images,
+        seed=order_seed,
+        legacy_resize=legacy_resize,
+        cache=cache,
+        generate={
+            "seed": corruption_seed,
+            "jpeg_quality": jpeg_quality if dataset == "imagenet_c" else None,
+            "frost_dir": frost_dir,
+        },
+    )
+    released = corrupt == "released"
+    if data_root is None:
+        found = _embedded(request)
+    elif dataset == "imagenet_c":
+        root = existing_root(data_root, dataset if released else "imagenet")
+        found = (_imagenet_released if released else _imagenet_on_the_fly)(root, request)
+    else:
+        which: Cifar = "cifar10" if dataset == "cifar10_c" else "cifar100"
+        root = existing_root(data_root, dataset if released else which)
+        found = _cifar(root, which, request, released)
+    on_the_fly = data_root is None or not released
+    if on_the_fly and "frost" in names:
+        found.notes["frost"] = C.frost_source(frost_dir)
+
+    sets = [found.sets[d] for d in domains]
+    reader = Reader(sets, workers=workers, on_error=on_error)
+    probe_reader = Reader([found.probe_sets[d] for d in domains], workers=workers)
+    raw = pipeline("raw", geometry, train=False, cifar=False)
+
+    def load(which: Reader, rows: Rows, start: int = 0) -> Iterator[Batch | None]:
+        return which.batches(rows, batch_size, raw, start=start)
+
+    def shuffled(rows: Rows, *path: str | int) -> Rows:
+        seed = derive(order_seed, "stream", *path)
+        return rows.take(np.random.default_rng(seed).permutation(len(rows)))
+
+    dealt: list[tuple[str, Rows]] = []
+    for name, domain in steps:
+        d = domains.index(domain)
+        dealt.append((name, Rows.of(sets[d], found.stream, d)))
+    if order == "mixed":
+        dealt = [("mixed", shuffled(Rows.join([r for _, r in dealt]), "mixed"))]
+    elif order == "correlated":
+        mixed = [(n, shuffled(r, "correlated", n)) for n, r in dealt]
+        dealt = [(n, r.take(np.argsort(r.label, kind="stable"))) for n, r in mixed]
+
+    segments = [
+        Segment(
+            index=i,
+            name=name,
+            domains=tuple(dict.fromkeys(rows.domain.tolist())),
+            images=len(rows),
+            steps=-(-len(rows) // batch_size),
+            batches=partial(load, reader, rows),
+        )
+        for i, (name, rows) in enumerate(dealt)
+    ]
+    hardest = max(s for _, s in domains)
+    probes = {
+        d: partial(load, probe_reader, Rows.of(probe_reader.sets[d], found.probe, d))
+        for d, (_, s) in enumerate(domains)
+        if s == hardest and len(found.probe)
+    }
+    holdout = None
+    if found.clean is not None and len(found.clean_rows):
+        clean = Reader([found.clean], workers=workers, on_error=on_error)
+        holdout = partial(load, clean, Rows.of(found.clean, found.clean_rows))
+    classes = sets[0].num_classes
+    facts: dict[str, object] = {
+        "classes": classes,
+        "label_space": "embedded" if data_root is None else LABELS[dataset],
+        "images_per_domain": len(found.stream),
+        "corruptions": "generated on the fly" if on_the_fly else "released files",
+        "order": order,
+        "segments": [s.name for s in segments],
+        **found.notes,
+        "fingerprint": fingerprint(
+            *(s.fingerprint for s in sets),
+            *(np.stack([r.domain, r.row]) for _, r in dealt),
+            found.probe,
+            found.clean_rows,
+        ),
+    }
+    return ShiftStream(
+        name=label,
+        num_classes=classes,
+        domains=[f"{n}:{s}" for n, s in domains],
+        segments=segments,
+        facts=facts,
+        reset=reset,
+        probes=probes,
+        probe_every=probe_every,
+        holdout=holdout,
+        provides=frozenset({"probes"} | ({"holdout"} if holdout else set())),
+    )
+
+
+# ------------------------------------------------------------------ where the images come from
+
+EMBEDDED_PRESET: Literal["imagenet", "cifar"] = "cifar"  # the images are 32 px
+
+
+def _embedded(request: Request) -> Sources:
+    from streams.embedded import SHIFT_CLASSES, EmbeddedImages
+
+    def images(split: str, count: int) -> ImageSet:
+        per_class = max(1, -(-count // len(SHIFT_CLASSES)))
+        return EmbeddedImages(classes=SHIFT_CLASSES, split=split, per_class=per_class)
+
+    count = request.images or 400
+    stream, probe = images("test", count), images("probe", max(request.probe, request.clean))
+    options = {**request.generate, "preset": EMBEDDED_PRESET, "jpeg_quality": None}
+    return Sources(
+        sets=_corrupted(stream, request.domains, "memory", **options),
+        stream=np.arange(count),
+        probe=np.arange(request.probe),
+        probe_sets=_corrupted(
+            probe, request.domains, "memory", **{**options, "seed": options["seed"] + 1}
+        ),
+        clean=probe,
+        clean_rows=np.arange(request.clean),
+        notes={"probe_from": "held_out", "parameters": f"{EMBEDDED_PRESET} corruption set"},
+    )
+
+
+def _chosen(names: Sequence[str], request: Request, root: Path) -> np.ndarray:
+    """Rows of `names` in stream order, by `image_list` (published | all | a file)."""
+    given = request.image_list
+    if given == "all":
+        chosen = np.random.default_rng(derive(request.seed, "subset")).permutation(len(names))
+    else:
+        path = Path(given).expanduser()
+        if given != "published" and not path.is_file():
+            raise UserError(
+                f"scenario.image_list={given}: no such file; give a text file with one "
+                "<wnid>/<file> a line, or `published` or `all`"
+            )
+        listed = published_list() if given == "published" else path.read_text().split()
+        position = {Path(n).with_suffix("").as_posix(): i for i, n in enumerate(names)}
+        rows = [position.get(Path(n).with_suffix("").as_posix(), -1) for n in listed]
+        missing = [n for n, r in zip(listed, rows, strict=True) if r < 0]
+        if missing:
+            raise UserError(
+                f"{root} lacks {len(missing)} of the {len(listed)} images of "
+                f"scenario.image_list={given} (first: {missing[0]}); complete the set, or set "
+                "scenario.image_list=all to draw from the images that are there"
+            )
+        chosen = np.asarray(rows)
+    return chosen[: _count(request.images, len(chosen))]
+
+
+def _count(asked: int | None, available: int) -> int:
+    if asked is not None and not 1 <= asked <= available:
+        raise UserError(f"scenario.images={asked}, but {available} images are available")
+    return asked or available
+
+
+def _probe(available: int, used: np.ndarray, request: Request) -> tuple[np.ndarray, str]:
+    """Probe rows: outside the stream where enough are left, else from its beginning."""
+    left = np.setdiff1d(np.arange(available), used)
+    source = request.probe_from
+    if source == "auto":
+        source = "held_out" if len(left) >= request.probe else "stream"
+    if source == "held_out" and len(left) < request.probe:
+        raise UserError(
+            f"scenario.probe_from=held_out needs {request.probe} images outside the stream, but "
+            f"only {len(left)} are left; set scenario.probe_from=stream or fewer scenario.images"
+        )
+    if source == "held_out":
+        left = np.random.default_rng(derive(request.seed, "probe")).permutation(left)
+    return (left if source == "held_out" else used)[: request.probe], source
+
+
+def _clean_rows(clean: ImageSet | None, request: Request) -> np.ndarray:
+    if clean is None:
+        return np.zeros(0, np.int64)
+    shuffle = np.random.default_rng(derive(request.seed, "clean"))
+    return shuffle.permutation(len(clean.labels))[: request.clean]
+
+
+def _optional(load: Callable[[], ImageSet]) -> ImageSet | None:
+    try:
+        return load()
+    except UserError:
+        return None  # the released corruption sets come without clean images
+
+
+def _imagenet_released(root: Path, request: Request) -> Sources:
+    folders = imagenet_c(root, request.names, request.severities)
+    first = canonical(image_folder(folders[request.domains[0]], expected("imagenet_c")))
+    sets: dict[Domain, ImageSet] = {}
+    for d in request.domains:
+        files = Files(folders[d], first.names, first.labels, first.class_names)
+        sets[d] = _legacy(files) if request.legacy_resize else files
+    rows = _chosen(first.names, request, first.root)
+    probe, source = _probe(len(first.labels), rows, request)
+    clean = _optional(lambda: Derived(imagenet_clean(root), _crop, CROP))
+    return Sources(
+        sets=sets,
+        stream=rows,
+        probe=probe,
+        probe_sets=sets,
+        clean=clean,
+        clean_rows=_clean_rows(clean, request),
+        notes={
+            "image_list": request.image_list,
+            "legacy_resize": request.legacy_resize,
+            "probe_from": source,
+            "clean": "validation images" if clean else f"none found: {LAYOUT['imagenet']}",
+        },
+    )
+
+
+def _imagenet_on_the_fly(root: Path, request: Request) -> Sources:
+    files = imagenet_clean(root)
+    clean = Derived(files, _crop, CROP)
+    rows = _chosen(files.names, request, root)
+    probe, source = _probe(len(files.labels), rows, request)
+    sets = _corrupted(clean, request.domains, request.cache, preset="imagenet", **request.generate)
+    if request.legacy_resize:
+        sets = {d: _legacy(images) for d, images in sets.items()}
+    return Sources(
+        sets=sets,
+        stream=rows,
+        probe=probe,
+        probe_sets=sets,
+        clean=clean,
+        clean_rows=_clean_rows(clean, request),
+        notes={
+            "image_list": request.image_list,
+            "legacy_resize": request.legacy_resize,
+            "probe_from": source,
+            "jpeg_quality": request.generate["jpeg_quality"],
+        },
+    )
+
+
+def _cifar(root: Path, which: Cifar, request: Request, released: bool) -> Sources:
+    clean: ImageSet | None
+    if released:
+        sets = cifar_c(root, which, request.names, request.severities)
+        clean = _optional(lambda: cifar(root, which, train=False))
+    else:
+        clean = cifar(root, which, train=False)
+        sets = _corrupted(clean, request.domains, None, preset="cifar", **request.generate)
+    available = len(sets[request.domains[0]].labels)
+    rows = np.arange(_count(request.images, available))  # file order, as the official code reads
+    probe, source = _probe(available, rows, request)
+    return Sources(
+        sets=sets,
+        stream=rows,
+        probe=probe,
+        probe_sets=sets,
+        clean=clean,
+        clean_rows=_clean_rows(clean, request),
+        notes={
+            "probe_from": source,
+            "clean": "test images" if clean else f"none found: {LAYOUT[which]}",
+        },
+    )

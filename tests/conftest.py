@@ -1,0 +1,88 @@
+"""Fixtures: where real data lies, tiny data sets in the released layouts, composed configurations."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The folder that REALDATA names."""
+    folder = os.environ.get("REALDATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("REALDATA does not name a folder with the real images")
+    return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two workers of the test runner share two cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """`configure("strategy=tent", ...)` composes a configuration with results in a fresh folder."""
+
+    def make(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return compose("config", [f"root={tmp_path / 'results'}", *overrides])
+
+    return make
+
+
+def write_images(folder: Path, names: list[str], size: int = 16, seed: int = 0) -> None:
+    """Small random PNG or JPEG files."""
+    rng = np.random.default_rng(seed)
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def image_folder_root(tmp_path) -> Path:
+    """train/ and test/ class folders: 4 classes, 6 and 4 images each, 16 px."""
+    root = tmp_path / "folder"
+    for split, count in (("train", 6), ("test", 4)):
+        names = [f"{split}/class{c}/{i}.png" for c in range(4) for i in range(count)]
+        write_images(root, names, seed=len(split))
+    return root
+
+
+@pytest.fixture
+def cifar10_c_root(tmp_path) -> Path:
+    """CIFAR-10-C in its released layout, 10 images a severity, two corruptions."""
+    root = tmp_path / "data"
+    folder = root / "CIFAR-10-C"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("gaussian_noise", "fog"):
+        np.save(folder / f"{name}.npy", rng.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8))
+    np.save(folder / "labels.npy", np.tile(np.arange(10), 5))
+    return root
+
+
+@pytest.fixture
+def imagenet_c_root(tmp_path) -> Path:
+    """ImageNet-C in its released layout: two corruptions, severity 5, three classes, 12 images."""
+    root = tmp_path / "imagenet"
+    wnids = ("n01440764", "n01443537", "n01484850")
+    for corruption in ("gaussian_noise", "fog"):
+        names = [
+            f"ImageNet-C/{corruption}/5/{w}/ILSVRC2012_val_{i:08d}.JPEG"
+            for w in wnids
+            for i in range(4)
+        ]
+        write_images(root, names, size=32, seed=len(corruption))
+    return root

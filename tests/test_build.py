@@ -1,0 +1,61 @@
+"""`build` turns a node into an object or says exactly what is wrong with it."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from core.build import build, locate
+from core.errors import UserError
+
+TENT = {"_target_": "tests.test_build.Thing", "name": "thing"}
+
+
+class Thing:
+    def __init__(self, backbone: object, *, lr: float, steps: int, mode: str | None) -> None:
+        self.backbone, self.lr, self.steps, self.mode = backbone, lr, steps, mode
+
+
+@pytest.fixture(autouse=True)
+def allow_tests(monkeypatch):
+    monkeypatch.setattr("core.build.ALLOWED", ("cl.", "tta.", "tests."))
+
+
+def node(**options):
+    return OmegaConf.create({**TENT, "lr": 1e-3, "steps": 1, "mode": None, **options})
+
+
+def test_live_objects_keep_their_identity_and_integers_become_floats():
+    live = object()
+    made = build(node(lr=1), at="strategy", backbone=live, unused=3)
+    assert made.backbone is live and made.lr == 1.0 and isinstance(made.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lrr": 1}, "strategy has no option 'lrr'; did you mean 'lr'"),
+        ({"lr": "abc"}, "strategy.lr must be float, got 'abc'"),
+        ({"steps": 1.5}, "strategy.steps must be int, got 1.5"),
+        ({"steps": True}, "strategy.steps must be int, got True"),
+        ({"mode": 3}, "strategy.mode must be str or None"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(UserError, match=message.replace("'", ".")):
+        build(node(**options), at="strategy", backbone=None)
+
+
+def test_missing_option_is_named():
+    with pytest.raises(UserError, match="strategy.steps is missing"):
+        build({"_target_": TENT["_target_"], "lr": 1.0, "mode": None}, at="strategy", backbone=0)
+
+
+def test_targets_outside_the_project_are_refused():
+    for target in ("os.system", "subprocess.run", "builtins.eval"):
+        with pytest.raises(UserError, match="not allowed"):
+            locate(target)
+    with pytest.raises(UserError, match="no module"):
+        locate("tta.nothing.Here")
+    with pytest.raises(UserError, match="has no 'Nothing'"):
+        locate("tta.source.Nothing")

@@ -1,0 +1,146 @@
+"""The configuration: YAML keys are constructor parameters, presets compose, errors are short."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+from core.build import locate
+
+CONF = ROOT / "conf"
+STRATEGIES = sorted(p.stem for p in (CONF / "strategy").glob("*.yaml"))
+LIVE = {"backbone", "seed", "num_classes"}
+
+
+def cli(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """`python run.py words...`."""
+    command = [sys.executable, str(ROOT / "run.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategy_yaml_states_every_option_and_no_other(name):
+    node = OmegaConf.load(CONF / "strategy" / f"{name}.yaml")
+    assert node.name == name
+    parameters = inspect.signature(locate(node._target_)).parameters
+    options = {k for k in node if k not in ("_target_", "name")}
+    assert options == set(parameters) - LIVE
+    own = [p for k, p in parameters.items() if k not in LIVE]
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in own)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "backbone").glob("*.yaml")))
+def test_backbone_yaml_fits_its_loader(name):
+    node = OmegaConf.load(CONF / "backbone" / f"{name}.yaml")
+    assert node.name == name
+    if name != "auto":
+        parameters = inspect.signature(locate(node._target_)).parameters
+        assert {k for k in node if k != "_target_"} <= set(parameters)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    sorted(
+        p.relative_to(CONF / "experiment").with_suffix("").as_posix()
+        for p in (CONF / "experiment").rglob("*.yaml")
+    ),
+)
+def test_presets_compose_and_state_their_figures(configure, preset):
+    cfg = configure(f"experiment={preset}")
+    for row in cfg.reference:
+        assert row.status in ("seen", "quoted", "unverified") and row.source and row.value
+
+
+def test_recipes_hold_the_official_cifar_settings(configure):
+    cfg = configure("strategy=cotta", "scenario=cifar100_c")
+    assert (cfg.strategy.optimizer, cfg.strategy.lr, cfg.strategy.threshold) == ("adam", 1e-3, 0.72)
+    assert configure("strategy=cotta", "scenario=cifar10_c", "strategy.lr=1").strategy.lr == 1
+    assert configure("strategy=tent", "scenario=cifar10_c").strategy.optimizer == "adam"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["strategy=tnet"], ["strategy=tnet", "did you mean 'tent'", "options of strategy: bn"]),
+        (["scenario=imagenetc"], ["did you mean 'imagenet_c'", "split_cifar100"]),
+        (["startegy=tent"], ["did you mean 'strategy'"]),
+        (["scenario.severty=3"], ["scenario.severty", "did you mean 'scenario.severity'"]),
+        (["strategy=tent", "strategy.lrr=3"], ["strategy.lrr", "did you mean 'strategy.lr'"]),
+        (["experiment=cotta/imagenet"], ["options of experiment", "cotta/imagenet_c_resnet50"]),
+        (["strategy=tent,cotta"], ["--multirun"]),
+    ],
+)
+def test_typos_get_a_short_answer(words, expected):
+    done = cli(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 8
+    for text in expected:
+        assert text in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["++strategy.lrr=1", "strategy=tent"], "strategy has no option 'lrr'; did you mean 'lr'?"),
+        (["strategy=tent", "strategy.lr=abc"], "strategy.lr must be float, got 'abc'"),
+        (["strategy=tent", "scenario=split_cifar10"], "Strategies for it: finetune"),
+        (["strategy=finetune"], "Strategies for it: bn_adapt, cotta"),
+        (["backbone=embedded_vit"], "embedded_vit"),
+        (["data.root=/nowhere/at/all"], "no such folder"),
+        (["on_exists=maybe"], "on_exists must be skip, rerun or error"),
+    ],
+)
+def test_wrong_settings_get_one_line(words, expected, tmp_path):
+    done = cli(*words, f"root={tmp_path}", "scenario.images=20") if "scenario" not in str(
+        words
+    ) else cli(*words, f"root={tmp_path}")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and expected in done.stderr, done.stderr
+
+
+def test_configuration_is_shown_without_importing_torch():
+    started = time.perf_counter()
+    done = cli("strategy=cotta", "--cfg", "job")
+    assert done.returncode == 0 and "restore_prob" in done.stdout
+    code = "import sys, run; sys.argv = ['run.py', '--help']; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert time.perf_counter() - started < 20  # a second each on an idle machine
+
+
+def test_help_lists_every_strategy():
+    text = cli("--help").stdout
+    for name in STRATEGIES:
+        assert name in text
+    assert len(text.splitlines()) < 40
+
+
+ALLOWED = {  # package -> packages of ours that it may import
+    "core": {"core"},
+    "backbones": {"backbones", "core", "kernels"},
+    "streams": {"streams", "core"},
+    "cl": {"cl", "core", "backbones", "kernels"},
+    "tta": {"tta", "core", "backbones", "kernels"},
+}
+COMPOSER = "core/experiment.py"  # the one module that knows all packages
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_imports_point_in_one_direction(package):
+    for path in (ROOT / package).rglob("*.py"):
+        if path.relative_to(ROOT).as_posix() == COMPOSER:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            ours = {n.split(".")[0] for n in names} & set(ALLOWED)
+            assert ours <= ALLOWED[package], f"{path}: {ours}"

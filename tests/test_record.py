@@ -1,0 +1,145 @@
+"""Run folders: records that pandas reads, locks, identity, sinks that cannot stop a run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+from core.errors import UserError
+from core.record import Lock, RunLogger, identity, write_json
+from core.sinks import WandbSink
+
+
+def test_rows_are_tidy_tables_and_carry_the_label(tmp_path):
+    log = RunLogger(tmp_path, "imagenet_c[embedded]")
+    for i in range(3):
+        log.log("batches", segment=0, batch=i, wrong=torch.tensor(i), loss=torch.tensor(0.5))
+    log.log("experiences", index=0, err=12.5)
+    log.flush()
+    frame = pd.read_json(log.path("batches"), lines=True)
+    assert list(frame.columns) == ["scenario", "segment", "batch", "wrong", "loss"]
+    assert frame.wrong.tolist() == [0, 1, 2] and frame.wrong.dtype.kind == "i"
+    assert set(frame.scenario) == {"imagenet_c[embedded]"}
+    assert log.rows("experiences") == [
+        {"scenario": "imagenet_c[embedded]", "index": 0, "err": 12.5}
+    ]
+
+
+def test_rewind_cuts_rows_written_after_a_checkpoint(tmp_path):
+    log = RunLogger(tmp_path, "s")
+    log.log("batches", batch=0)
+    log.flush()
+    offsets = log.offsets()
+    log.log("batches", batch=1)
+    log.log("matrix", after=0)
+    log.flush()
+    log.rewind(offsets)
+    log.log("batches", batch=7)
+    log.flush()
+    assert [r["batch"] for r in log.rows("batches")] == [0, 7] and log.rows("matrix") == []
+
+
+def test_finish_is_atomic_and_failure_keeps_the_traceback(tmp_path):
+    log = RunLogger(tmp_path, "s")
+    try:
+        raise ValueError("boom")
+    except ValueError as error:
+        log.fail(error)
+    assert "boom" in (tmp_path / "failure.txt").read_text()
+    assert not (tmp_path / "summary.json").exists()
+    log.finish({"a": 1})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"a": 1}
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "failure.txt").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Circular"):
+        loop: list = []
+        loop.append(loop)
+        write_json(path, loop)
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_lock_keeps_a_second_process_out_and_dies_with_its_holder(tmp_path):
+    lock = Lock(tmp_path)
+    assert lock.acquire()
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from core.record import Lock; lock = Lock(Path(sys.argv[2]))\n"
+        "print(lock.acquire(), lock.holder())"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.startswith("False") and "pid" in out
+    lock.release()
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.startswith("True")
+    assert Lock(tmp_path).acquire()  # the other process is gone, and its lock with it
+
+
+def test_folder_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "results").write_text("a file, not a folder")
+    with pytest.raises(UserError, match="cannot write.*root="):
+        Lock(tmp_path / "results" / "run")
+
+
+def test_identity_ignores_what_cannot_change_a_number(configure, tmp_path):
+    base = identity(configure(), "data")
+    same = ["runtime.workers=3", "logger=wandb", "data.root=/x", f"root={tmp_path}/elsewhere"]
+    for change in [*same, "on_exists=rerun", "checkpoint.every=1", "data.cache=/tmp/c"]:
+        assert identity(configure(change), "data") == base, change
+    for change in ("seed=1", "scenario.severity=4", "precision=tf32", "deterministic=true"):
+        assert identity(configure(change), "data") != base, change
+    assert identity(configure(), "other data") != base
+
+
+OPTIONS = {
+    "mode": "offline",
+    "project": "driftline-test",
+    "entity": None,
+    "every": 2,
+    "run_id": "test-run",
+    "group": "g",
+    "job_type": "run",
+}
+
+
+@pytest.mark.slow
+def test_wandb_offline_needs_no_account_and_writes_into_the_run_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    sink = WandbSink(tmp_path, {"seed": 0}, **OPTIONS)
+    log = RunLogger(tmp_path, "s", [sink])
+    for i in range(4):
+        log.log("batches", batch=i, wrong=1)
+    log.log("matrix", after=0, on="fog:5", acc=50.0)
+    log.finish({"err_mean": 1.0})
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_online_without_a_key_is_an_error_not_a_prompt(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(UserError, match="WANDB_API_KEY"):
+        WandbSink(tmp_path, {}, **{**OPTIONS, "mode": "online"})
+
+
+def test_a_failing_tracker_warns_once_and_the_run_goes_on(tmp_path, monkeypatch):
+    import wandb
+
+    def broken(**_):
+        raise RuntimeError("server on fire")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with pytest.warns(UserWarning, match="server on fire"):
+        sink = WandbSink(tmp_path, {}, **OPTIONS)
+    log = RunLogger(tmp_path, "s", [sink])
+    log.log("batches", batch=0)
+    log.finish({"a": 1})
+    assert (tmp_path / "summary.json").exists()

@@ -1,0 +1,267 @@
+"""Whole runs on embedded images: every strategy runs, resumes bit for bit, and labels its output."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+from core import checkpoint
+from core.errors import UserError
+from core.experiment import run_experiment
+
+CONF = ROOT / "conf" / "strategy"
+TARGETS = {p.stem: str(OmegaConf.load(p)["_target_"]) for p in sorted(CONF.glob("*.yaml"))}
+TTA = [n for n, t in TARGETS.items() if t.startswith("tta.")]
+CL = [n for n, t in TARGETS.items() if t.startswith("cl.")]
+TINY = {
+    "tta": [
+        "scenario=imagenet_c",
+        "scenario.corruptions=[contrast,brightness,pixelate]",
+        "scenario.images=40",
+        "scenario.batch_size=16",  # the last batch of a segment is short
+        "scenario.probe_images=20",
+        "scenario.clean_images=20",
+    ],
+    "cl": [
+        "scenario=split_cifar10",
+        "scenario.increment=4",
+        "scenario.embedded_images=[6,3]",
+        "scenario.batch_size=10",
+    ],
+}
+FEW_EPOCHS = {"finetune", "linear_probe", "joint"}
+
+
+def settings(strategy: str) -> list[str]:
+    kind = TARGETS[strategy].split(".")[0]
+    epochs = ["strategy.epochs=2"] if strategy in FEW_EPOCHS else []
+    views = ["strategy.views=2", "strategy.threshold=2"] if strategy == "cotta" else []
+    return [f"strategy={strategy}", *TINY[kind], *epochs, *views]
+
+
+def records(folder: str | Path) -> dict[str, list[dict]]:
+    """All rows of a run without their durations."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found[path.stem] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    return found
+
+
+class Kill(BaseException):
+    """As sudden as SIGKILL: nothing is saved on the way out."""
+
+
+def stop_after(monkeypatch, batches: int) -> None:
+    """The next run dies after so many batches."""
+    ticks = iter(range(batches - 1))
+    real = checkpoint.Checkpointer.tick
+
+    def tick(self, *args, **cursor):
+        real(self, *args, **cursor)
+        if next(ticks, None) is None:
+            raise Kill
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "tick", tick)
+
+
+# ------------------------------------------------------------------------ contracts
+
+
+@pytest.mark.parametrize("strategy", [*TTA, *CL])
+def test_run_records_stability_plasticity_and_cost(configure, strategy, capsys):
+    summary = run_experiment(configure(*settings(strategy)), [])
+    folder = Path(summary["run"]["folder"])
+    label = "imagenet_c[embedded]" if strategy in TTA else "split_cifar10[embedded]"
+    assert folder.parts[-4] == label
+    metrics, cost = summary["metrics"], summary["cost"]
+    assert {"plasticity", "stability", "forgetting", "bwt"} <= set(metrics)
+    assert cost["parameters_total"] > 0 and cost["peak_memory_mb"] > 0
+    for path in folder.glob("*.jsonl"):
+        assert set(pd.read_json(path, lines=True).scenario) == {label}
+    stored = json.loads((folder / "environment.json").read_text())
+    assert len(stored["weights"]["hash"]) == 16 and stored["packages"]["torch"]
+    out = capsys.readouterr().out
+    assert all(line.startswith(f"{label} | ") for line in out.splitlines())
+    assert "data.root=/path/to/data" in out.splitlines()[0]
+    assert not (folder / "last.pt").exists()
+    if strategy in TTA and strategy != "source":
+        assert Path(summary["source"]["folder"]).is_dir()
+        assert set(summary["source"]["metrics"]) >= {"err_mean", "err/contrast:5"}
+        assert cost["images"] == 120 and cost["forward_images"] >= 120
+
+
+@pytest.mark.parametrize("strategy", TTA)
+@pytest.mark.parametrize("batches", [2, 3, 7])
+def test_tta_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
+    """Killed inside a segment with a checkpoint every batch or every two, and at a boundary."""
+    whole = run_experiment(configure(*settings(strategy)), [])
+    want = records(whole["run"]["folder"])
+    cfg = configure(*settings(strategy), "on_exists=rerun", "checkpoint.every=2")
+    with monkeypatch.context() as patch:
+        stop_after(patch, batches)
+        with pytest.raises(Kill):
+            run_experiment(cfg, [])
+    again = run_experiment(cfg, [])
+    assert again["metrics"] == whole["metrics"]
+    assert records(again["run"]["folder"]) == want
+    assert again["run"]["folder"] == whole["run"]["folder"] + "-2"
+
+
+@pytest.mark.parametrize("strategy", sorted(FEW_EPOCHS & set(CL)))
+@pytest.mark.parametrize("batches", [1, 4, 7, 9])
+def test_cl_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
+    whole = run_experiment(configure(*settings(strategy)), [])
+    cfg = configure(*settings(strategy), "on_exists=rerun", "checkpoint.every=3")
+    with monkeypatch.context() as patch:
+        stop_after(patch, batches)
+        with pytest.raises(Kill):
+            run_experiment(cfg, [])
+    again = run_experiment(cfg, [])
+    assert again["metrics"] == whole["metrics"]
+    assert records(again["run"]["folder"]) == records(whole["run"]["folder"])
+
+
+@pytest.mark.parametrize("strategy", ["source", "cotta", "finetune"])
+def test_same_seed_same_numbers_in_one_process(configure, strategy):
+    """State does not leak from one run into the next, as in a sweep."""
+    first = run_experiment(configure(*settings(strategy)), [])
+    torch.rand(7)
+    second = run_experiment(configure(*settings(strategy), "on_exists=rerun"), [])
+    assert first["metrics"] == second["metrics"]
+    assert records(first["run"]["folder"]) == records(second["run"]["folder"])
+
+
+def test_worker_processes_do_not_change_a_number(configure):
+    base = run_experiment(configure(*settings("tent")), [])
+    more = run_experiment(
+        configure(*settings("tent"), "on_exists=rerun", "runtime.workers=2"), []
+    )
+    assert base["metrics"] == more["metrics"]
+
+
+def test_finished_run_is_found_and_not_run_again(configure, capsys):
+    cfg = configure(*settings("source"))
+    first = run_experiment(cfg, [])
+    started = time.perf_counter()
+    assert run_experiment(cfg, [])["metrics"] == first["metrics"]
+    assert time.perf_counter() - started < 2 and "already done" in capsys.readouterr().out
+    cfg.on_exists = "error"
+    with pytest.raises(UserError, match="finished already"):
+        run_experiment(cfg, [])
+
+
+def test_matrix_of_a_source_run_has_equal_rows(configure):
+    """Without adaptation nothing is forgotten: every row of R equals the start row."""
+    summary = run_experiment(configure(*settings("source")), [])
+    frame = pd.read_json(Path(summary["run"]["folder"]) / "matrix.jsonl", lines=True)
+    table = frame.pivot(index="after", columns="on", values="acc")
+    assert list(table.index) == [-1, 0, 1, 2] and "clean" in table
+    assert (table == table.iloc[0]).all().all()
+    assert summary["metrics"]["forgetting"] == 0 and summary["metrics"]["stability"] == 1
+
+
+def test_batch_of_one_and_short_last_batch(configure):
+    one = ["scenario.batch_size=1", "scenario.images=3", "scenario.corruptions=[contrast]"]
+    for strategy in TTA:
+        summary = run_experiment(configure(*settings(strategy), *one), [])
+        assert summary["cost"]["batches"] == 3
+
+
+def test_labels_outside_the_head_are_refused(configure):
+    cfg = configure(*settings("source"))
+    cfg.backbone = OmegaConf.load(ROOT / "conf" / "backbone" / "test_resnet.yaml")
+    if "num_classes" in cfg.backbone:
+        cfg.backbone.num_classes = 7
+    with pytest.raises(UserError, match="labels up to 19.*7 outputs"):
+        run_experiment(cfg, [])
+
+
+def test_damaged_checkpoint_is_explained(configure, monkeypatch):
+    cfg = configure(*settings("tent"), "checkpoint.every=1")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Kill):
+            run_experiment(cfg, [])
+    stored = next(Path(cfg.root).rglob("tent/**/last.pt"))
+    stored.write_bytes(stored.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot read the checkpoint"):
+        run_experiment(cfg, [])
+
+
+# ------------------------------------------------------------------------ real processes
+
+
+def launch(root: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "run.py", f"root={root}", "runtime.threads=1", *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for(root: Path, pattern: str, process: subprocess.Popen[str]) -> Path:
+    for _ in range(1200):
+        found = sorted(root.rglob(pattern))
+        if found:
+            return found[0]
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"{pattern} never appeared")
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_kill_leave_a_run_that_the_same_command_completes(tmp_path):
+    words = [*settings("cotta"), "scenario.images=200", "checkpoint.every=1"]
+    whole = launch(tmp_path / "whole", *words)
+    out, _ = whole.communicate(timeout=240)
+    assert whole.returncode == 0, out
+    broken = tmp_path / "broken"
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = launch(broken, *words)
+        last = wait_for(broken, "cotta/*/*/last.pt", process)
+        written = last.stat().st_mtime_ns
+        while last.stat().st_mtime_ns == written and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == code, out
+        assert "Traceback" not in out
+    process = launch(broken, *words)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and "resuming" in out, out
+    ours, theirs = (
+        next((tmp_path / side).rglob("cotta/*/*/summary.json")) for side in ("whole", "broken")
+    )
+    a, b = (json.loads(p.read_text())["metrics"] for p in (ours, theirs))
+    assert a == b and records(ours.parent) == records(theirs.parent)
+
+
+@pytest.mark.slow
+def test_a_second_process_on_the_same_run_is_refused(tmp_path):
+    words = [*settings("cotta"), "scenario.images=400", "checkpoint.every=1"]
+    first = launch(tmp_path, *words)
+    wait_for(tmp_path, "cotta/*/*/last.pt", first)
+    second = launch(tmp_path, *words)
+    out, _ = second.communicate(timeout=60)
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    assert second.returncode == 2 and "is being written by" in out, out
+
+
+@pytest.mark.slow
+def test_sweep_goes_on_after_a_failed_run(tmp_path):
+    sweep = launch(tmp_path, "-m", "strategy=source,finetune,bn_adapt", *TINY["tta"])
+    out, _ = sweep.communicate(timeout=240)
+    assert sweep.returncode == 1 and "failed: strategy=finetune" in out, out
+    done = {p.parts[-4] for p in tmp_path.rglob("summary.json")}
+    assert done == {"source", "bn_adapt"}
