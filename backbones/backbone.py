@@ -43,6 +43,7 @@ class Backbone(nn.Module):
         classes: labels of the head in order, or None if the head has no agreed label space.
     """
 
+    net: Any  # a network of whatever library
     mean: Tensor | None
     std: Tensor | None
 
