@@ -1,0 +1,177 @@
+"""Changes to a network's normalisation layers, selection of its parameters, and their optimiser.
+
+Which class counts as which kind is an instance test, so timm's `BatchNormAct2d`, `LayerNorm2d`,
+`GroupNorm1`, `GroupNormAct` and the like count as what they derive from. Decided explicitly:
+
+* `SyncBatchNorm` counts as `bn2d`: in one process it computes what `BatchNorm2d` computes.
+* `FrozenBatchNorm2d` (torchvision) and `FrozenBatchNormAct2d` (timm) are constants: they have
+  neither parameters nor batch statistics, are no kind, and are left as they are.
+* `RMSNorm`/`RmsNorm` and `InstanceNorm` are no kind: no published method adapts them. They are
+  reached by name (`by_name("norm")`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from core.errors import UserError
+
+Kind = Literal["bn2d", "bn1d", "ln", "gn"]
+Select = Callable[[str, nn.Module], bool]
+
+KINDS: dict[Kind, tuple[type[nn.Module], ...]] = {
+    "bn2d": (nn.BatchNorm2d, nn.SyncBatchNorm),
+    "bn1d": (nn.BatchNorm1d,),
+    "ln": (nn.LayerNorm,),
+    "gn": (nn.GroupNorm,),
+}
+
+
+def by_kind(*kinds: Kind) -> Select:
+    """Selects modules by class."""
+    classes = tuple(c for kind in kinds for c in KINDS[kind])
+    return lambda name, module: isinstance(module, classes)
+
+
+def by_name(*parts: str) -> Select:
+    """Selects modules whose qualified name contains one of `parts`, whatever their class."""
+    return lambda name, module: any(part in name for part in parts)
+
+
+def collect_parameters(net: nn.Module, select: Select | None = None) -> dict[str, nn.Parameter]:
+    """Parameters called exactly `weight` or `bias` inside their own module, in module order.
+
+    Class tokens, position tables and fused attention projections (`in_proj_weight`) have other
+    names and are left out, as in the reference codes. A shared parameter is listed once.
+
+    Args:
+        net: network to walk; names are relative to it.
+        select: which modules to look into; None takes every one.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, module in net.named_modules():
+        if select is not None and not select(name, module):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if key in ("weight", "bias") and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{name}.{key}" if name else key] = parameter
+    return found
+
+
+def train_only(net: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Freeze `net` except for `parameters`."""
+    net.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+def batch_norms(net: nn.Module) -> dict[str, _BatchNorm]:
+    """Every batch normalisation layer (1d, 2d, 3d, synchronised) by name, in module order."""
+    return {n: m for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def _enough_values(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    x = inputs[0]
+    if x.numel() // x.size(1) < 2:
+        raise UserError(
+            "batch statistics need two values per channel, but a normalisation layer received one "
+            f"image with a map of one pixel (input {tuple(x.shape)}). Use a batch size above 1 "
+            "that leaves no last batch of one image, larger images, or strategy=source."
+        )
+
+
+def use_batch_statistics(net: nn.Module) -> list[str]:
+    """Remove the running statistics of every batch normalisation layer.
+
+    From then on each forward normalises with the (biased) statistics of its own batch, in
+    training and evaluation mode alike. One image is enough as long as its map has two pixels.
+
+    Returns:
+        names of the layers, in module order; empty for a network without batch normalisation.
+
+    Raises:
+        UserError: later, in a forward where a layer sees a single value per channel.
+    """
+    layers = batch_norms(net)
+    for layer in layers.values():
+        layer.track_running_stats = False
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        layer.register_forward_pre_hook(_enough_values)
+    return list(layers)
+
+
+def mix_statistics(net: nn.Module, alpha: float) -> list[str]:
+    """Normalise with `(1 - alpha) * source + alpha * batch` statistics in evaluation mode.
+
+    The batch variance is the unbiased one. The source statistics stay in the buffers: they are
+    exchanged for the mixture during the layer's forward only, so no state changes.
+
+    Returns:
+        names of the layers, in module order.
+
+    Raises:
+        UserError: later, in a forward where a layer sees a single value per channel.
+    """
+    source: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def mix(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        _enough_values(layer, inputs)
+        x, buffers = inputs[0], layer._buffers
+        var, mean = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1])
+        old_mean, old_var = buffers["running_mean"], buffers["running_var"]
+        if old_mean is None or old_var is None:  # trained without running statistics
+            return
+        source[layer] = old_mean, old_var
+        buffers["running_mean"] = (1 - alpha) * old_mean + alpha * mean
+        buffers["running_var"] = (1 - alpha) * old_var + alpha * var
+
+    def put_back(layer: nn.Module, inputs: Any, output: Any) -> None:
+        if layer in source:
+            layer._buffers["running_mean"], layer._buffers["running_var"] = source.pop(layer)
+
+    layers = batch_norms(net)
+    for layer in layers.values():
+        layer.register_forward_pre_hook(mix)
+        layer.register_forward_hook(put_back, always_call=True)
+    return list(layers)
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; afterwards the mode `net` had."""
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        net.train(training)
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    kind: Literal["sgd", "adam"],
+    *,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    betas: Sequence[float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """SGD (uses `momentum`, `nesterov`; no dampening) or Adam (uses `betas`; eps 1e-8)."""
+    if kind == "adam":
+        first, second = betas
+        return torch.optim.Adam(parameters, lr=lr, betas=(first, second), weight_decay=weight_decay)
+    if nesterov and momentum <= 0:
+        raise UserError("strategy.nesterov=true needs strategy.momentum above 0")
+    return torch.optim.SGD(
+        parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
+    )

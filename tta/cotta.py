@@ -1,0 +1,240 @@
+"""CoTTA: an averaged teacher, augmentation-averaged targets and stochastic restoration.
+
+Paper: "Continual Test-Time Domain Adaptation" (CVPR 2022, arXiv 2203.13591).
+Code: github.com/qinenergy/cotta @ c212a20, whose `cifar` and `imagenet` folders differ; variant
+`mode=eval` from github.com/mariodoebler/test-time-adaptation @ 8b2ed63.
+
+Deviations that change no number: anchor and teacher run without gradients; views are not forwarded
+when the gate does not ask for them and the clean teacher not when views replace it; the anchor is
+also the copy that weights are restored from; restoration selects instead of multiplying; tensors
+that are never optimised (class token, position table) get no gradient.
+Deviations that do: a non-finite loss stops the run; BatchNorm1d layers use batch statistics too;
+stream and random numbers are separate (`rng=reference` reproduces a torch generator that starts
+in the same state, for networks without dropout).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from backbones.backbone import Backbone
+from backbones.surgery import (
+    collect_parameters,
+    evaluating,
+    make_optimizer,
+    train_only,
+    use_batch_statistics,
+)
+from core.errors import UserError
+from core.strategy import TTAStrategy
+from core.stream import Batch
+from tta import augment
+
+
+class CoTTA(TTAStrategy):
+    """Student, teacher (moving average) and anchor (source copy) of one network.
+
+    Args:
+        backbone: any classifier; becomes the student.
+        seed: of the views and of the restoration.
+        optimizer: `sgd` (reads `momentum`, `nesterov`) or `adam` (reads `betas`).
+        loss: `ce`: H(teacher, student); `sce`: mean of both directions.
+        threshold: anchor confidence below which the views replace the clean teacher.
+        gate: `batch` compares the mean confidence, `sample` decides for each image.
+        views: transformed copies of the batch that are averaged.
+        average: of the views' `logits`, or of their `probabilities` (returned as logarithms).
+        always_draw: consume the random numbers of the views even where they are not needed.
+        restore_prob: chance per weight and update of returning to its source value.
+        ema: weight of the old teacher in the moving average.
+        steps: updates per batch, at least 1.
+        episodic: back to the source before each batch.
+        mode: of all three networks while adapting; decides on dropout and stochastic depth only.
+        rng: `reference` draws everything from one CPU generator in the code's order; `device`
+            draws noise and masks where the weights are (other numbers, same distribution).
+
+    One image and a short last batch adapt like any other batch; only a map of a single pixel for
+    a single image raises a UserError.
+    """
+
+    needs = frozenset({"head"})
+    batch_dependent = True
+    seen: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        seed: int,
+        optimizer: Literal["sgd", "adam"],
+        lr: float,
+        momentum: float,
+        nesterov: bool,
+        betas: Sequence[float],
+        weight_decay: float,
+        loss: Literal["ce", "sce"],
+        threshold: float,
+        gate: Literal["batch", "sample"],
+        views: int,
+        average: Literal["logits", "probabilities"],
+        always_draw: bool,
+        restore_prob: float,
+        ema: float,
+        steps: int,
+        episodic: bool,
+        mode: Literal["train", "eval"],
+        rng: Literal["reference", "device"],
+    ) -> None:
+        super().__init__(backbone, seed=seed)
+        for key, value in (("steps", steps), ("views", views)):
+            if value < 1:
+                raise UserError(f"strategy.{key} must be at least 1, got {value}")
+        self.symmetric, self.gate, self.average = loss == "sce", gate, average
+        self.threshold, self.views, self.always_draw = threshold, views, always_draw
+        self.restore_prob, self.ema = restore_prob, ema
+        self.steps, self.episodic = steps, episodic
+
+        trained = list(collect_parameters(backbone.net).values())
+        train_only(self.backbone.train(mode == "train"), trained)
+        use_batch_statistics(backbone.net)
+        self.teacher = deepcopy(backbone).requires_grad_(False)
+        self.anchor = deepcopy(backbone).requires_grad_(False)
+        sources = collect_parameters(self.anchor.net).values()
+        self.restorable = list(zip(trained, sources, strict=True))
+        self.optimizer = make_optimizer(
+            trained,
+            optimizer,
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            betas=betas,
+            weight_decay=weight_decay,
+        )
+        self._unused = deepcopy(self.optimizer.state_dict())
+        self.on_device = rng == "device"
+        # Both are made now: `restore` can only set a generator that is on the right device.
+        self.rng("method")
+        self._bulk()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def frozen(self) -> set[str]:
+        """The anchor never changes and is rebuilt from the pretrained weights."""
+        return super().frozen() | {f"anchor.{name}" for name in self.anchor.state_dict()}
+
+    def begin_stream(self, source: Callable[[], Iterator[Batch]] | None) -> None:
+        """Nothing to prepare: the start is the anchor, so no further copy is kept."""
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Student and teacher equal the source, the optimiser is unused; generators run on."""
+        for network in (self.backbone, self.teacher):
+            network.load_state_dict(self.anchor.state_dict())
+        assert self.optimizer is not None
+        self.optimizer.load_state_dict(deepcopy(self._unused))
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores of the teacher on the images as they are; dropout is off whatever the mode."""
+        with evaluating(self.teacher):
+            return self.teacher(x)
+
+    def adapt(self, x: Tensor) -> Tensor:
+        """The teacher's target [B, C] from before the (last) update on this batch.
+
+        Raises:
+            UserError: when the loss is not finite; nothing is updated then.
+        """
+        if self.episodic:
+            self.reset()
+        self.seen += 1
+        for _ in range(self.steps - 1):
+            self._update(x)
+        return self._update(x)
+
+    @torch.enable_grad()
+    def _update(self, x: Tensor) -> Tensor:
+        logits = self.backbone(x)
+        target = self.target(x)
+        loss = self.loss(logits, target)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"strategy=cotta: the loss of batch {int(self.seen)} is {loss.item()}; the weights "
+                f"diverged, and restoring {self.restore_prob:.2%} of them per update cannot heal "
+                "that. Lower strategy.lr, or reset between domains."
+            )
+        loss.backward()
+        assert self.optimizer is not None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average_teacher()
+        self.restore_weights()
+        return target
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy of the student's `logits` [B, C] against the teacher's `target`."""
+        forward = (target.softmax(1) * logits.log_softmax(1)).sum(1)
+        if not self.symmetric:
+            return -forward.mean(0)
+        backward = (logits.softmax(1) * target.log_softmax(1)).sum(1)
+        return (-0.5 * forward - 0.5 * backward).mean(0)
+
+    @torch.no_grad()
+    def target(self, x: Tensor) -> Tensor:
+        """What the student learns, and what is returned: logits [B, C] of the teacher."""
+        confidence = self.anchor(x).softmax(1).amax(1)
+        if self.gate == "batch":
+            confidence = confidence.mean(0, keepdim=True)
+        unsure = confidence < self.threshold  # [1] or [B]
+        some, every = torch.stack([unsure.any(), unsure.all()]).tolist()
+        if not some:
+            if self.always_draw:
+                for _ in range(self.views):
+                    self.draw(x)
+            return self.teacher(x)
+        averaged = self._average([self.teacher(self.augment(x)) for _ in range(self.views)])
+        return averaged if every else torch.where(unsure[:, None], averaged, self.teacher(x))
+
+    def _average(self, scores: list[Tensor]) -> Tensor:
+        if self.average == "logits":
+            return torch.stack(scores).mean(0)
+        logs = torch.stack([s.log_softmax(1) for s in scores])
+        return logs.logsumexp(0) - math.log(len(scores))  # a mean of underflows is not -inf
+
+    def _bulk(self) -> torch.Generator:
+        return self.rng("device", self.device) if self.on_device else self.rng("method")
+
+    def draw(self, x: Tensor) -> augment.Draws:
+        """Random numbers of one view of `x`."""
+        return augment.draw(self.rng("method"), x.shape, noise=self._bulk())
+
+    def augment(self, x: Tensor) -> Tensor:
+        """One random view of the batch `x`."""
+        return augment.apply(x, self.draw(x))
+
+    @torch.no_grad()
+    def average_teacher(self) -> None:
+        """`teacher = ema * teacher + (1 - ema) * student` for every parameter."""
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.backbone.parameters())
+        # Three operations, not a fused one, round like the reference.
+        share = torch._foreach_mul(student, 1 - self.ema)
+        torch._foreach_mul_(teacher, self.ema)
+        torch._foreach_add_(teacher, share)
+
+    def restore_mask(self, parameter: Tensor) -> Tensor:
+        """Boolean, shaped like `parameter`: True where it returns to its source value."""
+        numbers = self._bulk()
+        uniform = torch.rand(
+            parameter.shape, generator=numbers, device=numbers.device, dtype=torch.float32
+        )
+        return (uniform < self.restore_prob).to(parameter.device)
+
+    @torch.no_grad()
+    def restore_weights(self) -> None:
+        """Put a random subset of the optimised weights back to the source."""
+        for parameter, source in self.restorable:
+            parameter.copy_(torch.where(self.restore_mask(parameter), source, parameter))
