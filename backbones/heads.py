@@ -1,0 +1,109 @@
+"""Classifiers that grow with the classes: a linear one and one of class means.
+
+`ExpandingLinear` starts new rows as LAMDA-PILOT 5240714 (`backbone/linears.py`, SimpleLinear) does.
+`PrototypeHead` is the cosine classifier of SimpleCIL (arXiv 2303.07338) in the same repository.
+
+Deviations: PILOT draws all rows again at every growth and then copies the old ones over them; here
+only new rows are drawn, from the same distribution. PILOT stores the means; here sums and counts
+are kept, so images of a class may arrive in any number of calls.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ExpandingLinear(nn.Module):
+    """Linear layer D -> C whose C starts at 0.
+
+    Args:
+        dim: length D of a feature vector.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(0, dim))
+        self.bias = nn.Parameter(torch.empty(0))
+
+    @property
+    def classes(self) -> int:
+        return len(self.weight)
+
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        """Append rows up to `classes` in all; existing rows are copied bit by bit.
+
+        New weights are Kaiming-uniform with linear gain, U(-sqrt(3/D), sqrt(3/D)), new biases 0.
+        The parameters are new objects, so an optimiser has to be made afterwards.
+
+        Args:
+            generator: CPU generator of the initial weights.
+        """
+        added = classes - self.classes
+        if added <= 0:
+            return
+        new = torch.empty(added, self.weight.shape[1])
+        bound = (3 / self.weight.shape[1]) ** 0.5
+        new.uniform_(-bound, bound, generator=generator)
+        old = self.weight.detach()
+        self.weight = nn.Parameter(torch.cat([old, new.to(old)]))
+        self.bias = nn.Parameter(F.pad(self.bias.detach(), (0, added)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C]."""
+        return F.linear(features, self.weight, self.bias)
+
+
+class PrototypeHead(nn.Module):
+    """Cosine similarity with class means; nothing is trained.
+
+    Sums (float64) and counts are kept, so that further images of a known class update its mean
+    exactly. A class without images has a zero row and scores 0.
+
+    Args:
+        dim: length D of a feature vector.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(0, dim, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
+
+    @property
+    def classes(self) -> int:
+        return len(self.counts)
+
+    @property
+    def weight(self) -> Tensor:
+        """Class means, float32 [C, D]."""
+        return (self.sums / self.counts.clamp_min(1)[:, None]).float()
+
+    def grow(self, classes: int) -> None:
+        """Append zero rows up to `classes` in all."""
+        added = max(0, classes - self.classes)
+        self.sums = F.pad(self.sums, (0, 0, 0, added))
+        self.counts = F.pad(self.counts, (0, added))
+
+    @torch.no_grad()
+    def update(self, features: Tensor, y: Tensor) -> None:
+        """Add images to their classes: features float [B, D], y int64 [B] below C.
+
+        Raises:
+            ValueError: for a NaN or an infinity, naming the class.
+        """
+        bad = ~features.isfinite().all(1)
+        if bad.any():
+            raise ValueError(f"non-finite feature of an image of class {int(y[bad][0])}")
+        # A product, not index_add: sums on a GPU then do not depend on the order of its threads.
+        member = y[:, None] == torch.arange(self.classes, device=y.device)
+        self.sums += member.double().T @ features.double()
+        self.counts += member.sum(0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Cosines float [B, C] of features [B, D]."""
+        weight = self.weight.to(features.dtype)
+        return F.linear(F.normalize(features, dim=1), F.normalize(weight, dim=1))
