@@ -49,7 +49,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is type(None) or kind is None:
         return value is None
     target = origin or kind
-    if isinstance(value, list) and target in (tuple, list) or target.__module__ == "collections.abc":
+    if (
+        isinstance(value, list) and target in (tuple, list)
+    ) or target.__module__ == "collections.abc":
         return isinstance(value, list) and all(_fits(v, args[0]) for v in value if args)
     return isinstance(value, target) if isinstance(target, type) else True
 

@@ -6,7 +6,6 @@ import os
 import pickle
 import signal
 from collections.abc import Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 

@@ -50,7 +50,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     cells = [list(head), *(list(r) for r in rows)]
     width = [max(len(r[i]) for r in cells) for i in range(len(head))]
     lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, width)))
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(r, width, strict=True))
+        )
         for r in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

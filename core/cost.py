@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.strategy import Strategy
 
@@ -16,12 +16,11 @@ from core.strategy import Strategy
 class Costs:
     """Passes and seconds of the learning steps, without data loading and without evaluation."""
 
-    def __init__(self, backbone: nn.Module, device: torch.device) -> None:
-        self.passes = backbone.passes
+    def __init__(self, backbone: Any, device: torch.device) -> None:
+        self.passes = backbone.passes  # counts the images of every forward and backward
         self.device = device
         self.forward = self.backward = self.images = self.steps = 0
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        self.seconds: Tensor | float = 0.0
+        self.seconds = 0.0
 
     @contextmanager
     def step(self, images: int) -> Iterator[None]:
@@ -42,9 +41,7 @@ class Costs:
             torch.cuda.synchronize(self.device)
 
     def snapshot(self) -> dict[str, Any]:
-        return {
-            k: getattr(self, k) for k in ("forward", "backward", "images", "steps")
-        }
+        return {k: getattr(self, k) for k in ("forward", "backward", "images", "steps")}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for key, value in state.items():
@@ -87,7 +84,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak since `reset_peak_memory` in MiB: allocated on a GPU, resident (whole process) on CPU."""
+    """Peak since `reset_peak_memory` in MiB: GPU allocations, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

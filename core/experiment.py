@@ -21,6 +21,7 @@ from core.checkpoint import Checkpointer, Signals, Stopped
 from core.console import Console, table
 from core.errors import UserError
 from core.record import (
+    VOLATILE,
     Lock,
     RunLogger,
     environment,
@@ -51,7 +52,8 @@ def load_option(group: str, name: str) -> DictConfig:
 def complete(cfg: DictConfig) -> DictConfig:
     """Fill in what depends on whether real data is given: label and backbone.
 
-    Without `data.root` everything is embedded and labelled so; with it nothing is.
+    Without `data.root` everything is embedded and labelled so, with it nothing is. Corruptions
+    made on the fly from real images are labelled as well: they are not the released files.
     """
     cfg = cfg.copy()
     real = cfg.data.root is not None
@@ -64,7 +66,10 @@ def complete(cfg: DictConfig) -> DictConfig:
         for key, value in defaults["real" if real else "embedded"].items():
             if cfg.scenario[key] is None:
                 cfg.scenario[key] = value
-        cfg.scenario.label = label if real else f"{label}[embedded]"
+        made = cfg.scenario.get("corrupt") == "on_the_fly"
+        cfg.scenario.label = (
+            label + ("[on_the_fly]" if made else "") if real else f"{label}[embedded]"
+        )
     return cfg
 
 
@@ -188,7 +193,9 @@ def _execute(
             "gain": reference(result["metrics"], source["metrics"]),
         }
     if cfg.reference is not None:
-        summary["reference"] = OmegaConf.to_container(cfg.reference, resolve=True)
+        as_published = "[" not in stream.name and _only_volatile(overrides)
+        rows: Any = OmegaConf.to_container(cfg.reference, resolve=True)
+        summary["reference"] = [{**r, "comparable": r["comparable"] and as_published} for r in rows]
     log.finish(summary)
     if not cfg.checkpoint.keep:
         checkpoint.remove()
@@ -209,7 +216,9 @@ def _device(cfg: DictConfig) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"runtime.device={name} is no device; use auto, cpu or cuda[:n]") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"runtime.device={name}, but torch sees no GPU here; use runtime.device=cpu")
+        raise UserError(
+            f"runtime.device={name}, but torch sees no GPU here; use runtime.device=cpu"
+        )
     return device
 
 
@@ -250,6 +259,12 @@ def _checkpoint_hash(cfg: DictConfig) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _only_volatile(overrides: list[str]) -> bool:
+    """Whether nothing was typed that makes a preset another experiment."""
+    keys = {o.split("=")[0].lstrip("+~") for o in overrides}
+    return all(k in ("experiment", "seed") or k.split(".")[0] in {*VOLATILE, "data"} for k in keys)
+
+
 def _sinks(cfg: DictConfig, folder: Path, about: dict[str, Any]) -> list[WandbSink]:
     if cfg.logger.wandb is None:
         return []
@@ -280,7 +295,7 @@ def _check_kind(cfg: DictConfig, stream: Stream) -> type[Strategy]:
     if not issubclass(kind, wanted):
         fitting = []
         for path in sorted((CONF / "strategy").glob("*.yaml")):
-            target = str(OmegaConf.load(path).get("_target_"))
+            target = str(load_option("strategy", path.stem)._target_)
             if target.startswith("cl." if wanted is CLStrategy else "tta."):
                 fitting.append(path.stem)
         what = "a stream of tasks" if wanted is CLStrategy else "a stream of shifts"
@@ -324,9 +339,7 @@ def _check_needs(cfg: DictConfig, strategy: Strategy, stream: Stream, backbone: 
 # ------------------------------------------------------------------------------ folders
 
 
-def _folder(
-    place: Path, name: str, on_exists: str
-) -> tuple[Path, dict[str, Any] | None]:
+def _folder(place: Path, name: str, on_exists: str) -> tuple[Path, dict[str, Any] | None]:
     """The folder to work in, and the summary if it is finished and shall be kept."""
     if on_exists not in ("skip", "rerun", "error"):
         raise UserError(f"on_exists must be skip, rerun or error, got {on_exists!r}")
@@ -374,7 +387,7 @@ def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:
         cfg.strategy = load_option("strategy", "source")
         cfg.reference, cfg.on_exists = None, "skip"
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
-        cfg.scenario.label = cfg.scenario.label.removesuffix("[embedded]")
+        cfg.scenario.label = cfg.scenario.label.split("[")[0]
     console.say("source error on this stream first (kept as a run of its own) ...")
     with warnings.catch_warnings():
         return run_experiment(cfg, ["strategy=source"], quiet=True)
@@ -405,13 +418,12 @@ def _table(summary: dict[str, Any]) -> str:
         for k in domains
     ]
     mean = [f"{m['err_mean']:.1f}" for m in ([source] if source else []) + [metrics]]
-    rows.append(("mean", *mean))
+    rows = [*rows, ("mean", *mean)]
     names = ("plasticity", "stability", "forgetting", "source_forgetting")
     kept = [f"{k} {metrics[k]:.2f}" for k in names if k in metrics]
     if kept:
         foot.insert(0, ", ".join(kept))
     for row in summary.get("reference") or []:
-        comparable = row.get("comparable", True) and summary["data"]["label_space"] != "embedded"
-        against = f"ours {metrics['err_mean']:.1f}" if comparable else "not comparable"
+        against = f"ours {metrics[row['metric']]:.1f}" if row["comparable"] else "not comparable"
         foot.append(f"published {row['value']} ({row['source']}; {row['status']}): {against}")
     return "\n".join([title, table(head, rows), *foot])

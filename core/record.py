@@ -80,7 +80,7 @@ def git_state() -> tuple[dict[str, Any], str]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and threads: what else could move a number."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("torch", "torchvision", "timm", "numpy", "hydra-core", "omegaconf", "pillow"):
         try:
             packages[name] = importlib.metadata.version(name)
@@ -101,7 +101,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _cpu() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
         return names[0] if names else platform.machine()
     except OSError:
         return platform.machine()
@@ -155,7 +157,7 @@ class RunLogger:
     def path(self, table: str) -> Path:
         return self.folder / f"{table}.jsonl"
 
-    def log(self, table: str, **values: float | int | str | None | Tensor) -> None:
+    def log(self, table: str, **values: float | int | str | Tensor | None) -> None:
         """Add a row; 0-dim tensors stay on their device until `flush`."""
         self._pending.append((table, values))
 

@@ -33,7 +33,8 @@ def seed_all(seed: int) -> None:
 def rng_state() -> dict[str, Any]:
     """State of every global generator, as tensors and plain values (`weights_only`-loadable)."""
     version, words, gauss = random.getstate()
-    kind, keys, pos, has_gauss, cached = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, pos, has_gauss, cached = legacy
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, cached],

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -17,11 +18,14 @@ class Batch(NamedTuple):
     index: Tensor  # int64 [B], row in the image set
     domain: Tensor  # int64 [B], position in the stream's list of domains (0 where there is one)
 
-    def to(self, device: object) -> Batch:
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 
-Batches = Callable[..., Iterator[Batch]]
+# None stands for a batch of which every image was skipped (data.on_error=skip).
+Batches = Callable[..., Iterator[Batch | None]]
+Images = Callable[..., Iterator[Batch]]
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class Task:
     classes: range  # label positions introduced here, contiguous after the class order is applied
     steps: int  # batches per training epoch, for schedules
     train: Batches = field(repr=False)  # (epoch, start=0): shuffled, training pipeline
-    fit: Batches = field(repr=False)  # (): training images, test pipeline, fixed order
-    test: Batches = field(repr=False)  # (): test images of these classes
+    fit: Images = field(repr=False)  # (): training images, test pipeline, fixed order
+    test: Images = field(repr=False)  # (): test images of these classes
 
 
 @dataclass(frozen=True)
@@ -73,5 +77,5 @@ class ShiftStream:
     probes: Mapping[int, Batches] = field(default_factory=dict)  # domain -> images scored as is
     probe_every: int = 1  # segments between two evaluations of the probes
     holdout: Batches | None = None  # clean images, for source forgetting
-    source: Batches | None = None  # labelled source images for a warm-up phase
+    source: Images | None = None  # labelled source images for a warm-up phase
     provides: frozenset[str] = frozenset()

@@ -29,7 +29,9 @@ def export(archive: Path, folder: Path) -> int:
     images = next((a for a in arrays.values() if a.ndim == 4 and a.dtype == np.uint8), None)
     if images is None:
         raise ValueError(f"{archive}: no uint8 array [N, H, W, 3]")
-    labels = next((a for a in arrays.values() if a.shape == images.shape[:1] and a.dtype.kind in "iu"), None)
+    labels = next(
+        (a for a in arrays.values() if a.shape == images.shape[:1] and a.dtype.kind in "iu"), None
+    )
     if labels is None:
         raise ValueError(f"{archive}: no integer array [{len(images)}] of labels")
     names = next(

@@ -18,7 +18,9 @@ from streams.pipelines import Geometry, Name, Pipeline
 from streams.pipelines import pipeline as make_pipeline
 
 
-def order_of_classes(classes: int, order: Literal["seeded", "fixed"] | list[int], seed: int) -> list[int]:
+def order_of_classes(
+    classes: int, order: Literal["seeded", "fixed"] | list[int], seed: int
+) -> list[int]:
     """Class ids in the order in which they are learned.
 
     `seeded` is the permutation of NumPy's legacy generator, as in LAMDA-PILOT and its family
@@ -157,7 +159,7 @@ def split_stream(
                 test=partial(fixed_batches, "test", rows(test, classes)),
             )
         )
-    facts = {
+    facts: dict[str, object] = {
         "classes": train.num_classes,
         "class_order": order,
         "task_sizes": sizes,

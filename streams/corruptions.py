@@ -161,7 +161,7 @@ _PARAMETERS: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
-# --------------------------------------------------------------------------- shared arithmetic
+# --------------------------------------------------------------------------- common arithmetic
 
 
 def _unit(image: Array, dtype: type = np.float64) -> Array:

@@ -147,9 +147,7 @@ def imagenet_clean(root: Path) -> Files:
                 raise UserError(f"{base / 'labels.csv'}: class_index must lie in 0..999")
             return Files(base, [r["filename"] for r in rows], labels, wnids())
     for base in (root / "imagenet" / "val", root / "ImageNet" / "val", root / "val", root):
-        if base.is_dir() and any(
-            e.is_dir() and e.name.startswith("n0") for e in os.scandir(base)
-        ):
+        if base.is_dir() and any(e.is_dir() and e.name.startswith("n0") for e in os.scandir(base)):
             return canonical(image_folder(base, expected("imagenet")))
     raise UserError(f"no clean ImageNet images under data.root={root}. {expected('imagenet')}")
 

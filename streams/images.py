@@ -21,8 +21,10 @@ class ImageSet(Protocol):
 
     labels: np.ndarray  # int64 [N]
     num_classes: int
-    class_names: Sequence[str]
     fingerprint: str  # changes when the images change, as far as can be told without decoding
+
+    @property
+    def class_names(self) -> Sequence[str]: ...
 
     def image(self, row: int) -> Image.Image: ...
 
@@ -61,7 +63,9 @@ class Arrays:
         self.labels = labels.astype(np.int64)
         self.class_names = class_names
         self.num_classes = len(class_names)
-        self.fingerprint = fingerprint(pixels.shape, self.labels, pixels[:: max(1, len(pixels) // 64)])
+        self.fingerprint = fingerprint(
+            pixels.shape, self.labels, pixels[:: max(1, len(pixels) // 64)]
+        )
 
     def image(self, row: int) -> Image.Image:
         return Image.fromarray(self.pixels[row])

@@ -56,17 +56,17 @@ class _Items(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, item: int) -> tuple[int, np.ndarray | str]:
-        row, domain = int(self.rows.row[item]), int(self.rows.domain[item])
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
+        row, domain = int(self.rows.row[index]), int(self.rows.domain[index])
         try:
             image = self.sets[domain].image(row)
         except ImageError as error:
-            return item, str(error)
+            return index, str(error)
         if self.seed is not None:  # a random pipeline: one draw per (epoch, row), not per worker
             image = seeded(self.change, image, derive(self.seed, domain, row))
         else:
             image = self.change(image)
-        return item, _pixels(image)
+        return index, _pixels(image)
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

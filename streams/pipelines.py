@@ -45,7 +45,9 @@ def pipeline(name: Name, geometry: Geometry, *, train: bool, cifar: bool) -> Pip
     if name == "raw":
         return lambda image: image
     if name == "plain":
-        fit = T.Lambda(lambda i: i if i.size == (size, size) else T.functional.resize(i, [size, size]))
+        fit = T.Lambda(
+            lambda i: i if i.size == (size, size) else T.functional.resize(i, [size, size])
+        )
         return T.Compose([fit, T.RandomHorizontalFlip()] if train else [fit])
     if train:
         area, how = {

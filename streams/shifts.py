@@ -322,7 +322,7 @@ def _embedded(request: Request) -> Sources:
 
     count = request.images or 400
     stream, probe = images("test", count), images("probe", max(request.probe, request.clean))
-    options = {**request.generate, "preset": EMBEDDED_PRESET, "jpeg_quality": None}
+    options: dict[str, Any] = {**request.generate, "preset": EMBEDDED_PRESET, "jpeg_quality": None}
     return Sources(
         sets=_corrupted(stream, request.domains, "memory", **options),
         stream=np.arange(count),

@@ -1,4 +1,4 @@
-"""Fixtures: where real data lies, tiny data sets in the released layouts, composed configurations."""
+"""Fixtures: real data, tiny data sets in the released layouts, composed configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs on embedded images: every strategy runs, resumes bit for bit, and labels its output."""
+"""Whole runs on embedded images: they complete, resume bit for bit and label what they write."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_tta_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     assert again["run"]["folder"] == whole["run"]["folder"] + "-2"
 
 
-@pytest.mark.parametrize("strategy", sorted(FEW_EPOCHS & set(CL)))
+@pytest.mark.parametrize("strategy", ["finetune", "linear_probe"])  # those with training batches
 @pytest.mark.parametrize("batches", [1, 4, 7, 9])
 def test_cl_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     whole = run_experiment(configure(*settings(strategy)), [])
@@ -144,9 +144,7 @@ def test_same_seed_same_numbers_in_one_process(configure, strategy):
 
 def test_worker_processes_do_not_change_a_number(configure):
     base = run_experiment(configure(*settings("tent")), [])
-    more = run_experiment(
-        configure(*settings("tent"), "on_exists=rerun", "runtime.workers=2"), []
-    )
+    more = run_experiment(configure(*settings("tent"), "on_exists=rerun", "runtime.workers=2"), [])
     assert base["metrics"] == more["metrics"]
 
 
@@ -168,7 +166,7 @@ def test_matrix_of_a_source_run_has_equal_rows(configure):
     table = frame.pivot(index="after", columns="on", values="acc")
     assert list(table.index) == [-1, 0, 1, 2] and "clean" in table
     assert (table == table.iloc[0]).all().all()
-    assert summary["metrics"]["forgetting"] == 0 and summary["metrics"]["stability"] == 1
+    assert summary["metrics"]["forgetting"] == 0 and summary["metrics"]["stability"] == 100
 
 
 def test_batch_of_one_and_short_last_batch(configure):
@@ -188,6 +186,7 @@ def test_labels_outside_the_head_are_refused(configure):
 
 
 def test_damaged_checkpoint_is_explained(configure, monkeypatch):
+    run_experiment(configure(*settings("source")), [])  # so that the kill does not hit this one
     cfg = configure(*settings("tent"), "checkpoint.every=1")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)

@@ -270,7 +270,7 @@ def test_batches_are_float_in_unit_range_and_keep_the_short_last_one(configure):
     for batch in make(small(configure)).segments[0].batches():
         sizes.append(len(batch.y))
         assert batch.x.dtype == torch.float32 and batch.x.shape[1:] == (3, 32, 32)
-        assert 0 <= batch.x.min() and batch.x.max() <= 1
+        assert batch.x.min() >= 0 and batch.x.max() <= 1
     assert sizes == [16, 16, 8]
 
 
@@ -298,7 +298,9 @@ def test_cifar_c_reads_the_rows_of_a_severity(configure, cifar10_c_root):
     stream = make(cfg)
     batch = next(iter(stream.segments[1].batches()))
     want = np.load(cifar10_c_root / "CIFAR-10-C" / "fog.npy")[20:30]
-    assert torch.equal((batch.x * 255).round().to(torch.uint8), torch.from_numpy(want).movedim(3, 1))
+    assert torch.equal(
+        (batch.x * 255).round().to(torch.uint8), torch.from_numpy(want).movedim(3, 1)
+    )
     assert batch.index.tolist() == list(range(10))
     cfg.scenario.corruptions = ["gaussian_noise", "fog", "snow"]
     with pytest.raises(UserError, match=r"lacks 1 of 4 files: snow\.npy"):
