@@ -53,7 +53,8 @@ def run(cfg: DictConfig) -> float | None:
 def explain(error: BaseException) -> str:
     """A Hydra or OmegaConf error in one short message, with the nearest valid name."""
     text = str(error)
-    if found := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+    found = re.search(r"Could not find '([^/']+)/([^']+)'", text)
+    if found and (CONF / found.group(1)).is_dir():
         group, given = found.groups()
         options = sorted(
             p.relative_to(CONF / group).with_suffix("").as_posix()

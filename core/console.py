@@ -9,15 +9,19 @@ from tqdm import tqdm
 
 
 class Console:
-    """Prints to stderr-safe stdout with a prefix, and owns the progress bar."""
+    """Prints to standard output with a prefix, and owns the progress bar.
+
+    Args:
+        quiet: a run inside another one; it shows its progress bar and no lines.
+    """
 
     def __init__(self, label: str, quiet: bool = False) -> None:
         self.label, self.quiet = label, quiet
         self._bar: tqdm | None = None
 
-    def say(self, text: str) -> None:
-        """Print one message; every line of it carries the label."""
-        if self.quiet:
+    def say(self, text: str, *, always: bool = False) -> None:
+        """Print one message, every line with the label; `always`: on a quiet console too."""
+        if self.quiet and not always:
             return
         for line in text.splitlines():
             tqdm.write(f"{self.label} | {line}", file=sys.stdout)
@@ -30,7 +34,7 @@ class Console:
             initial=done,
             desc=f"{self.label} | {what}",
             unit="batch",
-            disable=True if self.quiet else None,
+            disable=None,
             dynamic_ncols=True,
             leave=False,
         )

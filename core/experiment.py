@@ -172,7 +172,7 @@ def _execute(
         except (Stopped, KeyboardInterrupt) as stop:
             console.stop()
             log.close()
-            console.say(f"stopped; the same command goes on from here: {folder}")
+            console.say(f"stopped; the same command goes on from here: {folder}", always=True)
             raise stop
         except Exception as error:
             console.stop()

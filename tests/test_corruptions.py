@@ -1,0 +1,524 @@
+"""Image corruptions: the reference's outputs, its statistics, and facts that need no data."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from streams import corruptions as C
+
+ALL = C.STANDARD + C.EXTRA
+PRESETS = {"imagenet": "imagenet224", "cifar": "cifar32"}
+SEVERITIES = (1, 3, 5)
+DETERMINISTIC = (
+    "defocus_blur",
+    "zoom_blur",
+    "brightness",
+    "contrast",
+    "pixelate",
+    "jpeg_compression",
+    "gaussian_blur",
+    "saturate",
+)
+SEEDED = (
+    "glass_blur",
+    "motion_blur",
+    "snow",
+    "frost",
+    "fog",
+    "elastic_transform",
+    "spatter",
+)
+STATISTICS = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", *SEEDED)
+# Per corruption: largest difference in levels, and the largest share of values that may differ.
+EXACT = (0, 0.0)
+TOLERANCE = {
+    "defocus_blur": (1, 1e-3),
+    "gaussian_blur": (1, 1e-3),
+    "zoom_blur": (1, 1e-4),
+    "motion_blur": (1, 1e-2),
+    "snow": (2, 1e-2),
+    "elastic_transform": (4, 0.15),
+    "spatter": (1, 1e-3),
+}
+
+
+def picture(h: int = 64, w: int = 64, seed: int = 0) -> np.ndarray:
+    """Cloudy random colours with the 1/f spectrum of photographs, uint8 [h, w, 3]."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None, :])
+    frequency[0, 0] = np.inf
+    noise = np.fft.rfft2(rng.normal(size=(3, h, w))) / frequency**1.3
+    planes = np.fft.irfft2(noise, s=(h, w))
+    planes *= 45 / planes.std(axis=(1, 2), keepdims=True)
+    return np.clip(planes.transpose(1, 2, 0) + 120, 0, 255).astype(np.uint8)
+
+
+def flat(colour: tuple[int, int, int], side: int = 40) -> np.ndarray:
+    """An image of one colour."""
+    return np.full((side, side, 3), colour, dtype=np.uint8)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB."""
+    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
+
+
+def levels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Absolute differences as integers."""
+    return np.abs(a.astype(int) - b.astype(int))
+
+
+# ------------------------------------------------------------------ the reference's outputs
+
+
+@lru_cache(maxsize=1)
+def _golden(path: str) -> dict[str, np.ndarray]:
+    with np.load(path) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+@pytest.fixture
+def golden() -> dict[str, np.ndarray]:
+    """Outputs of the reference code."""
+    path = Path(os.environ.get("REALDATA", "")) / "corruption_golden" / "golden.npz"
+    if not os.environ.get("REALDATA") or not path.is_file():
+        pytest.skip("REALDATA names no folder with corruption_golden/golden.npz")
+    return _golden(str(path))
+
+
+def frost_dir(name: str) -> Path | None:
+    """The frost photographs, where the test needs them."""
+    if name != "frost":
+        return None
+    folder = Path(os.environ.get("REALDATA", "")) / "frost"
+    if not all((folder / file).is_file() for file in C.FROST_FILES):
+        pytest.skip("REALDATA has no folder frost with the reference's photographs")
+    return folder
+
+
+def check(name: str, own: np.ndarray, expected: np.ndarray) -> None:
+    """Compares with the tolerance of the corruption."""
+    difference = levels(own, expected)
+    most, share = TOLERANCE.get(name, EXACT)
+    assert difference.max() <= most
+    assert np.mean(difference > 0) <= share
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("severity", SEVERITIES)
+@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_deterministic_corruptions_equal_the_reference(golden, preset, name, severity):
+    image = golden[f"clean/{PRESETS[preset]}"]
+    own = C.corrupt(image, name, severity, preset=preset)
+    check(name, own, golden[f"exact/{PRESETS[preset]}/{name}/{severity}"])
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("severity", SEVERITIES)
+@pytest.mark.parametrize("name", SEEDED)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_random_corruptions_equal_the_reference_given_its_draws(golden, preset, name, severity):
+    image = golden[f"clean/{PRESETS[preset]}"]
+    folder = frost_dir(name)
+    draws = C.draw(
+        name,
+        severity,
+        image.shape[:2],
+        preset=preset,
+        rng=np.random.RandomState(0),
+        frost_dir=folder,
+    )
+    own = C.apply(image, name, severity, draws, preset=preset, frost_dir=folder)
+    check(name, own, golden[f"seed0/{PRESETS[preset]}/{name}/{severity}"])
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("severity", SEVERITIES)
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_statistics_equal_the_reference(golden, preset, name, severity):
+    image = golden[f"clean/{PRESETS[preset]}"]
+    folder = frost_dir(name)
+    rows = []
+    for index in range(16 if preset == "imagenet" else 32):
+        own = C.corrupt(image, name, severity, preset=preset, index=index, frost_dir=folder)
+        values = own.astype(np.float64)
+        rows.append([*values.mean((0, 1)), *values.std((0, 1)), psnr(own, image)])
+    mean, error = golden[f"stat/{PRESETS[preset]}/{name}/{severity}"]
+    own_error = np.std(rows, axis=0, ddof=1) / np.sqrt(len(rows))
+    limit = 5 * np.hypot(error, own_error) + 0.05
+    assert (np.abs(np.mean(rows, axis=0) - mean) <= limit).all()
+
+
+# ------------------------------------------------------------------ interface
+
+
+def test_names():
+    assert len(C.STANDARD) == 15 and len(C.EXTRA) == 4 and len(set(ALL)) == 19
+    assert isinstance(C.VERSION, int)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ALL)
+def test_types_sizes_and_input(name, preset):
+    for severity, size in ((1, (32, 32)), (5, (32, 32)), (3, (47, 33)), (5, (96, 130))):
+        image = picture(*size)
+        image.flags.writeable = False
+        before = image.copy()
+        own = C.corrupt(image, name, severity, preset=preset)
+        assert own.dtype == np.uint8 and own.shape == image.shape
+        assert own.flags.c_contiguous and own.flags.writeable
+        assert not np.shares_memory(own, image)
+        assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_largest_size(name):
+    image = picture(512, 320)
+    assert C.corrupt(image, name, 5).shape == image.shape
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_draws_belong_to_the_image_and_not_to_the_visit(name):
+    images = [picture(seed=i) for i in range(4)]
+
+    def make(i: int) -> np.ndarray:
+        return C.corrupt(images[i], name, 4, preset="cifar", seed=3, index=i)
+
+    forward = [make(i) for i in range(4)]
+    backward = [make(i) for i in reversed(range(4))][::-1]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(make, range(4)))
+    for a, b, c in zip(forward, backward, together, strict=True):
+        assert np.array_equal(a, b) and np.array_equal(a, c)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n not in DETERMINISTIC])
+def test_other_seed_index_or_severity_means_other_draws(name):
+    def draws(seed: int, severity: int, index: int) -> list[np.ndarray]:
+        rng = C.generator(seed, name, severity, index)
+        return list(C.draw(name, 3, (40, 36), preset="imagenet", rng=rng).values())
+
+    base = draws(0, 1, 0)
+    assert base
+    assert all(np.array_equal(a, b) for a, b in zip(base, draws(0, 1, 0), strict=True))
+    for other in (draws(1, 1, 0), draws(0, 2, 0), draws(0, 1, 1)):
+        assert any(not np.array_equal(a, b) for a, b in zip(base, other, strict=True))
+
+
+def test_deterministic_corruptions_draw_nothing():
+    for name in DETERMINISTIC:
+        rng = np.random.default_rng(0)
+        state = rng.bit_generator.state
+        assert C.draw(name, 2, (32, 32), preset="cifar", rng=rng) == {}
+        assert rng.bit_generator.state == state
+
+
+def test_both_presets_differ():
+    image = picture()
+    for name in ALL:
+        a = C.corrupt(image, name, 3, preset="imagenet")
+        assert not np.array_equal(a, C.corrupt(image, name, 3, preset="cifar"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "defocus_blur"),
+        *("contrast", "brightness", "pixelate", "jpeg_compression", "gaussian_blur"),
+    ],
+)
+def test_severity_orders_the_distortion(name, preset):
+    image = picture(128, 128)
+    quality = [psnr(C.corrupt(image, name, s, preset=preset), image) for s in range(1, 6)]
+    assert quality == sorted(quality, reverse=True) and len(set(quality)) == 5
+
+
+def test_closing_jpeg_step():
+    image = picture()
+    own = C.corrupt(image, "contrast", 2, jpeg_quality=85)
+    buffer = io.BytesIO()
+    Image.fromarray(C.corrupt(image, "contrast", 2)).save(buffer, "JPEG", quality=85, optimize=True)
+    assert np.array_equal(own, np.array(Image.open(buffer)))
+
+
+# ------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "gausian_noise"}, "did you mean 'gaussian_noise'"),
+        ({"name": "rain"}, "unknown corruption 'rain'.*jpeg_compression"),
+        ({"severity": 0}, "severity must be from 1 to 5, got 0"),
+        ({"severity": 6}, "severity must be from 1 to 5, got 6"),
+        ({"severity": 2.0}, "severity must be an integer from 1 to 5, got 2.0"),
+        ({"preset": "tiny"}, "unknown preset 'tiny'; allowed: imagenet, cifar"),
+        ({"image": np.zeros((32, 32, 3))}, r"uint8 \[H, W, 3\], got float64"),
+        ({"image": np.zeros((32, 32), np.uint8)}, r"got uint8 \[32, 32\]"),
+        ({"image": np.zeros((3, 32, 32), np.uint8)}, r"got uint8 \[3, 32, 32\]"),
+        ({"image": [[0]]}, "NumPy array"),
+        ({"image": np.zeros((31, 64, 3), np.uint8)}, "31 x 64 px; both sides must be from 32 to"),
+        ({"image": np.zeros((64, 513, 3), np.uint8)}, "64 x 513 px"),
+        ({"seed": -1}, "seed and index must be >= 0, got seed -1"),
+        ({"index": -2}, "index -2"),
+        ({"jpeg_quality": 0}, "jpeg_quality must be from 1 to 95"),
+    ],
+)
+def test_errors_name_what_was_given_and_what_is_allowed(change, message):
+    given = {"image": np.zeros((32, 32, 3), np.uint8), "name": "fog", "severity": 1, **change}
+    with pytest.raises(ValueError, match=message):
+        C.corrupt(**given)
+
+
+def test_draws_of_another_size_or_corruption_are_refused():
+    image = picture(40, 40)
+    rng = np.random.default_rng(0)
+    draws = C.draw("snow", 1, (40, 44), preset="imagenet", rng=rng)
+    with pytest.raises(ValueError, match=r"shape \(40, 44\); this image needs \(40, 40\)"):
+        C.apply(image, "snow", 1, draws, preset="imagenet")
+    with pytest.raises(ValueError, match="draws lack 'shifts'"):
+        C.apply(image, "glass_blur", 1, draws, preset="imagenet")
+
+
+# ------------------------------------------------------------------ facts checked by hand
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (10, 100, 201)])
+def test_flat_images_stay_flat(colour):
+    image = flat(colour)
+    for name in ("motion_blur", "pixelate"):
+        assert np.array_equal(C.corrupt(image, name, 5), image)
+    # weights that sum to 1 - 1e-16 may lose one level to the truncation
+    for name in ("glass_blur", "zoom_blur", "gaussian_blur", "contrast"):
+        assert levels(C.corrupt(image, name, 5), image).max() <= 1
+    assert levels(C.corrupt(image, "defocus_blur", 3), image).max() <= 1
+    # the reference's kernel of radius 10 sums to 1.0108
+    assert levels(C.corrupt(image, "defocus_blur", 5), image).max() <= 3
+    assert levels(C.corrupt(image, "elastic_transform", 5), image).max() <= 1
+
+
+def test_black_stays_black_where_the_noise_is_multiplied():
+    black = flat((0, 0, 0))
+    for name in ("shot_noise", "speckle_noise", "fog"):
+        assert not C.corrupt(black, name, 5).any()
+
+
+def test_brightness_and_saturation_of_grey():
+    assert (C.corrupt(flat((0, 0, 0)), "brightness", 5) == 127).all()  # trunc(255 * .5)
+    assert (C.corrupt(flat((200, 200, 200)), "brightness", 5) == 255).all()
+    assert levels(C.corrupt(flat((90, 90, 90)), "saturate", 1), flat((90, 90, 90))).max() <= 1
+    reddish = C.corrupt(flat((90, 90, 90)), "saturate", 5)[0, 0]
+    assert reddish[0] == 90 and reddish[1] == reddish[2] < 90
+
+
+def test_hsv_against_the_standard_library():
+    values = np.random.default_rng(0).integers(0, 256, (40, 3))
+    values[:6] = [[0, 0, 0], [255, 255, 255], [9, 9, 9], [255, 0, 0], [0, 8, 8], [7, 0, 7]]
+    unit = values.reshape(-1, 1, 3) / 255
+    hsv = C._rgb_to_hsv(unit)
+    expected = np.array([colorsys.rgb_to_hsv(*row[0]) for row in unit])
+    np.testing.assert_allclose(np.stack(hsv, -1)[:, 0], expected, atol=1e-12)
+    np.testing.assert_allclose(C._hsv_to_rgb(*hsv), unit, atol=1e-12)
+
+
+def test_contrast_by_hand():
+    image = flat((0, 0, 0))
+    image[:, ::2] = 200  # mean 100, factor .4: 60 and 140
+    own = C.corrupt(image, "contrast", 1)
+    assert levels(own[0, 0], np.array(140)).max() <= 1
+    assert levels(own[0, 1], np.array(60)).max() <= 1
+
+
+def test_impulses_hit_single_channels():
+    image = np.full((200, 200, 3), 100, dtype=np.uint8)
+    own = C.corrupt(image, "impulse_noise", 5)
+    assert set(np.unique(own)) <= {0, 99, 100, 255}
+    assert abs(np.mean(own == 0) - 0.135) < 0.005 and abs(np.mean(own == 255) - 0.135) < 0.005
+    assert abs(np.mean((own == 255).all(-1)) - 0.135**3) < 0.003
+
+
+def test_impulses_against_scikit_image():
+    util = pytest.importorskip("skimage.util")
+    image = picture()
+    for severity, amount in enumerate(C._PARAMETERS["imagenet"]["impulse_noise"], start=1):
+        rng = np.random.default_rng(severity)
+        draws = C.draw("impulse_noise", severity, (64, 64), preset="imagenet", rng=rng)
+        own = C.apply(image, "impulse_noise", severity, draws, preset="imagenet")
+        noisy = util.random_noise(image / 255.0, mode="s&p", amount=amount, rng=severity)
+        assert np.array_equal(own, C._to_uint8(noisy))
+
+
+@pytest.mark.parametrize("photons", [3, 60, 500])
+def test_poisson_counts(photons):
+    stats = pytest.importorskip("scipy.stats")
+    table, start = C._poisson_table(photons)
+    uniform = np.random.default_rng(0).uniform(size=500)
+    for level in (0, 1, 77, 255):
+        counts = np.searchsorted(table, level + uniform, side="right") - start[level]
+        expected = stats.poisson.ppf(uniform, photons * level / 255)
+        assert np.array_equal(counts, np.maximum(expected, 0))
+
+
+def test_gaussian_filters_against_scipy():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    values = np.random.default_rng(0).uniform(size=(37, 50))
+    for sigma in (0.05, 0.4, 1.5, 6):
+        own = C._gaussian_blur_nearest(values, sigma)
+        assert np.array_equal(own, ndimage.gaussian_filter(values, sigma, mode="nearest"))
+    for sigma in (0.64, 2.44, 30):  # the last has a radius beyond the image
+        own = C._gaussian_matrix(37, sigma, 3.0) @ values @ C._gaussian_matrix(50, sigma, 3.0).T
+        expected = ndimage.gaussian_filter(values, sigma, mode="reflect", truncate=3.0)
+        np.testing.assert_allclose(own, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(32, 45), (224, 224)])
+def test_central_zoom_against_scipy(shape):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    values = np.random.default_rng(0).uniform(size=shape)
+    for factor in (1.0, 1.07, 1.3, 2.5, 4.5):
+        crop = [int(np.ceil(n / factor)) for n in shape]
+        first = [(n - c) // 2 for n, c in zip(shape, crop, strict=True)]
+        inside = values[first[0] : first[0] + crop[0], first[1] : first[1] + crop[1]]
+        large = ndimage.zoom(inside, factor, order=1)
+        trim = [(a - b) // 2 for a, b in zip(large.shape, shape, strict=True)]
+        expected = large[trim[0] : trim[0] + shape[0], trim[1] : trim[1] + shape[1]]
+        np.testing.assert_allclose(C._central_zoom(values, factor), expected, atol=1e-12)
+
+
+def test_number_of_zoom_factors():
+    for preset, expected in (("imagenet", (12, 16, 11, 13, 11)), ("cifar", (7, 12, 16, 21, 26))):
+        counts = [len(np.arange(1, *p)) for p in C._PARAMETERS[preset]["zoom_blur"]]
+        assert tuple(counts) == expected
+
+
+@pytest.mark.parametrize("severity", [1, 2, 5])
+def test_defocus_is_the_direct_correlation(severity):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    image = picture(48, 60)
+    kernel = C._disc_kernel(*C._PARAMETERS["imagenet"]["defocus_blur"][severity - 1])
+    assert kernel.sum() == pytest.approx(1.0108 if severity == 5 else 1, abs=1e-4)
+    sharp = image / 255.0
+    blurred = [ndimage.correlate(sharp[..., c], kernel, mode="mirror") for c in range(3)]
+    own = C.corrupt(image, "defocus_blur", severity)
+    assert levels(own, C._to_uint8(np.stack(blurred, -1))).max() <= 1
+
+
+@pytest.mark.parametrize("reach", [1, 2, 4])
+def test_glass_copies_equal_the_sequential_loop(reach):
+    h, w = 34, 41
+    rng = np.random.default_rng(reach)
+    sites = [(y, x) for y in range(h - reach, reach, -1) for x in range(w - reach, reach, -1)]
+    shifts = rng.integers(-reach, reach, size=(len(sites), 2))
+    pixels = np.arange(h * w).reshape(h, w)
+    for (y, x), (dx, dy) in zip(sites, shifts, strict=True):
+        pixels[y, x] = pixels[y + dy, x + dx]  # one way: the partner keeps its value
+    assert np.array_equal(C._glass_sources(shifts, reach, h, w), pixels.ravel())
+    assert len(np.unique(pixels)) < h * w
+
+
+def test_motion_by_hand():
+    image = np.zeros((40, 40, 3), np.uint8)
+    image[20, 20] = 255
+    own = C._motion(image, 2, 1.0, 0.0)[..., 0]  # reads to the right: the dot smears to the left
+    weights = np.exp(-(np.arange(5) ** 2) / 2)
+    expected = 255 * weights / weights.sum()
+    assert np.allclose(own[20, 20:15:-1], expected, atol=1) and own[20, 21] == 0
+    assert np.count_nonzero(own) == np.count_nonzero(expected >= 1)
+    down = C._motion(image, 2, 1.0, 90.0)[..., 0]
+    assert np.array_equal(down, own.T)
+
+
+def test_fog_surface():
+    params = C._PARAMETERS["imagenet"]["fog"][0]
+    rng = np.random.default_rng(0)
+    draws = C.draw("fog", 1, (224, 224), preset="imagenet", rng=rng)
+    assert sum(v.size for v in draws.values()) == 3 * (4**8 - 1) // 3  # every point but the first
+    surface = C._height_map(256, params[1], draws)
+    assert surface.min() == 0 and surface.max() == 1
+    # periodic: the seam is no rougher than the inside
+    inside = np.abs(np.diff(surface, axis=0)).mean()
+    assert np.abs(surface[0] - surface[-1]).mean() < 2 * inside
+
+
+def test_fog_keeps_the_maximum():
+    image = picture()
+    assert C.corrupt(image, "fog", 3).max() <= image.max()
+
+
+def test_edges_and_distances():
+    step = np.zeros((32, 40), np.uint8)
+    step[:, 20:] = 200
+    edges = C._canny(step, 50, 150)
+    assert edges.any(axis=1).all() and (edges.sum(axis=1) == 1).all()
+    column = int(np.flatnonzero(edges[0])[0])
+    assert column in (19, 20)
+    distance = C._edge_distance(edges, 20.0)
+    assert np.array_equal(distance[5], np.minimum(np.abs(np.arange(40) - column), 20))
+    dot = np.zeros((32, 32), bool)
+    dot[10, 10] = True
+    distance = C._edge_distance(dot, 20.0)
+    assert distance[12, 11] == pytest.approx(2.1969, abs=1e-4)
+    assert distance[13, 13] == pytest.approx(4.2, abs=1e-4)
+    assert distance[31, 31] == 20
+
+
+def test_spatter_without_a_drop_changes_nothing():
+    image = picture(32, 32)
+    draws = {"normal": np.full((32, 32), -3.0)}
+    for severity in range(1, 6):
+        own = C.apply(image, "spatter", severity, draws, preset="imagenet")
+        assert levels(own, image).max() <= 1
+
+
+# ------------------------------------------------------------------ frost
+
+
+def test_frost_texture_is_an_image_of_ice():
+    for index in range(5):
+        texture = C._frost_texture(index)
+        target, deviation, *_ = C._TEXTURES[index]
+        assert np.abs(texture.mean((0, 1)) - target).max() < 5
+        assert abs(texture.std((0, 1)).mean() - deviation) < 5
+    assert C.frost_source(None) == "synthetic texture"
+    assert "synthetic" in C.FROST_NOTE
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """Five random pictures under the names of the photographs, 60 to 100 px high."""
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(C.FROST_FILES):
+        pixels = rng.integers(0, 256, (60 + 10 * i, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    return tmp_path
+
+
+def test_frost_with_photographs(photographs):
+    image = picture(40, 48)
+    draws = {key: np.asarray(v) for key, v in (("index", 2), ("top", 7), ("left", 3))}
+    own = C.apply(image, "frost", 2, draws, preset="imagenet", frost_dir=photographs)
+    ice = np.array(Image.open(photographs / C.FROST_FILES[2]))[7:47, 3:51]
+    expected = np.clip(0.8 * image + 0.6 * ice, 0, 255).astype(np.uint8)
+    assert np.array_equal(own, expected)
+    assert C.frost_source(photographs) == "photographs"
+
+
+def test_frost_refuses_what_does_not_fit(photographs):
+    with pytest.raises(ValueError, match="120 x 40 does not fit into frost"):
+        C.corrupt(picture(120, 40), "frost", 1, frost_dir=photographs)
+    (photographs / "frost4.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks frost4\.jpg"):
+        C._frost_photographs.cache_clear()
+        C.corrupt(picture(40, 40), "frost", 1, frost_dir=photographs)
