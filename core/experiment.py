@@ -183,6 +183,7 @@ def _execute(
         "data": {k: v for k, v in stream.facts.items() if k != "class_order"},
         "weights": weights,
         "definitions": {"forgetting": cfg.forgetting},
+        "skipped_images": len(stream.skipped.reasons),
         **result,
         "wall_seconds": time.perf_counter() - started,
     }

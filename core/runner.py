@@ -53,7 +53,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
     """
     matrix = AccuracyMatrix([t.name for t in stream.tasks])
     costs = Costs(strategy.backbone, run.device)
-    meters = {"matrix": matrix, "costs": costs}
+    meters = {"matrix": matrix, "costs": costs, "skipped": stream.skipped}
     at = {"task": 0, "begun": 0, "epoch": 0, "step": 0}
     if state := run.checkpoint.load():
         at = dict(state["cursor"])
@@ -114,7 +114,13 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     matrix = AccuracyMatrix([stream.domains[d] for d in columns], [first[d] for d in columns])
     clean = AccuracyMatrix(["clean"], [0])
     costs = Costs(strategy.backbone, run.device)
-    meters = {"online": online, "matrix": matrix, "clean": clean, "costs": costs}
+    meters = {
+        "online": online,
+        "matrix": matrix,
+        "clean": clean,
+        "costs": costs,
+        "skipped": stream.skipped,
+    }
     counts: dict[str, tuple[int, int]] = {}  # domain -> images right, images seen
 
     def score(after: int, name: str) -> None:
@@ -174,8 +180,6 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     run.console.stop()
     metrics = {**online.summary(), **matrix.summary(forgetting=run.forgetting)}
     metrics.update(_source_forgetting(clean))
-    missing = sum(s.images for s in stream.segments) - costs.images
-    metrics["skipped_images"] = missing
     return {"metrics": metrics, "cost": costs.summary(strategy, _seconds(run.log))}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,25 @@ class Batch(NamedTuple):
 # None stands for a batch of which every image was skipped (data.on_error=skip).
 Batches = Callable[..., Iterator[Batch | None]]
 Images = Callable[..., Iterator[Batch]]
+
+
+class Skipped:
+    """Images left out because they cannot be read (data.on_error=skip), each counted once."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, None] = {}  # in the order of appearance
+
+    def add(self, reason: str) -> bool:
+        """Note one image by the message that names it; True the first time."""
+        new = reason not in self.reasons
+        self.reasons[reason] = None
+        return new
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"reasons": list(self.reasons)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.reasons = dict.fromkeys(state["reasons"])
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,7 @@ class TaskStream:
     num_classes: int
     tasks: Sequence[Task]
     facts: dict[str, object]  # recorded with every result: order, pipeline, counts, fingerprint
+    skipped: Skipped
     provides: frozenset[str] = frozenset({"boundaries"})
 
 
@@ -73,6 +93,7 @@ class ShiftStream:
     domains: Sequence[str]
     segments: Sequence[Segment]
     facts: dict[str, object]
+    skipped: Skipped
     reset: Literal["never", "segment", "batch"] = "never"
     probes: Mapping[int, Batches] = field(default_factory=dict)  # domain -> images scored as is
     probe_every: int = 1  # segments between two evaluations of the probes

@@ -10,7 +10,7 @@ import numpy as np
 
 from core.errors import UserError
 from core.seed import derive
-from core.stream import Batch, Task, TaskStream
+from core.stream import Batch, Skipped, Task, TaskStream
 from streams.datasets import cifar, existing_root, expected
 from streams.images import ImageSet, fingerprint, image_folder
 from streams.loading import Reader, Rows
@@ -114,8 +114,9 @@ def split_stream(
     order = order_of_classes(train.num_classes, class_order, order_seed)
     position = np.argsort(order)
     sizes = task_sizes(train.num_classes, base, increment)
+    skipped = Skipped()
     readers = {
-        split: Reader([images], workers=workers, on_error=on_error)
+        split: Reader([images], skipped, workers=workers, on_error=on_error)
         for split, images in (("train", train), ("test", test))
     }
     is_cifar = dataset != "imagefolder"
@@ -173,5 +174,6 @@ def split_stream(
         num_classes=train.num_classes,
         tasks=tasks,
         facts=facts,
+        skipped=skipped,
         provides=frozenset({"boundaries", "num_tasks", "num_classes"}),
     )

@@ -277,9 +277,7 @@ def _paint_clutter(canvas: F32, x: F32, y: F32, numbers: F64, samples: int) -> N
     _blend(canvas, _column(colour), inside * opacity)
 
 
-def _render_block(
-    triple: Triple, instances: Sequence[int], split: str, seed: int, size: int
-) -> U8:
+def _render_block(triple: Triple, instances: Sequence[int], split: str, seed: int, size: int) -> U8:
     """Images of one class: uint8 [n,size,size,3]."""
     r = _uniforms(triple, instances, split, seed)
     cells, d, clutter = r[:, :64], r[:, 64:104], r[:, 104:].reshape(len(r), _CLUTTER, 12)

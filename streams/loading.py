@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
 from core.seed import derive
-from core.stream import Batch
+from core.stream import Batch, Skipped
 from streams.images import ImageError, ImageSet
 from streams.pipelines import Pipeline, seeded
 
@@ -84,10 +84,12 @@ class Reader:
 
     Args:
         workers: processes; 0 decodes in the main process.
+        skipped: where images that are left out are counted.
         on_error: `raise` stops at an unreadable image, `skip` leaves it out with a warning.
     """
 
     sets: Sequence[ImageSet]
+    skipped: Skipped
     workers: int = 0
     on_error: Literal["raise", "skip"] = "raise"
 
@@ -136,7 +138,8 @@ class Reader:
                 continue
             if self.on_error == "raise":
                 raise ImageError(f"{message}. Repair it, or leave it out with data.on_error=skip.")
-            warnings.warn(f"skipped: {message}", stacklevel=2)
+            if self.skipped.add(message):
+                warnings.warn(f"skipped: {message}", stacklevel=2)
         if not good:
             return None
         if len({p.shape for _, p in good}) > 1:

@@ -18,7 +18,7 @@ from torchvision import transforms as T
 
 from core.errors import UserError, suggest
 from core.seed import derive
-from core.stream import Batch, Segment, ShiftStream
+from core.stream import Batch, Segment, ShiftStream, Skipped
 from streams import corruptions as C
 from streams.datasets import (
     LAYOUT,
@@ -233,11 +233,21 @@ def corruption_stream(
         found = _cifar(root, which, request, released)
     on_the_fly = data_root is None or not released
     if on_the_fly and "frost" in names:
+        if frost_dir is not None and not Path(frost_dir).is_dir():
+            raise UserError(
+                f"scenario.frost_dir={frost_dir}: there is no such folder; it should hold the "
+                "photographs frost1 ... frost5 of hendrycks/robustness, or be null"
+            )
         found.notes["frost"] = C.frost_source(frost_dir)
 
     sets = [found.sets[d] for d in domains]
-    reader = Reader(sets, workers=workers, on_error=on_error)
-    probe_reader = Reader([found.probe_sets[d] for d in domains], workers=workers)
+    skipped = Skipped()
+
+    def reading(images: list[ImageSet]) -> Reader:
+        return Reader(images, skipped, workers=workers, on_error=on_error)
+
+    reader = reading(sets)
+    probe_reader = reading([found.probe_sets[d] for d in domains])
     raw = pipeline("raw", geometry, train=False, cifar=False)
 
     def load(which: Reader, rows: Rows, start: int = 0) -> Iterator[Batch | None]:
@@ -276,8 +286,8 @@ def corruption_stream(
     }
     holdout = None
     if found.clean is not None and len(found.clean_rows):
-        clean = Reader([found.clean], workers=workers, on_error=on_error)
-        holdout = partial(load, clean, Rows.of(found.clean, found.clean_rows))
+        rows = Rows.of(found.clean, found.clean_rows)
+        holdout = partial(load, reading([found.clean]), rows)
     classes = sets[0].num_classes
     facts: dict[str, object] = {
         "classes": classes,
@@ -300,6 +310,7 @@ def corruption_stream(
         domains=[f"{n}:{s}" for n, s in domains],
         segments=segments,
         facts=facts,
+        skipped=skipped,
         reset=reset,
         probes=probes,
         probe_every=probe_every,
