@@ -129,6 +129,8 @@ def _execute(
 ) -> dict[str, Any]:
     seed_all(cfg.seed)
     backbone: Backbone = build(cfg.backbone, at="backbone").to(device)
+    if cfg.channels_last:
+        backbone.to(memory_format=torch.channels_last)
     geometry.size, geometry.interpolation = backbone.input_size, backbone.interpolation
     _check_labels(cfg, stream, backbone)
     strategy: Strategy = build(
@@ -157,6 +159,7 @@ def _execute(
     if patch:
         write_text(folder / "patch.diff", patch)
 
+    console.say(f"{about['strategy']}, {about['backbone']}, seed {cfg.seed}, {device} -> {folder}")
     log = RunLogger(folder, stream.name, _sinks(cfg, folder, about))
     started = time.perf_counter()
     with Signals() as signals:

@@ -74,7 +74,8 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def _quiet(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which saves
+    for number in (signal.SIGINT, signal.SIGTERM):  # stopping is up to the main process, which saves
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
