@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -55,14 +55,8 @@ def class_name(triple: Triple) -> str:
     return f"{TEXTURES[texture]} {COLOURS[colour]} {SHAPES[shape]}"
 
 
-# Task classes fill two colours of these shapes and textures almost completely, so that no factor
-# alone tells them apart; the first ten sit in an even smaller block.
-_TASK_POOL = ({0, 1, 3, 4, 5, 6, 7}, {1, 2, 3, 4, 5, 6, 8, 9}, {2, 4})
-_FIRST_POOL = ({0, 1, 5}, {2, 3, 4, 5}, {4})
-
-
 def _class_lists() -> tuple[tuple[Triple, ...], tuple[Triple, ...], tuple[Triple, ...]]:
-    """Cut one fixed order of all triples into the shift, task and pretraining classes.
+    """Cut one fixed order of all triples into the three disjoint lists.
 
     The order is that of a hash of the names: stable over library versions, and any stretch of it
     mixes shapes, textures and colours.
@@ -74,16 +68,7 @@ def _class_lists() -> tuple[tuple[Triple, ...], tuple[Triple, ...], tuple[Triple
         for c in range(len(COLOURS))
     ]
     triples.sort(key=lambda triple: hashlib.sha256(class_name(triple).encode()).hexdigest())
-
-    def within(triple: Triple, pool: tuple[Container[int], ...]) -> bool:
-        return all(i in values for i, values in zip(triple, pool, strict=True))
-
-    shift, rest = triples[:20], triples[20:]
-    first = [triple for triple in rest if within(triple, _FIRST_POOL)][:10]
-    pool = [triple for triple in rest if within(triple, _TASK_POOL)]
-    task = first + [triple for triple in pool if triple not in first][:90]
-    pretrain = [triple for triple in rest if triple not in pool][:320]
-    return tuple(shift), tuple(task), tuple(pretrain)
+    return tuple(triples[:20]), tuple(triples[20:120]), tuple(triples[120:280])
 
 
 SHIFT_CLASSES, TASK_CLASSES, PRETRAIN_CLASSES = _class_lists()

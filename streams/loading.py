@@ -74,7 +74,10 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def _quiet(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # stopping is up to the main process, which saves
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # stopping is up to the main process, which saves
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 

@@ -223,7 +223,7 @@ def corruption_stream(
     )
     released = corrupt == "released"
     if data_root is None:
-        found = _embedded(request)
+        found = _embedded(request, dataset)
     elif dataset == "imagenet_c":
         root = existing_root(data_root, dataset if released else "imagenet")
         found = (_imagenet_released if released else _imagenet_on_the_fly)(root, request)
@@ -321,10 +321,8 @@ def corruption_stream(
 
 # ------------------------------------------------------------------ where the images come from
 
-EMBEDDED_PRESET: Literal["imagenet", "cifar"] = "cifar"  # the images are 32 px
 
-
-def _embedded(request: Request) -> Sources:
+def _embedded(request: Request, dataset: Dataset) -> Sources:
     from streams.embedded import SHIFT_CLASSES, EmbeddedImages
 
     def images(split: str, count: int) -> ImageSet:
@@ -333,7 +331,8 @@ def _embedded(request: Request) -> Sources:
 
     count = request.images or 400
     stream, probe = images("test", count), images("probe", max(request.probe, request.clean))
-    options: dict[str, Any] = {**request.generate, "preset": EMBEDDED_PRESET, "jpeg_quality": None}
+    preset = "imagenet" if dataset == "imagenet_c" else "cifar"
+    options: dict[str, Any] = {**request.generate, "preset": preset, "jpeg_quality": None}
     return Sources(
         sets=_corrupted(stream, request.domains, "memory", **options),
         stream=np.arange(count),
@@ -343,7 +342,7 @@ def _embedded(request: Request) -> Sources:
         ),
         clean=probe,
         clean_rows=np.arange(request.clean),
-        notes={"probe_from": "held_out", "parameters": f"{EMBEDDED_PRESET} corruption set"},
+        notes={"probe_from": "held_out", "parameters": f"those of {dataset}, on 32 px images"},
     )
 
 

@@ -159,6 +159,15 @@ def test_finished_run_is_found_and_not_run_again(configure, capsys):
         run_experiment(cfg, [])
 
 
+def test_the_source_row_is_the_source_run(configure):
+    """What `strategy=source` gives is what other runs are compared with: one folder, run once."""
+    source = run_experiment(configure(*settings("source")), [])
+    other = run_experiment(configure(*settings("bn_adapt")), [])
+    assert other["source"]["folder"] == source["run"]["folder"]
+    gain = other["source"]["gain"]["err_mean"]
+    assert gain == source["metrics"]["err_mean"] - other["metrics"]["err_mean"]
+
+
 def test_matrix_of_a_source_run_has_equal_rows(configure):
     """Without adaptation nothing is forgotten: every row of R equals the start row."""
     summary = run_experiment(configure(*settings("source")), [])
