@@ -188,7 +188,7 @@ def train_vit(out: Path, args: argparse.Namespace) -> None:
     )  # fmt: skip
     model.eval()
     tensors = halve(body)
-    clean = accuracy(lambda a: model(a)[:, : len(classes)], *load(classes, "test", 5))
+    clean = accuracy(lambda a: model(a)[:, : len(classes)], *load(classes, "test", 10))
     write(
         out / "embedded_vit.safetensors",
         tensors,
@@ -204,10 +204,10 @@ def main() -> None:
     parser.add_argument("--only", choices=("resnet", "vit"))
     parser.add_argument("--out", type=Path, default=ROOT / "backbones" / "weights")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resnet-epochs", type=int, default=8)
     parser.add_argument("--resnet-per-class", type=int, default=250)
-    parser.add_argument("--vit-epochs", type=int, default=8)
+    parser.add_argument("--vit-epochs", type=int, default=12)
     parser.add_argument("--vit-lr", type=float, default=3e-3)
     parser.add_argument("--factor-weight", type=float, default=1.0)
     parser.add_argument("--vit-per-class", type=int, default=100)

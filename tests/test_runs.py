@@ -211,7 +211,7 @@ def test_damaged_checkpoint_is_explained(configure, monkeypatch):
 
 
 def launch(root: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "run.py", f"root={root}", "runtime.threads=1", *words]
+    command = [sys.executable, "run.py", *words, f"root={root}", "runtime.threads=1"]
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
