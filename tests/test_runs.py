@@ -207,6 +207,54 @@ def test_damaged_checkpoint_is_explained(configure, monkeypatch):
         run_experiment(cfg, [])
 
 
+def test_skipped_images_are_counted_in_the_summary(configure, image_folder_root):
+    broken = image_folder_root / "train" / "class1" / "3.png"
+    broken.write_bytes(b"no image")
+    words = ["scenario=split_imagefolder", f"data.root={image_folder_root}"]
+    words += ["scenario.increment=2", "scenario.pipeline=plain", "backbone=embedded_vit"]
+    cfg = configure("strategy=simplecil", *words)
+    with pytest.raises(UserError, match=r"class1/3\.png.*data\.on_error=skip"):
+        run_experiment(cfg, [])
+    cfg.data.on_error = "skip"
+    with pytest.warns(UserWarning, match=r"skipped: .*class1/3\.png"):
+        assert run_experiment(cfg, [])["skipped_images"] == 1
+
+
+@pytest.mark.slow
+def test_wandb_mirrors_a_run_and_the_files_stay_the_same(configure, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    plain = run_experiment(configure(*settings("source")), [])
+    both = run_experiment(configure(*settings("source"), "logger=wandb", "on_exists=rerun"), [])
+    assert both["metrics"] == plain["metrics"]
+    folder = Path(both["run"]["folder"])
+    assert records(folder) == records(plain["run"]["folder"])
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+# ------------------------------------------------------------------------ the phenomena
+
+
+@pytest.mark.slow
+def test_embedded_shifts_hurt_the_source_and_adaptation_helps(configure):
+    found = {}
+    for strategy in ("source", "bn_adapt", "tent", "cotta"):
+        cfg = configure(f"strategy={strategy}", "scenario.images=100", "scenario.probe_images=0")
+        found[strategy] = run_experiment(cfg, [])["metrics"]
+    source = found["source"]["err_mean"]
+    assert source >= 35 and source >= 3 * found["source"]["clean_err_before"]
+    for strategy in ("bn_adapt", "tent", "cotta"):
+        assert found[strategy]["err_mean"] < source - 10
+
+
+@pytest.mark.slow
+def test_embedded_tasks_are_forgotten_by_finetuning_and_kept_by_class_means(configure):
+    quick = ["strategy.epochs=5", "strategy.lr=0.02", "strategy.schedule=cosine"]
+    finetune = configure("scenario=split_cifar", "strategy=finetune", *quick)
+    simplecil = configure("scenario=split_cifar", "strategy=simplecil")
+    assert run_experiment(finetune, [])["metrics"]["forgetting"] >= 30
+    assert run_experiment(simplecil, [])["metrics"]["forgetting"] < 10
+
+
 # ------------------------------------------------------------------------ real processes
 
 
