@@ -13,13 +13,15 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 
 from core.build import locate
+from core.errors import UserError
+from core.experiment import run_experiment
 
 CONF = ROOT / "conf"
 STRATEGIES = sorted(p.stem for p in (CONF / "strategy").glob("*.yaml"))
 LIVE = {"backbone", "seed", "num_classes"}
 
 
-def cli(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def cli(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """`python run.py words...`."""
     command = [sys.executable, str(ROOT / "run.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
@@ -97,14 +99,18 @@ def test_typos_get_a_short_answer(words, expected):
         (["on_exists=maybe"], "on_exists must be skip, rerun or error"),
     ],
 )
-def test_wrong_settings_get_one_line(words, expected, tmp_path):
-    done = (
-        cli(*words, f"root={tmp_path}", "scenario.images=20")
-        if "scenario" not in str(words)
-        else cli(*words, f"root={tmp_path}")
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and expected in done.stderr, done.stderr
+def test_wrong_settings_are_named(configure, words, expected):
+    more = [] if "scenario" in str(words) else ["scenario.images=20"]
+    with pytest.raises(UserError) as caught:
+        run_experiment(configure(*words, *more), [])
+    assert expected in str(caught.value)
+
+
+def test_a_user_error_is_one_line_and_status_2(tmp_path):
+    done = cli("data.root=/nowhere/at/all", f"root={tmp_path}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: data.root=/nowhere/at/all: there is no such folder")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_configuration_is_shown_without_importing_torch():
@@ -113,7 +119,7 @@ def test_configuration_is_shown_without_importing_torch():
     assert done.returncode == 0 and "restore_prob" in done.stdout
     code = "import sys, run; sys.argv = ['run.py', '--help']; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    assert time.perf_counter() - started < 20  # a second each on an idle machine
+    assert time.perf_counter() - started < 60  # a second each on an idle machine
 
 
 def test_help_lists_every_strategy():
