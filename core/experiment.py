@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -393,8 +392,7 @@ def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
         cfg.scenario.label = cfg.scenario.label.split("[")[0]
     console.say("source error on this stream first (kept as a run of its own) ...")
-    with warnings.catch_warnings():
-        return run_experiment(cfg, ["strategy=source"], quiet=True)
+    return run_experiment(cfg, ["strategy=source"], quiet=True)
 
 
 # ------------------------------------------------------------------------------ table

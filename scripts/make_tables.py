@@ -2,7 +2,9 @@
 
     python scripts/make_tables.py results [--out results/reference/tables.md]
 
-Runs that differ in their seed alone are averaged (mean and, from two on, standard deviation).
+All runs of one strategy, scenario and backbone are averaged (mean and, from two on, standard
+deviation), whatever else they differ in: give other settings another scenario.label, or tabulate
+their folders apart.
 Every table names the scenario's label, so stand-in images stay recognisable as such.
 """
 

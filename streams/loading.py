@@ -74,11 +74,9 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def _quiet(_: int) -> None:
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # stopping is up to the main process, which saves
-        signal.signal(number, signal.SIG_IGN)
+    # Stopping is up to the main process, which saves first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
