@@ -69,7 +69,8 @@ def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
     """Call the target of `node` with its options and those `live` objects it has parameters for.
 
     Args:
-        node: mapping with `_target_`, an optional `name`, and keyword options.
+        node: mapping with `_target_`, an optional `name`, and keyword options; an option that is
+            such a mapping itself is built first.
         at: where the node stands in the configuration, for messages (`"strategy"`).
         live: objects that no configuration can hold (backbone, stream facts, seed).
 
@@ -88,6 +89,8 @@ def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
     for key, value in options.items():
         if key not in allowed:
             raise UserError(f"{at} has no option {key!r}{suggest(key, allowed)}")
+        if isinstance(value, dict) and "_target_" in value:
+            value = options[key] = build(value, at=f"{at}.{key}")
         kind = hints.get(key, Any)
         if not _fits(value, kind):
             raise UserError(f"{at}.{key} must be {_describe(kind)}, got {value!r}")

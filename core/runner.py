@@ -136,7 +136,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
 
     at = {"segment": 0, "batch": 0}
     state = run.checkpoint.load()
-    strategy.begin_stream(stream.source)
+    strategy.begin_stream()
     if state:
         at = run.checkpoint.apply(state, strategy, meters)
         run.console.say(f"resuming in segment {at['segment']}, batch {at['batch']}")

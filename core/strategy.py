@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
 from core.seed import generator
-from core.stream import Batch, Task
+from core.stream import Batch, SourceImages, Task
 
 
 class Strategy(nn.Module):
@@ -110,11 +110,54 @@ class CLStrategy(Strategy):
         """Prototypes, statistics, merging: anything after the last epoch."""
 
 
-class TTAStrategy(Strategy):
-    """A test-time adaptation method: `adapt` returns the prediction that is scored."""
+class Progress(Protocol):
+    """Where `prepare` keeps what it has done so far."""
 
-    def begin_stream(self, source: Callable[[], Iterator[Batch]] | None) -> None:
-        """Prepare on labelled source images where the method needs them, then mark the start."""
+    def load(self) -> dict[str, Any] | None:
+        """The last saved state, or None at the beginning."""
+        ...
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep a state of tensors and plain values; replaces the one before."""
+        ...
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        ...
+
+
+class TTAStrategy(Strategy):
+    """A test-time adaptation method: `adapt` returns the prediction that is scored.
+
+    A method that needs the source sets `uses_source` and defines `preparation`, `prepare` and
+    `use_prepared`. `prepare` runs on an instance of its own, which is then thrown away: what it
+    returns is all that reaches the run, from memory or from the cache alike.
+    """
+
+    uses_source: ClassVar[bool] = False
+
+    def preparation(self) -> dict[str, Any] | None:
+        """Everything, as JSON values, that the artefact depends on beside weights and images.
+
+        None: this instance needs no preparation.
+        """
+        return None
+
+    def prepare(self, source: SourceImages, progress: Progress) -> dict[str, Tensor]:
+        """Work on labelled source images before deployment; returns the artefact.
+
+        Args:
+            source: the images; shuffled by epoch on request.
+            progress: where a long preparation keeps its state, so that it can be interrupted.
+        """
+        raise NotImplementedError
+
+    def use_prepared(self, artefact: Mapping[str, Tensor]) -> None:
+        """Start from `artefact` (on the CPU), the return value of an earlier `prepare`."""
+        raise NotImplementedError
+
+    def begin_stream(self) -> None:
+        """Mark the start of the stream, to which `reset` goes back."""
         self._start = deepcopy(self.snapshot())
 
     def adapt(self, x: Tensor) -> Tensor:

@@ -28,6 +28,18 @@ Batches = Callable[..., Iterator[Batch | None]]
 Images = Callable[..., Iterator[Batch]]
 
 
+@dataclass(frozen=True)
+class SourceImages:
+    """Labelled images of the source domain, for methods that prepare before deployment."""
+
+    images: int
+    description: str  # where they come from, for tables
+    fingerprint: str
+    # (batch_size, *, epoch=None, start=0, augment="none"): shuffled where an epoch is given; a
+    # pure function of its arguments; `augment` names a pipeline of streams/pipelines.py
+    batches: Callable[..., Iterator[Batch]] = field(repr=False)
+
+
 class Skipped:
     """Images left out because they cannot be read (data.on_error=skip), each counted once."""
 
@@ -98,5 +110,5 @@ class ShiftStream:
     probes: Mapping[int, Batches] = field(default_factory=dict)  # domain -> images scored as is
     probe_every: int = 1  # segments between two evaluations of the probes
     holdout: Batches | None = None  # clean images, for source forgetting
-    source: Images | None = None  # labelled source images for a warm-up phase
+    source: Callable[[], SourceImages] | None = None  # raises UserError where there are none
     provides: frozenset[str] = frozenset()

@@ -59,3 +59,20 @@ def test_targets_outside_the_project_are_refused():
         locate("tta.nothing.Here")
     with pytest.raises(UserError, match="has no 'Nothing'"):
         locate("tta.source.Nothing")
+
+
+def test_a_nested_node_is_built_first():
+    warmup = {
+        "_target_": "tta.warmup.WarmUp",
+        **dict.fromkeys(("epochs", "batch_size", "rise", "every"), 1),
+        **dict.fromkeys(("lr", "momentum", "weight_decay", "gamma"), 0.5),
+        "optimizer": "sgd",
+        "nesterov": False,
+        "betas": [0.9, 0.999],
+        "schedule": "cosine",
+        "milestones": [],
+        "augment": "none",
+    }
+    assert build(warmup, at="strategy.warmup").lr == 0.5
+    with pytest.raises(UserError, match=r"strategy\.warmup\.schedule must be one of"):
+        build({**warmup, "schedule": "cosin"}, at="strategy.warmup")

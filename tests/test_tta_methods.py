@@ -70,7 +70,7 @@ def make(name: str, seed: int = 0, net: Backbone | None = None, **changes: Any) 
     small = {"views": 2} if strategy == "cotta" else {}
     node = OmegaConf.merge(node, small, options, changes)
     method = build(node, at="strategy", backbone=net or backbone(kind), seed=seed)
-    method.begin_stream(None)
+    method.begin_stream()
     return method
 
 

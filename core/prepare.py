@@ -1,0 +1,165 @@
+"""The source phase of a method: done once, cached by what it depends on, reported with every run.
+
+An artefact is a `.safetensors` file under `<root>/prepared/<strategy>/`. Its key is a hash of the
+pretrained tensors, the source images and the settings, never of a name alone: another backbone,
+other images or other settings make another artefact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core.errors import UserError
+from core.record import Lock
+from core.strategy import TTAStrategy
+from core.stream import SourceImages
+
+FORMAT = 1
+
+
+class PartialFile:
+    """`Progress` in a file beside the artefact; replaced atomically, deleted at the end."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say = path, say
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state, or None.
+
+        Raises:
+            UserError: for a damaged file.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            return torch.load(self.path, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"cannot read the unfinished preparation {self.path}: {error}. Delete it to start "
+                "the preparation again."
+            ) from error
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        part = self.path.with_name(self.path.name + ".tmp")
+        torch.save(dict(state), part)
+        os.replace(part, self.path)
+
+
+def artefact_key(
+    strategy: TTAStrategy, settings: Mapping[str, Any], weights: str, images: str
+) -> tuple[str, str]:
+    """16 hex digits, and the text that they are the hash of."""
+    name = f"{type(strategy).__module__}.{type(strategy).__name__}"
+    depends = {
+        "format": FORMAT,
+        "method": name,
+        "weights": weights,
+        "images": images,
+        "settings": settings,
+    }
+    text = json.dumps(depends, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16], text
+
+
+def prepare(
+    strategy: TTAStrategy,
+    fresh: Callable[[], TTAStrategy],
+    find_source: Callable[[], SourceImages] | None,
+    *,
+    weights: str,
+    folder: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Find or make what `strategy` needs from the source, and hand it over.
+
+    Args:
+        strategy: the instance of the run.
+        fresh: makes another instance to prepare with, so that nothing but the artefact is left.
+        find_source: the labelled source images of the scenario.
+        weights: hash of the pretrained tensors.
+        folder: where the artefacts of this strategy lie.
+
+    Returns:
+        what the result says about it, or None if the strategy needs nothing.
+
+    Raises:
+        UserError: without source images, or for a damaged file.
+    """
+    settings = strategy.preparation()
+    if settings is None:
+        return None
+    if find_source is None:
+        raise UserError(
+            f"{type(strategy).__name__} prepares on labelled source images, and this scenario "
+            "has none"
+        )
+    source = find_source()
+    key, text = artefact_key(strategy, settings, weights, source.fingerprint)
+    path = folder / f"{key}.safetensors"
+    lock = Lock(folder / f".{key}")
+    if not lock.acquire():
+        say(f"waiting for {lock.holder()}, which prepares the same artefact")
+        while not lock.acquire():
+            time.sleep(1)
+    try:
+        cached = path.exists()
+        if not cached:
+            say(f"preparing on {source.images:,} source images ({source.description}) -> {path}")
+            partial = PartialFile(folder / f"{key}.partial", say)
+            started = time.perf_counter()
+            artefact = fresh().prepare(source, partial)
+            facts = {
+                "depends": text,
+                "images": str(source.images),
+                "source": source.description,
+                "seconds": f"{time.perf_counter() - started:.1f}",
+            }
+            _save(path, artefact, facts)
+            partial.path.unlink(missing_ok=True)
+    finally:
+        lock.release()
+    artefact, facts = _load(path)
+    if facts.get("depends") != text:
+        raise UserError(f"{path} holds the artefact of other settings. Delete it.")
+    strategy.use_prepared(artefact)
+    say(f"prepared on {facts['images']} source images{' (cached)' if cached else ''}: {path}")
+    return {
+        "artefact": str(path),
+        "key": key,
+        "cached": cached,
+        "source_images": int(facts["images"]),
+        "source": facts["source"],
+        "seconds": float(facts["seconds"]),
+        "bytes": path.stat().st_size,
+        "settings": settings,
+    }
+
+
+def _save(path: Path, artefact: Mapping[str, Tensor], facts: dict[str, str]) -> None:
+    part = path.with_name(path.name + ".tmp")
+    # Clones: safetensors refuses tensors that share memory.
+    plain = {k: v.detach().cpu().clone().contiguous() for k, v in artefact.items()}
+    save_file(plain, part, metadata=facts)
+    os.replace(part, path)
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read the prepared artefact {path}: {error}. Delete it to prepare again."
+        ) from error

@@ -1,0 +1,117 @@
+"""A recorded run of a reference implementation, and how ours is compared with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from core.strategy import TTAStrategy
+
+FOLDER = Path(__file__).parent / "golden" / "tta"
+LISTS = json.loads((FOLDER / "lists.json").read_text())
+
+
+def names(pattern: str) -> list[str]:
+    return sorted(p.stem for p in FOLDER.glob(f"{pattern}.json"))
+
+
+def names_in(value: str | list[str]) -> list[str]:
+    return LISTS[value[1:]] if isinstance(value, str) else value
+
+
+class Case:
+    """One recorded run: description, arrays, and the network it started from."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
+        self.name, self.dtype = name, dtype
+        self.info: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+        self.data = dict(np.load(FOLDER / f"{name}.npz"))
+        self.hyper: dict[str, Any] = self.info.get("hyperparameters", {})
+
+    def net(self) -> nn.Module:
+        extra = {"img_size": 64} if self.info["model"] == "test_vit" else {}
+        net = timm.create_model(self.info["model"], num_classes=10, **extra)
+        state = load_file(FOLDER / self.info["model_file"])
+        net.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        )
+        return net.eval().to(self.dtype)
+
+    def batches(self) -> list[Tensor]:
+        x = np.load(FOLDER / "inputs.npz")["x"][: self.info["batches"], : self.info["batch_size"]]
+        return list(torch.from_numpy(x.astype(np.float32) / np.float32(255)).to(self.dtype))
+
+    def check(self, key: str, mine: Any) -> float:
+        """Compare in this case's precision; returns deviation / tolerance, at most 1."""
+        golden = self.data[key].astype(np.float64)
+        mine = np.asarray(mine, dtype=np.float64).reshape(golden.shape)
+        if self.dtype == torch.float64:
+            golden = golden + self.data[f"d64/{key}"].astype(np.float64)
+            tolerance = np.full_like(golden, 1e-7 * max(1.0, np.abs(golden).max()))
+        else:
+            tolerance = self.data[f"tol/{key}"].astype(np.float64)
+            tolerance = tolerance.reshape(tolerance.shape + (1,) * (golden.ndim - tolerance.ndim))
+        assert np.array_equal(np.isnan(mine), np.isnan(golden)), key
+        worst = float(np.nanmax(np.abs(mine - golden) / tolerance))
+        assert worst <= 1, f"{self.name} {self.dtype} {key}: {worst:.3g} times the tolerance"
+        return worst
+
+    def check_all(self, results: dict[str, Any]) -> dict[str, float]:
+        """Check every recorded output of this precision; none may be missing."""
+        prefix = "d64/" if self.dtype == torch.float64 else "tol/"
+        keys = [k.removeprefix(prefix) for k in self.data if k.startswith(prefix)]
+        assert keys
+        return {key: self.check(key, results[key]) for key in keys}
+
+
+def weights(prefix: str, net: nn.Module, start: nn.Module, case: Case) -> dict[str, Any]:
+    """Recorded views of a network's parameters: norms, movements and full tensors."""
+    now = {k: p.detach().double() for k, p in net.named_parameters()}
+    before = {k: p.detach().double() for k, p in start.named_parameters()}
+    order = names_in(case.info["param_names"])
+    assert order == list(now)
+    out: dict[str, Any] = {
+        f"{prefix}_l2": [now[k].norm().item() for k in order],
+        f"{prefix}_moved": [(now[k] - before[k]).norm().item() for k in order],
+    }
+    return out | {f"{prefix}_full/{k}": v.numpy() for k, v in now.items()}
+
+
+def record(method: TTAStrategy, case: Case) -> dict[str, list[Any]]:
+    """Run the stream of `case`; scores and every value of `method.loss`, per batch."""
+    losses: list[float] = []
+    if hasattr(method, "loss"):
+        original = method.loss
+
+        def loss(*args: Tensor) -> Tensor:
+            value = original(*args)
+            losses.append(value.item())
+            return value
+
+        method.loss = loss
+    method.begin_stream()
+    logits = [method.adapt(x).numpy() for x in case.batches()]
+    assert not any(np.shares_memory(a, b) for a in logits for b in logits if a is not b)
+    return {"logits": logits, "loss": losses}
+
+
+def optimiser(hyper: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "optimizer": hyper["optimizer"].lower(),
+        "lr": hyper["lr"],
+        "momentum": hyper.get("momentum", 0.0),
+        "nesterov": hyper.get("nesterov", False),
+        "betas": hyper.get("betas", (0.9, 0.999)),
+        "weight_decay": hyper["weight_decay"],
+    }
+
+
+both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
