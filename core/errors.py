@@ -10,6 +10,10 @@ class UserError(Exception):
     """Wrong input or configuration; `run.py` prints the message alone and exits with status 2."""
 
 
+class Diverged(UserError):
+    """A method's loss or scores are no longer finite; `on_nan=rollback` goes on after a reset."""
+
+
 def suggest(given: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest allowed name, or an empty string."""
     near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)

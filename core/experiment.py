@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -19,6 +20,7 @@ from core.build import build, locate
 from core.checkpoint import Checkpointer, Signals, Stopped
 from core.console import Console, table
 from core.errors import UserError
+from core.prepare import prepare
 from core.record import (
     VOLATILE,
     Lock,
@@ -97,7 +99,13 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
         geometry=geometry,
     )
     kind = _check_kind(cfg, stream)
-    key = identity(cfg, str(stream.facts["fingerprint"]), _checkpoint_hash(cfg))
+    if cfg.stage not in ("run", "prepare"):
+        raise UserError(f"stage must be run or prepare, got {cfg.stage!r}")
+    if cfg.stage == "prepare":
+        return _prepare_only(cfg, stream, geometry, device, console)
+    key = identity(
+        cfg, str(stream.facts["fingerprint"]), _checkpoint_hash(cfg), *_source_facts(kind, stream)
+    )
     place = Path(cfg.root) / stream.name / cfg.strategy.name / cfg.backbone.name
     folder, finished = _folder(place, f"s{cfg.seed}-{key}", cfg.on_exists)
     if finished is not None:
@@ -110,9 +118,13 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
             return wait_result
         if issubclass(kind, TTAStrategy) and cfg.strategy.name != "source":
             source = _source_run(cfg, console)
+            frozen = _frozen_run(cfg, kind, console)
         else:
-            source = None
-        return _execute(cfg, stream, geometry, device, folder, key, overrides, console, source)
+            source = frozen = None
+        result = _execute(
+            cfg, stream, geometry, device, folder, key, overrides, console, source, frozen
+        )
+        return result
 
 
 def _execute(
@@ -125,21 +137,12 @@ def _execute(
     overrides: list[str],
     console: Console,
     source: dict[str, Any] | None,
+    frozen: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    seed_all(cfg.seed)
-    backbone: Backbone = build(cfg.backbone, at="backbone").to(device)
-    if cfg.channels_last:
-        backbone.to(memory_format=torch.channels_last)
-    geometry.size, geometry.interpolation = backbone.input_size, backbone.interpolation
-    _check_labels(cfg, stream, backbone)
-    strategy: Strategy = build(
-        cfg.strategy,
-        at="strategy",
-        backbone=backbone,
-        seed=cfg.seed,
-        num_classes=stream.num_classes,
-    ).to(device)
-    _check_needs(cfg, strategy, stream, backbone)
+    strategy, weights = _make(cfg, stream, geometry, device)
+    prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
+    if prepared is not None:
+        seed_all(cfg.seed)  # whether the artefact was cached changes nothing
 
     git, patch = git_state()
     about = {
@@ -152,18 +155,22 @@ def _execute(
     OmegaConf.save(cfg, folder / "config.yaml.tmp", resolve=True)
     (folder / "config.yaml.tmp").rename(folder / "config.yaml")
     write_text(folder / "overrides.txt", "\n".join(overrides) + "\n")
-    weights = {"tag": backbone.tag, "hash": weights_hash(backbone.net.state_dict())}
     known = {**about, **environment(device), "git": git, "weights": weights, "data": stream.facts}
+    known["prepared"] = prepared
     write_json(folder / "environment.json", known)
     if patch:
         write_text(folder / "patch.diff", patch)
+    if isinstance(stream, ShiftStream):
+        with open(folder / "order.npz.tmp", "wb") as file:
+            np.savez_compressed(file, **stream.order)
+        (folder / "order.npz.tmp").rename(folder / "order.npz")
 
     console.say(f"{about['strategy']}, {about['backbone']}, seed {cfg.seed}, {device} -> {folder}")
     log = RunLogger(folder, stream.name, _sinks(cfg, folder, about))
     started = time.perf_counter()
     with Signals() as signals:
         checkpoint = Checkpointer(log, signals, every=cfg.checkpoint.every)
-        run = Context(log, checkpoint, console, device, cfg.forgetting)
+        run = Context(log, checkpoint, console, device, cfg.forgetting, cfg.on_nan)
         try:
             if isinstance(stream, TaskStream):
                 assert isinstance(strategy, CLStrategy)
@@ -195,6 +202,14 @@ def _execute(
             "metrics": source["metrics"],
             "gain": reference(result["metrics"], source["metrics"]),
         }
+    if prepared is not None:
+        summary["prepared"] = prepared
+    if frozen is not None:
+        summary["frozen"] = {
+            "folder": frozen["run"]["folder"],
+            "metrics": frozen["metrics"],
+            "gain": reference(result["metrics"], frozen["metrics"]),
+        }
     if cfg.reference is not None:
         as_published = "[" not in stream.name and _only_volatile(overrides)
         rows: Any = OmegaConf.to_container(cfg.reference, resolve=True)
@@ -205,6 +220,73 @@ def _execute(
     console.say(_table(summary))
     console.say(f"results: {folder}")
     return summary
+
+
+def _make(
+    cfg: DictConfig, stream: Stream, geometry: Geometry, device: torch.device
+) -> tuple[Strategy, dict[str, str]]:
+    """A seeded strategy around a freshly loaded backbone, and the identity of the weights."""
+    seed_all(cfg.seed)
+    backbone: Backbone = build(cfg.backbone, at="backbone").to(device)
+    if cfg.channels_last:
+        backbone.to(memory_format=torch.channels_last)
+    geometry.size, geometry.interpolation = backbone.input_size, backbone.interpolation
+    _check_labels(cfg, stream, backbone)
+    weights = {"tag": backbone.tag, "hash": weights_hash(backbone.net.state_dict())}
+    strategy: Strategy = build(
+        cfg.strategy,
+        at="strategy",
+        backbone=backbone,
+        seed=cfg.seed,
+        num_classes=stream.num_classes,
+    ).to(device)
+    _check_needs(cfg, strategy, stream, backbone)
+    return strategy, weights
+
+
+def _prepare(
+    cfg: DictConfig,
+    strategy: Strategy,
+    weights: dict[str, str],
+    stream: Stream,
+    geometry: Geometry,
+    device: torch.device,
+    console: Console,
+) -> dict[str, Any] | None:
+    """The source phase, if the strategy has one; says what was done."""
+    if not isinstance(strategy, TTAStrategy) or not isinstance(stream, ShiftStream):
+        return None
+
+    def fresh() -> TTAStrategy:
+        made = _make(cfg, stream, geometry, device)[0]
+        assert isinstance(made, TTAStrategy)
+        return made
+
+    try:
+        return prepare(
+            strategy,
+            fresh,
+            stream.source,
+            weights=weights["hash"],
+            folder=Path(cfg.root) / "prepared" / cfg.strategy.name,
+            say=console.say,
+        )
+    except KeyboardInterrupt:
+        console.say("stopped; the same command goes on with the preparation", always=True)
+        raise
+
+
+def _prepare_only(
+    cfg: DictConfig, stream: Stream, geometry: Geometry, device: torch.device, console: Console
+) -> dict[str, Any]:
+    """`stage=prepare`: the source phase alone."""
+    strategy, weights = _make(cfg, stream, geometry, device)
+    prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
+    if prepared is None:
+        raise UserError(
+            f"stage=prepare: strategy={cfg.strategy.name} with these settings needs no preparation"
+        )
+    return {"metrics": {}, "prepared": prepared}
 
 
 # ------------------------------------------------------------------------------ settings
@@ -260,6 +342,17 @@ def _checkpoint_hash(cfg: DictConfig) -> str:
         return ""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _source_facts(kind: type[Strategy], stream: Stream) -> list[str]:
+    """What identifies the source images, for methods that use them."""
+    if not issubclass(kind, TTAStrategy) or not kind.uses_source:
+        return []
+    assert isinstance(stream, ShiftStream)
+    try:
+        return [stream.source().fingerprint] if stream.source is not None else []
+    except UserError:
+        return []  # the preparation says so if it needs them
 
 
 def _only_volatile(overrides: list[str]) -> bool:
@@ -395,6 +488,19 @@ def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     return run_experiment(cfg, ["strategy=source"], quiet=True)
 
 
+def _frozen_run(cfg: DictConfig, kind: type[Strategy], console: Console) -> dict[str, Any] | None:
+    """What preparation alone gives: the same method with `update=false`, a run of its own."""
+    if not (issubclass(kind, TTAStrategy) and kind.uses_source and cfg.strategy.update):
+        return None
+    with open_dict(cfg := cfg.copy()):
+        cfg.strategy.update = False
+        cfg.reference, cfg.on_exists = None, "skip"
+        cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
+        cfg.scenario.label = cfg.scenario.label.split("[")[0]
+    console.say("the prepared model without adaptation next (a run of its own) ...")
+    return run_experiment(cfg, ["strategy.update=false"], quiet=True)
+
+
 # ------------------------------------------------------------------------------ table
 
 
@@ -412,17 +518,25 @@ def _table(summary: dict[str, Any]) -> str:
     if "err_mean" not in metrics:
         rows = [(k, f"{v:.2f}") for k, v in metrics.items()]
         return "\n".join([title, table(("metric", "%"), rows), *foot])
-    source = summary.get("source", {}).get("metrics", {})
+    against = {
+        title: summary[key]["metrics"]
+        for key, title in (("source", "source"), ("frozen", "prepared only"))
+        if key in summary
+    }
+    columns = {**against, about["strategy"]: metrics}
     domains = [k for k in metrics if k.startswith("err/")]
-    head = ("error %", *(["source"] if source else []), about["strategy"])
-    rows = [
-        (k.removeprefix("err/"), *([f"{source[k]:.1f}"] if source else []), f"{metrics[k]:.1f}")
-        for k in domains
+    head = ("error %", *columns)
+    rows = [(k.removeprefix("err/"), *(f"{m[k]:.1f}" for m in columns.values())) for k in domains]
+    rows += [
+        (k.removeprefix("err_").replace("/", " "), *(f"{m[k]:.1f}" for m in columns.values()))
+        for k in metrics
+        if k.startswith(("err_round/", "err_severity/", "mce"))
     ]
-    mean = [f"{m['err_mean']:.1f}" for m in ([source] if source else []) + [metrics]]
-    rows = [*rows, ("mean", *mean)]
+    rows.append(("mean", *(f"{m['err_mean']:.1f}" for m in columns.values())))
     names = ("plasticity", "stability", "forgetting", "source_forgetting")
+    names += ("source_forgetting_adapting", "collapse", "nan", "rollbacks")
     kept = [f"{k} {metrics[k]:.2f}" for k in names if k in metrics]
+    kept = [text for text in kept if text not in ("collapse 0.00", "nan 0.00")]
     if kept:
         foot.insert(0, ", ".join(kept))
     for row in summary.get("reference") or []:

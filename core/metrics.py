@@ -196,16 +196,21 @@ class OnlineError:
     stream is cut into batches.
 
     Args:
-        domains: names of the stream's domains.
+        domains: names of the stream's domains, `corruption:severity`.
         classes: length C of a score vector.
+        rounds: segment -> round of a recurring stream; empty if nothing recurs.
     """
 
-    def __init__(self, domains: Sequence[str], classes: int) -> None:
+    def __init__(
+        self, domains: Sequence[str], classes: int, rounds: Mapping[int, int] | None = None
+    ) -> None:
         self.domains, self.classes = tuple(domains), classes
+        self.rounds = dict(rounds or {})
         self._counts: dict[int, Tensor] = {}  # segment -> int64 [2, D]: images, wrong
         self._sums = torch.zeros(2, dtype=torch.float64)  # NLL, Brier
         self._bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, correct, confidence
-        self._flags = torch.zeros(3, dtype=torch.int64)  # NaN/inf rows, batches, collapsed batches
+        # NaN/inf rows, batches, collapsed batches, rollbacks
+        self._flags = torch.zeros(4, dtype=torch.int64)
 
     def _to(self, device: torch.device) -> None:
         if self._sums.device != device:
@@ -273,6 +278,10 @@ class OnlineError:
             self._flags[2] += distinct <= 2
         return counts[1].sum()
 
+    def rolled_back(self) -> None:
+        """Count one return to the start after non-finite scores."""
+        self._flags[3] += 1
+
     def segment(self, i: int) -> dict[str, float]:
         """`err` in percent (NaN without images) and `n` images of segment `i`."""
         n, wrong = self._counts[i].sum(1).tolist() if i in self._counts else (0, 0)
@@ -283,7 +292,13 @@ class OnlineError:
 
         err_mean      mean over the domains that occurred of the error of each, percent
         err_images    error over all images, percent
+        err_worst     largest of the domains' errors, percent
         err/<domain>  error of one domain over all its segments, percent
+        err_segments  mean over the segments of the error of each; only where it can differ from
+                      err_mean: some domain comes in several segments or some segment mixes domains
+        err_round/<r> mean over the domains of the error in round r, percent; recurring streams only
+        err_severity/<s>  mean over the segments of severity s, percent; with several severities
+        mce           mean corruption error in percent of AlexNet's; 15 corruptions, 5 severities
         ece           sum_b n_b/N |accuracy_b - confidence_b| over 15 equal-width bins, in [0, 1]
         nll           mean of -log p_y, nats; p is floored at 1.2e-38 where probabilities are given
         brier         mean of sum_c (p_c - [c = y])^2, in [0, 2]
@@ -291,6 +306,7 @@ class OnlineError:
                       classes, in [0, 1]
         nan           number of score rows with a NaN or an infinity; these have no part in ece,
                       nll and brier
+        rollbacks     how often the method was put back to its start because it had diverged
         """
         if not self._counts:
             return {}
@@ -302,17 +318,49 @@ class OnlineError:
         found = {
             "err_mean": _mean(list(errors.values())),
             "err_images": float(100 * wrong.sum() / images.sum()),
+            "err_worst": max(errors.values()),
             **errors,
+            **self._segments(),
         }
+        by_name: dict[str, list[float]] = {}
+        for d in sorted(some, key=lambda d: self.domains[d].rpartition(":")[2]):
+            by_name.setdefault(self.domains[d].rpartition(":")[0], []).append(
+                errors[f"err/{self.domains[d]}"]
+            )
+        if set(by_name) == set(ALEXNET) and all(len(v) == 5 for v in by_name.values()):
+            found["mce"] = mean_corruption_error(by_name)
         n, correct, confidence = self._bins.cpu().numpy()
-        nan, batches, collapsed = self._flags.tolist()
+        nan, batches, collapsed, rollbacks = self._flags.tolist()
         if n.sum():
             nll, brier = (self._sums / n.sum()).tolist()
             ece = float(np.abs(correct - confidence).sum() / n.sum())
             found |= {"ece": ece, "nll": nll, "brier": brier}
         if batches:
             found["collapse"] = collapsed / batches
+        if rollbacks:
+            found["rollbacks"] = rollbacks
         return {**found, "nan": nan}
+
+    def _segments(self) -> dict[str, float]:
+        """The means that run over segments, see `summary`."""
+        counts = {i: c.cpu().double().numpy() for i, c in self._counts.items()}
+        here = {i: np.flatnonzero(c[0]) for i, c in counts.items()}
+        found: dict[str, float] = {}
+        single = {i: int(d[0]) for i, d in here.items() if len(d) == 1}
+        if len(set(single.values())) < len(counts):
+            errors = [self.segment(i)["err"] for i in counts if len(here[i])]
+            found["err_segments"] = _mean(errors)
+        for r in sorted(set(self.rounds.values())):
+            inside = [counts[i] for i in counts if self.rounds[i] == r]
+            if inside:
+                n, wrong = np.sum(inside, axis=0)
+                found[f"err_round/{r}"] = _mean(100 * wrong[n > 0] / n[n > 0])
+        severity = {i: self.domains[d].rpartition(":")[2] for i, d in single.items()}
+        if len(set(severity.values())) > 1:
+            for s in sorted(set(severity.values())):
+                of = [self.segment(i)["err"] for i in severity if severity[i] == s]
+                found[f"err_severity/{s}"] = _mean(of)
+        return found
 
     def snapshot(self) -> dict[str, Any]:
         """Copies of the accumulators."""

@@ -24,7 +24,7 @@ from core.errors import UserError
 
 TABLES = ("batches", "experiences", "matrix")
 # Keys that cannot change a number; everything else is part of a run's identity.
-VOLATILE = ("logger", "runtime", "root", "on_exists", "checkpoint", "reference", "sweep")
+VOLATILE = ("logger", "runtime", "root", "stage", "on_exists", "checkpoint", "reference", "sweep")
 VOLATILE_DATA = ("root", "cache")
 
 

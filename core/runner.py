@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from core.checkpoint import Checkpointer
 from core.console import Console
 from core.cost import Costs, reset_peak_memory
+from core.errors import Diverged
 from core.metrics import AccuracyMatrix, OnlineError
 from core.record import RunLogger
+from core.seed import rng_state, set_rng_state
 from core.strategy import CLStrategy, Strategy, TTAStrategy
 from core.stream import Batch, ShiftStream, TaskStream
+from core.window import Window
 
 
 @dataclass
@@ -27,6 +32,7 @@ class Context:
     console: Console
     device: torch.device
     forgetting: str = "standard"  # which definition the summary reports
+    on_nan: Literal["stop", "rollback", "record"] = "stop"  # when a method has diverged
 
 
 @torch.no_grad()
@@ -108,18 +114,23 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     Returns:
         `metrics` and `cost` of the summary.
     """
-    online = OnlineError(stream.domains, stream.num_classes)
+    recurring = any(s.round > 1 for s in stream.segments)
+    rounds = {s.index: s.round for s in stream.segments} if recurring else {}
+    online = OnlineError(stream.domains, stream.num_classes, rounds)
     columns = sorted(stream.probes)
     first = {d: s.index for s in reversed(stream.segments) for d in s.domains}
     matrix = AccuracyMatrix([stream.domains[d] for d in columns], [first[d] for d in columns])
-    clean = AccuracyMatrix(["clean"], [0])
+    clean, clean_adapting = AccuracyMatrix(["clean"], [0]), AccuracyMatrix(["clean"], [0])
+    window = Window(stream.window) if stream.window else None
     costs = Costs(strategy.backbone, run.device)
     meters = {
         "online": online,
         "matrix": matrix,
         "clean": clean,
+        "clean_adapting": clean_adapting,
         "costs": costs,
         "skipped": stream.skipped,
+        **({"window": window} if window else {}),
     }
     counts: dict[str, tuple[int, int]] = {}  # domain -> images right, images seen
 
@@ -134,6 +145,40 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             target.record(after, column, *counts[domain])
             _log_cell(run.log, after, name, domain, *counts[domain])
 
+    def score_adapting(after: int) -> None:
+        """Clean accuracy of a method that goes on adapting; afterwards it is as it was."""
+        if stream.holdout is None or not stream.holdout_adapting or strategy.static:
+            return
+        before, random = deepcopy(strategy.snapshot()), rng_state()
+        try:
+            counted = _evaluate_adapting(strategy, stream, run.device)
+            clean_adapting.record(after, 0, *counted)
+        except Diverged:
+            run.console.say("the method diverged on the clean images; left out")
+        finally:
+            strategy.restore(before)
+            set_rng_state(random)
+
+    def adapt(x: Tensor, where: str) -> Tensor:
+        """The method's scores, and what to do when they are not finite."""
+        try:
+            scores = window.adapt(strategy, x) if window else strategy.adapt(x)
+            if run.on_nan == "record" or scores.isfinite().all():
+                return scores
+            raise Diverged(
+                f"{type(strategy).__name__} returned NaN or infinite scores in {where}: it has "
+                "diverged. Lower its learning rate; or set on_nan=rollback (back to its start and "
+                "on) or on_nan=record (count them)"
+            )
+        except Diverged:
+            if run.on_nan != "rollback":
+                raise
+            strategy.reset()
+            if window:
+                window.clear()
+            online.rolled_back()
+            return strategy.predict(x)
+
     at = {"segment": 0, "batch": 0}
     state = run.checkpoint.load()
     strategy.begin_stream()
@@ -142,6 +187,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         run.console.say(f"resuming in segment {at['segment']}, batch {at['batch']}")
     elif columns or stream.holdout is not None:
         score(-1, "start")
+        score_adapting(-1)
     reset_peak_memory(run.device)
     total = sum(s.steps for s in stream.segments)
     run.console.start(total, costs.steps, type(strategy).__name__)
@@ -149,6 +195,8 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     for segment in stream.segments[at["segment"] :]:
         if stream.reset == "segment" and at["batch"] == 0 and segment.index > 0:
             strategy.reset()
+            if window:
+                window.clear()
         for i, batch in enumerate(segment.batches(at["batch"]), at["batch"]):
             run.console.advance()
             if batch is None:
@@ -157,7 +205,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             if stream.reset == "batch":
                 strategy.reset()
             with costs.step(len(batch.y)):
-                scores = strategy.adapt(batch.x)
+                scores = adapt(batch.x, f"segment {segment.name}, batch {i}")
             wrong = online.update(scores, batch.y, segment.index, batch.domain, strategy.outputs)
             run.log.log(
                 "batches",
@@ -171,6 +219,8 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         last = segment.index == len(stream.segments) - 1
         if (segment.index + 1) % stream.probe_every == 0 or last:
             score(segment.index, segment.name)
+        if last:
+            score_adapting(segment.index)
         now = online.segment(segment.index)
         run.log.log("experiences", index=segment.index, name=segment.name, **now)
         place = f"{segment.index + 1}/{len(stream.segments)}"
@@ -179,19 +229,45 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         at["batch"] = 0
     run.console.stop()
     metrics = {**online.summary(), **matrix.summary(forgetting=run.forgetting)}
-    metrics.update(_source_forgetting(clean))
+    metrics.update(_source_forgetting(clean, ""))
+    metrics.update(_source_forgetting(clean_adapting, "_adapting"))
     return {"metrics": metrics, "cost": costs.summary(strategy, _seconds(run.log))}
 
 
-def _source_forgetting(clean: AccuracyMatrix) -> dict[str, float]:
-    """Clean accuracy before and after the stream, the method frozen ("frozen" variant), percent."""
+def _evaluate_adapting(
+    strategy: TTAStrategy, stream: ShiftStream, device: torch.device
+) -> tuple[int, int]:
+    """Clean images that `adapt` gets right, and images seen; the strategy changes."""
+    window = Window(stream.window) if stream.window else None
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    total = 0
+    assert stream.holdout is not None
+    for batch in stream.holdout():
+        if batch is None:
+            continue
+        batch = batch.to(device)
+        if stream.reset == "batch":
+            strategy.reset()
+        scores = window.adapt(strategy, batch.x) if window else strategy.adapt(batch.x)
+        correct += (scores.argmax(1) == batch.y).sum()
+        total += len(batch.y)
+    return int(correct), total
+
+
+def _source_forgetting(clean: AccuracyMatrix, variant: str) -> dict[str, float]:
+    """Clean accuracy before the stream minus after it, percent.
+
+    Two variants: frozen (no suffix; `predict` on a method that stands
+    still) and `_adapting` (EATA, mariodoebler/test-time-adaptation: the method goes on learning on
+    the clean images, which helps it recover; here on a copy, so that the stream does not notice).
+    """
     before, after = clean.start(), clean.table()
     if math.isnan(before[0]) or not len(after):
         return {}
     return {
-        "clean_err_before": 100 - before[0],
-        "clean_err_after": 100 - after[-1, 0],
-        "source_forgetting": before[0] - after[-1, 0],
+        f"clean_err_before{variant}": 100 - before[0],
+        f"clean_err_after{variant}": 100 - after[-1, 0],
+        f"source_forgetting{variant}": before[0] - after[-1, 0],
     }
 
 

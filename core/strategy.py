@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -121,8 +121,9 @@ class Progress(Protocol):
         """Keep a state of tensors and plain values; replaces the one before."""
         ...
 
-    def say(self, text: str) -> None:
-        """One line for the user."""
+    @property
+    def say(self) -> Callable[[str], None]:
+        """Prints one line for the user."""
         ...
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +83,7 @@ class Segment:
     images: int
     steps: int
     batches: Batches = field(repr=False)  # (start=0)
+    round: int = 1  # of a recurring sequence, from 1
 
 
 @dataclass(frozen=True)
@@ -110,5 +112,8 @@ class ShiftStream:
     probes: Mapping[int, Batches] = field(default_factory=dict)  # domain -> images scored as is
     probe_every: int = 1  # segments between two evaluations of the probes
     holdout: Batches | None = None  # clean images, for source forgetting
+    holdout_adapting: bool = False  # score them a second time with a method that adapts to them
     source: Callable[[], SourceImages] | None = None  # raises UserError where there are none
+    window: int | None = None  # single images: length of the buffer that the method sees
+    order: Mapping[str, np.ndarray] = field(default_factory=dict)  # int64 [N] each: what, when
     provides: frozenset[str] = frozenset()

@@ -152,6 +152,22 @@ def imagenet_clean(root: Path) -> Files:
     raise UserError(f"no clean ImageNet images under data.root={root}. {expected('imagenet')}")
 
 
+def imagenet_train(root: Path) -> Files:
+    """Labelled ImageNet training images, `<root>/train/<wnid>/*.JPEG` or class folders in `root`.
+
+    Raises:
+        UserError: if there are none.
+    """
+    for base in (root / "imagenet" / "train", root / "ImageNet" / "train", root / "train", root):
+        if base.is_dir() and any(e.is_dir() and e.name.startswith("n0") for e in os.scandir(base)):
+            return canonical(image_folder(base, expected("imagenet")))
+    raise UserError(
+        f"no ImageNet training images under {root}: expected train/<wnid>/*.JPEG. This method "
+        "prepares on labelled source images: complete data.root, or set scenario.source_from to "
+        "another folder of class folders, or to held_out (clean images outside the stream)"
+    )
+
+
 # ---------------------------------------------------------------- CIFAR
 
 

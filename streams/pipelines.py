@@ -65,6 +65,16 @@ def pipeline(name: Name, geometry: Geometry, *, train: bool, cifar: bool) -> Pip
     return T.Compose([T.Resize(int(size / share), how), T.CenterCrop(size)])
 
 
+# Photometric changes of EcoTTA's source phase: no crop, no flip (Lily-Le/EcoTTA @ 85c1122).
+PHOTOMETRIC: Pipeline = T.Compose(
+    [
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.4),
+        T.RandomApply([T.GaussianBlur(3, (0.1, 2.0))], p=0.2),
+        T.RandomGrayscale(p=0.1),
+    ]
+)
+
+
 def seeded(change: Pipeline, image: Image.Image, seed: int) -> Image.Image:
     """Apply `change` with torch's global generator seeded, and put the generator back."""
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,6 @@
 """Adaptation streams over corruption sets: which images, in which order.
 
-Orders follow the protocols of the field: continual and gradual (qinenergy/cotta), mixed and
-correlated (mariodoebler/test-time-adaptation), recurring (the sequence repeated).
+The orders themselves are in `streams/orders.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torchvision import transforms as T
 
 from core.errors import UserError, suggest
 from core.seed import derive
-from core.stream import Batch, Segment, ShiftStream, Skipped
+from core.stream import Batch, Segment, ShiftStream, Skipped, SourceImages
 from streams import corruptions as C
 from streams.datasets import (
     LAYOUT,
@@ -30,15 +29,15 @@ from streams.datasets import (
     expected,
     imagenet_c,
     imagenet_clean,
+    imagenet_train,
     published_list,
 )
 from streams.images import Derived, Files, ImageSet, fingerprint, image_folder
 from streams.loading import Reader, Rows
-from streams.pipelines import Geometry, pipeline
+from streams.orders import LABEL_ORDERS, SEQUENCES, Domain, Options, parse, plan
+from streams.pipelines import PHOTOMETRIC, Geometry, Pipeline, pipeline
 
 Dataset = Literal["imagenet_c", "cifar10_c", "cifar100_c"]
-Order = Literal["continual", "gradual", "gradual_full", "mixed", "correlated", "recurring"]
-Domain = tuple[str, int]  # corruption, severity
 LABELS = {"imagenet_c": "imagenet1k", "cifar10_c": "cifar10", "cifar100_c": "cifar100"}
 
 
@@ -47,7 +46,7 @@ class Request:
     """What the settings ask of a data set."""
 
     domains: list[Domain]
-    images: int | None
+    images: int | None  # never None for embedded images
     image_list: str
     probe: int
     probe_from: Literal["auto", "held_out", "stream"]
@@ -75,17 +74,18 @@ class Sources:
     probe: np.ndarray  # int64 [m], rows scored without adapting
     probe_sets: dict[Domain, ImageSet]
     clean: ImageSet | None
-    clean_rows: np.ndarray
+    held_out: np.ndarray  # rows of `clean` that neither stream nor probe use
     notes: dict[str, object]
 
 
 def corruption_names(given: str | list[str]) -> list[str]:
-    """`standard` (15), `extra` (4), `all` (19) or a list of names.
+    """`standard` (15), `extra` (4), `all` (19), a sequence of `streams.orders`, or a list.
 
     Raises:
         UserError: for an unknown name, with the nearest known one.
     """
     groups = {"standard": C.STANDARD, "extra": C.EXTRA, "all": (*C.STANDARD, *C.EXTRA)}
+    groups |= SEQUENCES
     if isinstance(given, str) and given in groups:
         return list(groups[given])
     names = given if isinstance(given, list) else [given]
@@ -99,21 +99,6 @@ def corruption_names(given: str | list[str]) -> list[str]:
     if not names or len(set(names)) != len(names):
         raise UserError("scenario.corruptions must hold each corruption once, and at least one")
     return names
-
-
-def plan(order: Order, names: list[str], severity: int, rounds: int) -> list[tuple[str, Domain]]:
-    """Segments of an order as (segment name, domain), before images are dealt out."""
-    ups, downs = [1, 2, 3, 4], [4, 3, 2, 1]
-    if order in ("gradual", "gradual_full"):
-        steps = []
-        for i, name in enumerate(names):
-            first = order == "gradual" and i == 0
-            steps += [(name, s) for s in ([5, *downs] if first else [*ups, 5, *downs])]
-        return [(f"{i}/{n}:{s}", (n, s)) for i, (n, s) in enumerate(steps)]
-    once = [(f"{n}:{severity}", (n, severity)) for n in names]
-    if order == "recurring":
-        return [(f"r{r}/{text}", domain) for r in range(1, rounds + 1) for text, domain in once]
-    return once
 
 
 def _corrupt(
@@ -171,12 +156,17 @@ def corruption_stream(
     dataset: Dataset,
     corrupt: Literal["released", "on_the_fly"],
     corruptions: str | list[str],
-    severity: int,
-    order: Order,
+    severity: int | list[int],
+    order: str,
     rounds: int,
+    delta: float,
+    imbalance: float,
+    zipf: float,
+    index_file: str | None,
     images: int | None,
     image_list: str,
     batch_size: int,
+    window: int | None,
     reset: Literal["never", "segment", "batch"],
     order_seed: int,
     corruption_seed: int,
@@ -187,6 +177,9 @@ def corruption_stream(
     probe_from: Literal["auto", "held_out", "stream"],
     probe_every: int,
     clean_images: int,
+    clean_adapting: bool,
+    source_from: str,
+    source_images: int | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,
@@ -199,12 +192,21 @@ def corruption_stream(
         UserError: for missing data or settings that do not fit.
     """
     names = corruption_names(corruptions)
-    if severity not in range(1, 6):
-        raise UserError(f"scenario.severity must be 1..5, got {severity}")
+    severities = severity if isinstance(severity, list) else [severity]
+    if not severities or not set(severities) <= set(range(1, 6)):
+        raise UserError(f"scenario.severity must be 1..5 or a list of these, got {severity}")
     if batch_size < 1 or rounds < 1 or probe_every < 1:
         raise UserError("scenario.batch_size, rounds and probe_every must be at least 1")
-    steps = plan(order, names, severity, rounds)
-    domains = list(dict.fromkeys(d for _, d in steps))
+    if window is not None and (window < 1 or batch_size != 1):
+        raise UserError(
+            "scenario.window is for single images: it must be at least 1, and needs "
+            "scenario.batch_size=1"
+        )
+    domain_order, label_order = parse(order)
+    if min(delta, zipf - 1) <= 0 or imbalance < 1:
+        raise UserError("scenario.delta must be above 0, zipf above 1 and imbalance at least 1")
+    steps = plan(domain_order, names, severities, rounds)
+    domains = list(dict.fromkeys(s.domain for s in steps))
     request = Request(
         domains=domains,
         images=images,
@@ -253,19 +255,23 @@ def corruption_stream(
     def load(which: Reader, rows: Rows, start: int = 0) -> Iterator[Batch | None]:
         return which.batches(rows, batch_size, raw, start=start)
 
-    def shuffled(rows: Rows, *path: str | int) -> Rows:
-        seed = derive(order_seed, "stream", *path)
-        return rows.take(np.random.default_rng(seed).permutation(len(rows)))
+    def arranged(name: str, rows: Rows) -> Rows:
+        if label_order is None:
+            return rows
+        rng = np.random.default_rng(derive(order_seed, "stream", label_order, name))
+        return rows.take(LABEL_ORDERS[label_order](rows.label, options, rng))
 
-    dealt: list[tuple[str, Rows]] = []
-    for name, domain in steps:
-        d = domains.index(domain)
-        dealt.append((name, Rows.of(sets[d], found.stream, d)))
-    if order == "mixed":
-        dealt = [("mixed", shuffled(Rows.join([r for _, r in dealt]), "mixed"))]
-    elif order == "correlated":
-        mixed = [(n, shuffled(r, "correlated", n)) for n, r in dealt]
-        dealt = [(n, r.take(np.argsort(r.label, kind="stable"))) for n, r in mixed]
+    options = Options(delta, imbalance, zipf)
+    listed = found.stream if index_file is None else _index_file(index_file, found.stream)
+    dealt: list[tuple[str, int, Rows]] = []
+    for step in steps:
+        d = domains.index(step.domain)
+        dealt.append((step.name, step.round, Rows.of(sets[d], listed, d)))
+    if domain_order == "mixed":
+        joined = Rows.join([rows for *_, rows in dealt])
+        rng = np.random.default_rng(derive(order_seed, "stream", "mixed"))
+        dealt = [("mixed", 1, joined.take(rng.permutation(len(joined))))]
+    dealt = [(name, turn, arranged(name, rows)) for name, turn, rows in dealt]
 
     segments = [
         Segment(
@@ -275,8 +281,9 @@ def corruption_stream(
             images=len(rows),
             steps=-(-len(rows) // batch_size),
             batches=partial(load, reader, rows),
+            round=turn,
         )
-        for i, (name, rows) in enumerate(dealt)
+        for i, (name, turn, rows) in enumerate(dealt)
     ]
     hardest = max(s for _, s in domains)
     probes = {
@@ -284,10 +291,18 @@ def corruption_stream(
         for d, (_, s) in enumerate(domains)
         if s == hardest and len(found.probe)
     }
-    holdout = None
-    if found.clean is not None and len(found.clean_rows):
-        rows = Rows.of(found.clean, found.clean_rows)
-        holdout = partial(load, reading([found.clean]), rows)
+    # Drawn once, so that warm-up, stream and clean images stay apart.
+    rng = np.random.default_rng(derive(order_seed, "source"))
+    held_out = rng.permutation(found.held_out)[:source_images]
+    holdout, clean_rows = None, np.zeros(0, np.int64)
+    if found.clean is not None and clean_images:
+        clean_rows = np.arange(len(found.clean.labels))
+        if data_root is not None:
+            clean_rows = np.random.default_rng(derive(order_seed, "clean")).permutation(clean_rows)
+        if source_from == "held_out":
+            clean_rows = clean_rows[~np.isin(clean_rows, held_out)]
+        clean_rows = clean_rows[:clean_images]
+        holdout = partial(load, reading([found.clean]), Rows.of(found.clean, clean_rows))
     classes = sets[0].num_classes
     facts: dict[str, object] = {
         "classes": classes,
@@ -295,13 +310,14 @@ def corruption_stream(
         "images_per_domain": len(found.stream),
         "corruptions": "generated on the fly" if on_the_fly else "released files",
         "order": order,
+        "window": window,
         "segments": [s.name for s in segments],
         **found.notes,
         "fingerprint": fingerprint(
             *(s.fingerprint for s in sets),
-            *(np.stack([r.domain, r.row]) for _, r in dealt),
+            *(np.stack([r.domain, r.row]) for *_, r in dealt),
             found.probe,
-            found.clean_rows,
+            clean_rows,
         ),
     }
     return ShiftStream(
@@ -315,8 +331,112 @@ def corruption_stream(
         probes=probes,
         probe_every=probe_every,
         holdout=holdout,
+        holdout_adapting=clean_adapting,
+        source=partial(
+            _source,
+            embedded=data_root is None,
+            root=data_root,
+            dataset=dataset,
+            choice=source_from,
+            count=source_images,
+            clean=found.clean,
+            held_out=held_out,
+            seed=order_seed,
+            workers=workers,
+            on_error=on_error,
+        ),
+        window=window,
+        order={
+            "segment": np.concatenate([np.full(len(r), i) for i, (*_, r) in enumerate(dealt)]),
+            "domain": np.concatenate([r.domain for *_, r in dealt]),
+            "row": np.concatenate([r.row for *_, r in dealt]),
+            "label": np.concatenate([r.label for *_, r in dealt]),
+        },
         provides=frozenset({"probes"} | ({"holdout"} if holdout else set())),
     )
+
+
+def _index_file(path: str, listed: np.ndarray) -> np.ndarray:
+    """Positions in the image list, read from a .npy file: an order drawn elsewhere."""
+    try:
+        index = np.load(Path(path).expanduser(), allow_pickle=False).astype(np.int64).reshape(-1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"scenario.index_file={path}: not a .npy file of numbers") from error
+    if not len(index) or index.min() < 0 or index.max() >= len(listed):
+        raise UserError(
+            f"scenario.index_file={path} must hold positions 0..{len(listed) - 1} in the list of "
+            "images of a domain"
+        )
+    return listed[index]
+
+
+# ------------------------------------------------------------------ labelled source images
+
+
+def _source(
+    *,
+    embedded: bool,
+    root: str | None,
+    dataset: Dataset,
+    choice: str,
+    count: int | None,
+    clean: ImageSet | None,
+    held_out: np.ndarray,
+    seed: int,
+    workers: int,
+    on_error: Literal["raise", "skip"],
+) -> SourceImages:
+    """The images that a method may prepare on, see `scenario.source_from`.
+
+    Raises:
+        UserError: where there are none, or fewer than asked for.
+    """
+    if embedded or root is None:
+        from streams.embedded import SHIFT_CLASSES, EmbeddedImages
+
+        wanted = count or 400
+        per_class = -(-wanted // len(SHIFT_CLASSES))
+        images: ImageSet = EmbeddedImages(SHIFT_CLASSES, split="train", per_class=per_class)
+        rows, text = np.arange(len(images.labels)), "embedded training images"
+    elif choice == "held_out":
+        if clean is None:
+            raise UserError("scenario.source_from=held_out: no clean images are under data.root")
+        images, rows, text = clean, held_out, "clean evaluation images outside the stream"
+    elif dataset == "imagenet_c":
+        folder = Path(root if choice == "train" else choice).expanduser()
+        images, text = Derived(imagenet_train(folder), _crop, CROP), "training images"
+        rows = np.arange(len(images.labels))
+    else:
+        which: Cifar = "cifar10" if dataset == "cifar10_c" else "cifar100"
+        images = cifar(Path(root if choice == "train" else choice), which, train=True)
+        rows, text = np.arange(len(images.labels)), "training images"
+    if not len(rows) or (count or 0) > len(rows):
+        raise UserError(
+            f"scenario.source_images={count or 'all'}, but scenario.source_from={choice} leaves "
+            f"{len(rows)} images; ask for fewer, or leave some out of the stream (scenario.images)"
+        )
+    rows = np.random.default_rng(derive(seed, "source")).permutation(rows)[: count or len(rows)]
+    reader = Reader([images], Skipped(), workers=workers, on_error=on_error)
+
+    def batches(
+        batch_size: int,
+        *,
+        epoch: int | None = None,
+        start: int = 0,
+        augment: Literal["none", "photometric"] = "none",
+    ) -> Iterator[Batch]:
+        taken, key = rows, None
+        if epoch is not None:
+            key = derive(seed, "source", epoch)
+            taken = np.random.default_rng(key).permutation(rows)
+        change: Pipeline = PHOTOMETRIC if augment == "photometric" else lambda image: image
+        for batch in reader.batches(
+            Rows.of(images, taken), batch_size, change, start=start, seed=key
+        ):
+            if batch is not None:
+                yield batch
+
+    return SourceImages(len(rows), text, fingerprint(images.fingerprint, rows), batches)
 
 
 # ------------------------------------------------------------------ where the images come from
@@ -329,7 +449,8 @@ def _embedded(request: Request, dataset: Dataset) -> Sources:
         per_class = max(1, -(-count // len(SHIFT_CLASSES)))
         return EmbeddedImages(classes=SHIFT_CLASSES, split=split, per_class=per_class)
 
-    count = request.images or 400
+    assert request.images is not None
+    count = request.images
     stream, probe = images("test", count), images("probe", max(request.probe, request.clean))
     preset = "imagenet" if dataset == "imagenet_c" else "cifar"
     options: dict[str, Any] = {**request.generate, "preset": preset, "jpeg_quality": None}
@@ -341,7 +462,7 @@ def _embedded(request: Request, dataset: Dataset) -> Sources:
             probe, request.domains, "memory", **{**options, "seed": options["seed"] + 1}
         ),
         clean=probe,
-        clean_rows=np.arange(request.clean),
+        held_out=np.zeros(0, np.int64),  # the source images are another split
         notes={"probe_from": "held_out", "parameters": f"those of {dataset}, on 32 px images"},
     )
 
@@ -394,18 +515,11 @@ def _probe(available: int, used: np.ndarray, request: Request) -> tuple[np.ndarr
     return (left if source == "held_out" else used)[: request.probe], source
 
 
-def _clean_rows(clean: ImageSet | None, request: Request) -> np.ndarray:
-    if clean is None:
-        return np.zeros(0, np.int64)
-    shuffle = np.random.default_rng(derive(request.seed, "clean"))
-    return shuffle.permutation(len(clean.labels))[: request.clean]
-
-
-def _optional(load: Callable[[], ImageSet]) -> ImageSet | None:
-    try:
-        return load()
-    except UserError:
-        return None  # the released corruption sets come without clean images
+def _outside(clean: Files | None, used: Sequence[str]) -> np.ndarray:
+    """Rows of the clean ImageNet images whose file is not among the `used` ones."""
+    stems = {Path(n).stem for n in used}
+    names = clean.names if clean else []
+    return np.asarray([i for i, n in enumerate(names) if Path(n).stem not in stems], np.int64)
 
 
 def _imagenet_released(root: Path, request: Request) -> Sources:
@@ -417,14 +531,17 @@ def _imagenet_released(root: Path, request: Request) -> Sources:
         sets[d] = _legacy(files) if request.legacy_resize else files
     rows = _chosen(first.names, request, first.root)
     probe, source = _probe(len(first.labels), rows, request)
-    clean = _optional(lambda: Derived(imagenet_clean(root), _crop, CROP))
+    try:
+        clean = imagenet_clean(root)
+    except UserError:
+        clean = None  # the released corruption sets come without clean images
     return Sources(
         sets=sets,
         stream=rows,
         probe=probe,
         probe_sets=sets,
-        clean=clean,
-        clean_rows=_clean_rows(clean, request),
+        clean=Derived(clean, _crop, CROP) if clean else None,
+        held_out=_outside(clean, [first.names[i] for i in np.union1d(rows, probe)]),
         notes={
             "image_list": request.image_list,
             "legacy_resize": request.legacy_resize,
@@ -448,7 +565,7 @@ def _imagenet_on_the_fly(root: Path, request: Request) -> Sources:
         probe=probe,
         probe_sets=sets,
         clean=clean,
-        clean_rows=_clean_rows(clean, request),
+        held_out=np.setdiff1d(np.arange(len(files.labels)), np.union1d(rows, probe)),
         notes={
             "image_list": request.image_list,
             "legacy_resize": request.legacy_resize,
@@ -462,7 +579,10 @@ def _cifar(root: Path, which: Cifar, request: Request, released: bool) -> Source
     clean: ImageSet | None
     if released:
         sets = cifar_c(root, which, request.names, request.severities)
-        clean = _optional(lambda: cifar(root, which, train=False))
+        try:
+            clean = cifar(root, which, train=False)
+        except UserError:
+            clean = None
     else:
         clean = cifar(root, which, train=False)
         sets = _corrupted(clean, request.domains, None, preset="cifar", **request.generate)
@@ -475,7 +595,7 @@ def _cifar(root: Path, which: Cifar, request: Request, released: bool) -> Source
         probe=probe,
         probe_sets=sets,
         clean=clean,
-        clean_rows=_clean_rows(clean, request),
+        held_out=np.setdiff1d(np.arange(available), np.union1d(rows, probe)),
         notes={
             "probe_from": source,
             "clean": "test images" if clean else f"none found: {LAYOUT[which]}",

@@ -86,3 +86,14 @@ def imagenet_c_root(tmp_path) -> Path:
         ]
         write_images(root, names, size=32, seed=len(corruption))
     return root
+
+
+@pytest.fixture
+def imagenet_clean_root(tmp_path) -> Path:
+    """Twelve clean images with `labels.csv`, 40 px."""
+    root = tmp_path / "clean"
+    names = [f"image{i:02d}.png" for i in range(12)]
+    write_images(root, names, size=40)
+    rows = "".join(f"{n},{i}\n" for i, n in enumerate(names))
+    (root / "labels.csv").write_text("filename,class_index\n" + rows)
+    return root

@@ -13,7 +13,7 @@ import torch
 
 from core import metrics
 from core.errors import UserError
-from core.metrics import AccuracyMatrix, OnlineError, mean_corruption_error
+from core.metrics import ALEXNET, AccuracyMatrix, OnlineError, mean_corruption_error
 
 GOLDEN = Path(__file__).parent / "golden" / "cl" / "metrics"
 
@@ -354,7 +354,8 @@ def test_rows_with_nan_are_wrong_and_counted():
     assert math.isfinite(got["nll"]) and math.isfinite(got["ece"]) and math.isfinite(got["brier"])
     only = OnlineError(["a"], 3)
     only.update(torch.full((2, 3), NAN), y[:2], 0, y[:2], "logits")
-    assert only.summary() == {"err_mean": 100, "err_images": 100, "err/a": 100, "nan": 2}
+    means = dict.fromkeys(("err_mean", "err_images", "err_worst", "err/a"), 100)
+    assert only.summary() == {**means, "nan": 2}
 
 
 def test_mean_over_domains_is_not_the_mean_over_images():
@@ -416,3 +417,43 @@ def test_mean_corruption_error():
         mean_corruption_error({c: v for c, v in same.items() if c != "fog"})
     with pytest.raises(ValueError, match="snow"):
         mean_corruption_error({**same, "snow": [50.0]})
+
+
+def _stream_of_errors(online: OnlineError, plan: list[tuple[int, int, int]]) -> None:
+    """Feed 10 images a segment; plan: (segment, domain, how many are wrong)."""
+    for segment, domain, wrong in plan:
+        scores = torch.zeros(10, 2)
+        scores[:wrong, 1] = 1
+        scores[wrong:, 0] = 1
+        y = torch.zeros(10, dtype=torch.int64)
+        online.update(scores, y, segment, torch.full_like(y, domain), "logits")
+
+
+def test_rounds_segments_and_severities_have_their_own_means():
+    online = OnlineError(["fog:4", "fog:5", "snow:5"], 2, {0: 1, 1: 1, 2: 2, 3: 2})
+    _stream_of_errors(online, [(0, 0, 2), (1, 1, 4), (2, 0, 6), (3, 2, 8)])
+    got = online.summary()
+    assert got["err_worst"] == 80 and got["err/fog:4"] == 40
+    assert got["err_round/1"] == 30 and got["err_round/2"] == 70
+    assert got["err_segments"] == 50 and got["err_mean"] == pytest.approx((40 + 40 + 80) / 3)
+    assert got["err_severity/4"] == 40 and got["err_severity/5"] == 60
+    assert "mce" not in got
+
+
+def test_mce_comes_once_all_severities_ran():
+    domains = [f"{c}:{s}" for c in ALEXNET for s in range(1, 6)]
+    online = OnlineError(domains, 2)
+    _stream_of_errors(online, [(i, i, 5) for i in range(len(domains))])
+    wanted = mean_corruption_error({c: [50.0] * 5 for c in ALEXNET})
+    assert online.summary()["mce"] == pytest.approx(wanted)
+    assert wanted == pytest.approx(sum(50 / a for a in ALEXNET.values()) / 15)
+
+
+def test_rollbacks_are_counted_and_survive_a_resume():
+    online = OnlineError(["a:5"], 2)
+    _stream_of_errors(online, [(0, 0, 1)])
+    assert "rollbacks" not in online.summary()
+    online.rolled_back()
+    again = OnlineError(["a:5"], 2)
+    again.restore(online.snapshot())
+    assert again.summary()["rollbacks"] == 1

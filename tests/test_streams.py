@@ -18,8 +18,8 @@ from core.errors import UserError
 from core.experiment import complete
 from streams.class_incremental import order_of_classes, task_sizes
 from streams.images import Derived, Files
+from streams.orders import plan
 from streams.pipelines import Geometry, pipeline, seeded
-from streams.shifts import plan
 
 
 def make(cfg, size: int = 32, workers: int = 0):
@@ -215,10 +215,10 @@ def test_seeded_pipeline_draws_once_per_seed():
 
 def test_gradual_orders_have_the_published_lengths():
     names = [f"c{i}" for i in range(15)]
-    gradual, full = plan("gradual", names, 5, 1), plan("gradual_full", names, 5, 1)
+    gradual, full = plan("gradual", names, [5], 1), plan("gradual_full", names, [5], 1)
     assert len(gradual) == 131 and len(full) == 135
-    assert [s for _, (_, s) in gradual[:5]] == [5, 4, 3, 2, 1]
-    assert [s for _, (_, s) in gradual[5:14]] == [1, 2, 3, 4, 5, 4, 3, 2, 1]
+    assert [s.domain[1] for s in gradual[:5]] == [5, 4, 3, 2, 1]
+    assert [s.domain[1] for s in gradual[5:14]] == [1, 2, 3, 4, 5, 4, 3, 2, 1]
 
 
 def small(configure, *more: str):

@@ -1,0 +1,259 @@
+"""Orders of adaptation streams, as index arithmetic: which domain when, which labels when.
+
+An order is a domain part and a label part joined by `+`, each optional:
+
+| domain part  | segments |
+|---|---|
+| continual    | one per corruption and severity (CoTTA) |
+| gradual      | severities 5 4 3 2 1, then 1 2 3 4 5 4 3 2 1 for each further corruption (CoTTA) |
+| gradual_full | 1 2 3 4 5 4 3 2 1 for every corruption (mariodoebler/test-time-adaptation) |
+| mixed        | one segment: all domains joined and shuffled |
+| recurring    | the continual sequence, `rounds` times |
+
+| label part (within each segment) | every image once | source |
+|---|---|---|
+| (none): as listed        | yes | |
+| shuffled                 | yes | |
+| correlated               | yes | TTA-MD: shuffled, then sorted by label |
+| dirichlet_note           | yes | NOTE, TTA-MD |
+| dirichlet_rotta          | yes | RoTTA |
+| lame_grouped             | yes | LAME `IID=False`: groups of a label by first occurrence |
+| lame_zipf                | no  | LAME `IMBALANCE_SHIFT`: label shares by Zipf's law |
+| lame_zipf_grouped        | no  | both: LAME's own non-i.i.d. stream |
+| label_shift              | no  | SAR: one label at a time is `imbalance` times as likely |
+
+TTA-MD is github.com/mariodoebler/test-time-adaptation. So `correlated` is `continual+correlated`,
+and `mixed+dirichlet_note` the mixed stream with correlated labels. All draws come from the
+generator that is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from core.errors import UserError, suggest
+
+Domain = tuple[str, int]  # corruption, severity
+
+DOMAIN_ORDERS = ("continual", "gradual", "gradual_full", "mixed", "recurring")
+NOTE_MINIMUM = 10  # images that a NOTE chunk holds at least
+NOTE_ATTEMPTS = 10_000
+
+# Sequences of the 15 corruptions with a name. cotta_i: qinenergy/cotta,
+# imagenet/cfgs/10orders/cotta/cotta{i}.yaml; its published mean is over all ten.
+_SHORT = dict(
+    brig="brightness", cont="contrast", defo="defocus_blur", elas="elastic_transform", fog="fog",
+    fros="frost", gaus="gaussian_noise", glas="glass_blur", impu="impulse_noise",
+    jpeg="jpeg_compression", moti="motion_blur", pixe="pixelate", shot="shot_noise", snow="snow",
+    zoom="zoom_blur",
+)  # fmt: skip
+_NAMED = {
+    "cotta_0": "brig pixe gaus moti zoom glas impu jpeg defo elas shot fros snow fog cont",
+    "cotta_1": "jpeg shot zoom fros cont fog defo elas gaus brig glas impu pixe snow moti",
+    "cotta_2": "cont defo gaus shot snow fros glas zoom elas jpeg pixe brig impu moti fog",
+    "cotta_3": "shot fog glas pixe snow elas brig impu defo fros cont gaus moti jpeg zoom",
+    "cotta_4": "pixe glas zoom snow fog impu brig moti fros jpeg gaus shot cont defo elas",
+    "cotta_5": "moti snow fog shot defo cont zoom brig fros elas glas gaus pixe jpeg impu",
+    "cotta_6": "fros impu jpeg cont zoom glas pixe snow defo moti brig elas shot fog gaus",
+    "cotta_7": "glas zoom impu fog snow jpeg gaus fros shot brig cont moti pixe defo elas",
+    "cotta_8": "defo moti zoom shot gaus glas jpeg fog cont pixe fros snow brig elas impu",
+    "cotta_9": "cont gaus defo zoom fros glas jpeg fog pixe elas shot impu snow moti brig",
+    "rotta": "moti snow fog shot defo cont zoom brig fros elas glas gaus pixe jpeg impu",
+}
+SEQUENCES = {name: tuple(_SHORT[w] for w in text.split()) for name, text in _NAMED.items()}
+
+
+class Options(NamedTuple):
+    """Numbers that the label orders read."""
+
+    delta: float  # Dirichlet concentration; smaller = more correlated
+    imbalance: float  # label_shift: probability of the favoured label over that of another
+    zipf: float  # lame_zipf: exponent
+
+
+class Step(NamedTuple):
+    """One segment before images are dealt out."""
+
+    name: str
+    domain: Domain
+    round: int
+
+
+def parse(order: str) -> tuple[str, str | None]:
+    """Domain part and label part of an order.
+
+    Raises:
+        UserError: naming the nearest known part.
+    """
+    domain, label = None, None
+    for part in order.split("+"):
+        if part in DOMAIN_ORDERS and domain is None:
+            domain = part
+        elif part in LABEL_ORDERS and label is None:
+            label = part
+        else:
+            known = [*DOMAIN_ORDERS, *LABEL_ORDERS]
+            raise UserError(
+                f"scenario.order={order}: {part!r} is unknown or one part too many"
+                f"{suggest(part, known)}. Join one of {', '.join(DOMAIN_ORDERS)} and one of "
+                f"{', '.join(LABEL_ORDERS)} with '+'"
+            )
+    return domain or "continual", label
+
+
+def plan(order: str, names: list[str], severities: list[int], rounds: int) -> list[Step]:
+    """Segments of a domain order; `mixed` gives the domains that are to be joined."""
+    if order in ("gradual", "gradual_full"):
+        ups, downs = [1, 2, 3, 4], [4, 3, 2, 1]
+        steps = []
+        for i, name in enumerate(names):
+            first = order == "gradual" and i == 0
+            steps += [(name, s) for s in ([5, *downs] if first else [*ups, 5, *downs])]
+        return [Step(f"{i}/{n}:{s}", (n, s), 1) for i, (n, s) in enumerate(steps)]
+    once = [(n, s) for n in names for s in severities]
+    if order == "recurring":
+        return [Step(f"r{r}/{n}:{s}", (n, s), r) for r in range(1, rounds + 1) for n, s in once]
+    return [Step(f"{n}:{s}", (n, s), 1) for n, s in once]
+
+
+# ------------------------------------------------------------------ labels
+# Each takes labels int64 [N], the options and a generator; returns positions int64.
+
+LabelOrder = Callable[[np.ndarray, Options, np.random.Generator], np.ndarray]
+
+
+def shuffled(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """A uniform permutation."""
+    return rng.permutation(len(labels))
+
+
+def correlated(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """Shuffled, then sorted by label, keeping the shuffled order within a label."""
+    order = rng.permutation(len(labels))
+    return order[np.argsort(labels[order], kind="stable")]
+
+
+def dirichlet_note(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """As many chunks as labels; each label is spread over them by Dirichlet(delta) shares.
+
+    A chunk that holds N/C images already gets no more; all is drawn again until every chunk has
+    10 images. Where all shares of a label fall on full chunks, its shares are drawn again (the
+    reference divides by zero there).
+
+    Raises:
+        UserError: when the chunks cannot hold 10 images each.
+    """
+    values = np.unique(labels)
+    count, full = len(values), len(labels) / len(values)
+    if full < NOTE_MINIMUM:
+        raise UserError(
+            f"scenario.order=dirichlet_note needs {NOTE_MINIMUM} images per label and chunk, but "
+            f"{len(labels)} images of {count} labels give {full:.1f}. Use more images "
+            "(scenario.images, image_list=all), mixed+dirichlet_note, or dirichlet_rotta"
+        )
+    for _ in range(NOTE_ATTEMPTS):
+        chunks: list[list[np.ndarray]] = [[] for _ in range(count)]
+        sizes = np.zeros(count, np.int64)
+        for value in values:
+            rows = rng.permutation(np.flatnonzero(labels == value))
+            for _ in range(NOTE_ATTEMPTS):
+                share = rng.dirichlet(np.full(count, options.delta)) * (sizes < full)
+                if share.sum() > 0:
+                    break
+            share = share / share.sum() if share.sum() > 0 else (sizes < full) / sum(sizes < full)
+            cuts = (np.cumsum(share)[:-1] * len(rows)).astype(np.int64)
+            for chunk, part in zip(chunks, np.split(rows, cuts), strict=True):
+                chunk.append(part)
+            sizes += [len(part) for part in np.split(rows, cuts)]
+        if sizes.min() >= NOTE_MINIMUM:
+            break
+    else:
+        raise UserError(
+            f"scenario.order=dirichlet_note found no chunks of {NOTE_MINIMUM} images in "
+            f"{NOTE_ATTEMPTS} draws at scenario.delta={options.delta}; raise delta or use more "
+            "images"
+        )
+    return np.concatenate([chunk[i] for chunk in chunks for i in rng.permutation(count)])
+
+
+def dirichlet_rotta(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """Each label is cut into min(C, 100) slots by Dirichlet(delta) shares, without balancing.
+
+    Within a slot the labels' pieces follow each other in random order.
+    """
+    values = np.unique(labels)
+    count = min(len(values), 100)
+    slots: list[list[np.ndarray]] = [[] for _ in range(count)]
+    for value in values:
+        rows = np.flatnonzero(labels == value)
+        share = rng.dirichlet(np.full(count, options.delta))
+        cuts = (np.cumsum(share)[:-1] * len(rows)).astype(np.int64)
+        for slot, part in zip(slots, np.split(rows, cuts), strict=True):
+            slot.append(part)
+    return np.concatenate([slot[i] for slot in slots for i in rng.permutation(len(slot))])
+
+
+def _grouped(labels: np.ndarray) -> np.ndarray:
+    values, first, group = np.unique(labels, return_index=True, return_inverse=True)
+    rank = np.empty(len(values), np.int64)
+    rank[np.argsort(first)] = np.arange(len(values))
+    return np.argsort(rank[group], kind="stable")
+
+
+def lame_grouped(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """Shuffled, then grouped by label; groups in the order in which labels first occur."""
+    order = rng.permutation(len(labels))
+    return order[_grouped(labels[order])]
+
+
+def lame_zipf(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """Labels in shares by Zipf's law, drawn with replacement and shuffled; N images in all.
+
+    The shares are drawn again until the largest tenth of the labels holds less than 90 %.
+    """
+    values = np.unique(labels)
+    largest = max(1, round(0.1 * len(values)))
+    for _ in range(NOTE_ATTEMPTS):
+        share = rng.zipf(options.zipf, len(values)).astype(np.float64)
+        share /= share.sum()
+        if np.sort(share)[-largest:].sum() < 0.9:
+            break
+    quota = np.floor(share * len(labels)).astype(np.int64)
+    quota[np.argsort(quota)[-1]] += len(labels) - quota.sum()
+    drawn = [rng.choice(np.flatnonzero(labels == v), n) for v, n in zip(values, quota, strict=True)]
+    return rng.permutation(np.concatenate(drawn))
+
+
+def lame_zipf_grouped(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """`lame_zipf`, then grouped by label as `lame_grouped`."""
+    order = lame_zipf(labels, options, rng)
+    return order[_grouped(labels[order])]
+
+
+def label_shift(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """The favoured label moves through all labels in random order, N/C draws each.
+
+    At each draw it is `imbalance` times as likely as any other; images with replacement.
+    """
+    values = np.unique(labels)
+    count, ratio = len(values), options.imbalance
+    rows = [np.flatnonzero(labels == v) for v in values]
+    bounds = np.linspace(0, len(labels), count + 1).astype(np.int64)
+    found = []
+    for favoured, n in zip(rng.permutation(count), np.diff(bounds), strict=True):
+        chance = np.full(count, 1 / (ratio + count - 1))
+        chance[favoured] = ratio / (ratio + count - 1)
+        found += [rng.choice(rows[c]) for c in rng.choice(count, n, p=chance)]
+    return np.asarray(found, np.int64)
+
+
+LABEL_ORDERS: dict[str, LabelOrder] = {
+    f.__name__: f
+    for f in (
+        shuffled, correlated, dirichlet_note, dirichlet_rotta, lame_grouped, lame_zipf,
+        lame_zipf_grouped, label_shift,
+    )
+}  # fmt: skip

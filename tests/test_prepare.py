@@ -1,0 +1,177 @@
+"""The source phase: cached by what it depends on, resumable, and reported beside the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from core.errors import UserError
+from core.prepare import PartialFile, prepare
+from core.strategy import Progress, TTAStrategy
+from core.stream import Batch, SourceImages
+from tta.warmup import WarmUp
+
+
+def warmup(**changes: Any) -> WarmUp:
+    options: dict[str, Any] = dict(
+        epochs=3, batch_size=4, optimizer="sgd", lr=0.1, momentum=0.9, nesterov=False,
+        betas=(0.9, 0.999), weight_decay=0.0, rise=0, schedule="constant", milestones=(),
+        gamma=0.2, augment="none", every=1,
+    )  # fmt: skip
+    return WarmUp(**(options | changes))
+
+
+def source(fingerprint: str = "a") -> SourceImages:
+    x = torch.rand(10, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    y = (x.mean((1, 2, 3)) > 0.5).long()
+
+    def batches(batch_size, *, epoch=None, start=0, augment="none"):
+        order = torch.randperm(10, generator=torch.Generator().manual_seed(epoch or 0))
+        for i in range(start * batch_size, 10, batch_size):
+            rows = order[i : i + batch_size]
+            yield Batch(x[rows], y[rows], rows, torch.zeros_like(rows))
+
+    return SourceImages(10, "stub images", fingerprint, batches)
+
+
+class Warmed(TTAStrategy):
+    """A linear layer that is trained on the source."""
+
+    def __init__(self, backbone: Backbone, *, recipe: WarmUp, calls: list[str]) -> None:
+        super().__init__(backbone)
+        self.extra = nn.Linear(12, 2)
+        nn.init.zeros_(self.extra.weight)
+        nn.init.zeros_(self.extra.bias)
+        self.recipe, self.calls = recipe, calls
+
+    def preparation(self) -> dict[str, Any]:
+        return self.recipe.settings()
+
+    def prepare(self, source: SourceImages, progress: Progress) -> dict[str, Tensor]:
+        self.calls.append("prepare")
+
+        def loss(batch: Batch) -> Tensor:
+            return nn.functional.cross_entropy(self.extra(batch.x.flatten(1)), batch.y)
+
+        self.recipe.run(self.extra, loss, source, progress)
+        return dict(self.extra.state_dict())
+
+    def use_prepared(self, artefact: Mapping[str, Tensor]) -> None:
+        self.extra.load_state_dict(dict(artefact))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(weights=..., images=..., **recipe)` prepares; returns (strategy, report, calls)."""
+    calls: list[str] = []
+
+    def make(**recipe: Any) -> Warmed:
+        torch.manual_seed(0)
+        backbone = Backbone(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
+        return Warmed(backbone, recipe=warmup(**recipe), calls=calls)
+
+    def go(weights: str = "w", images: str = "a", **recipe: Any):
+        strategy = make(**recipe)
+        report = prepare(
+            strategy,
+            lambda: make(**recipe),
+            lambda: source(images),
+            weights=weights,
+            folder=tmp_path,
+            say=lambda text: None,
+        )
+        return strategy, report, calls
+
+    return go
+
+
+def test_the_artefact_is_made_once_and_then_read(run):
+    first, report, calls = run()
+    again, cached, _ = run()
+    assert calls == ["prepare"] and not report["cached"] and cached["cached"]
+    assert report["key"] == cached["key"] and first.extra.weight.abs().sum() > 0
+    assert torch.equal(first.extra.weight, again.extra.weight)
+    assert not list(Path(report["artefact"]).parent.glob("*.partial"))
+    assert report["source_images"] == 10 and report["source"] == "stub images"
+
+
+@pytest.mark.parametrize("change", [{"weights": "v"}, {"images": "b"}, {"lr": 0.2}])
+def test_other_weights_images_or_settings_never_reuse_it(run, change):
+    _, before, _ = run()
+    _, after, calls = run(**change)
+    assert before["key"] != after["key"] and calls == ["prepare"] * 2
+
+
+def test_how_often_progress_is_kept_is_not_part_of_the_key(run):
+    _, before, _ = run()
+    _, after, calls = run(every=2)
+    assert before["key"] == after["key"] and calls == ["prepare"]
+
+
+def test_an_interrupted_warm_up_goes_on_to_the_same_result(run, tmp_path, monkeypatch):
+    whole, _, _ = run()
+    saves = iter(range(4))
+    real = PartialFile.save
+
+    def save(self, state):
+        real(self, state)
+        if next(saves, None) is None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialFile, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run(weights="other")
+    assert list(tmp_path.glob("*.partial"))
+    resumed, report, _ = run(weights="other")
+    assert not report["cached"]
+    for a, b in zip(whole.extra.parameters(), resumed.extra.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_damaged_files_are_named(run, tmp_path):
+    _, report, _ = run()
+    path = Path(report["artefact"])
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="cannot read the prepared artefact"):
+        run()
+
+
+def test_without_source_images_the_error_says_so(run, tmp_path):
+    strategy, _, _ = run()
+    with pytest.raises(UserError, match="this scenario has none"):
+        prepare(
+            strategy, lambda: strategy, None, weights="w", folder=tmp_path, say=lambda text: None
+        )
+
+
+def test_rates_follow_the_published_schedules():
+    cifar = warmup(epochs=10, lr=0.05, rise=1, schedule="steps", milestones=(3, 6, 8))
+    assert cifar.rate(0, 0, 10) == 0 and cifar.rate(0, 5, 10) == pytest.approx(0.025)
+    rates = [cifar.rate(e, 0, 10) for e in (1, 2, 3, 6, 8)]
+    assert rates == pytest.approx([0.05, 0.05, 0.01, 0.002, 0.0004])
+    cosine = warmup(epochs=3, lr=1.0, rise=1, schedule="cosine")
+    assert [cosine.rate(e, 0, 5) for e in (1, 2)] == pytest.approx([1.0, 0.5])
+
+
+def test_a_diverging_warm_up_stops_and_names_the_rate():
+    model = nn.Linear(12, 2)
+
+    class Nowhere:
+        say = staticmethod(lambda text: None)
+
+        def load(self):
+            return None
+
+        def save(self, state):
+            pass
+
+    with pytest.raises(UserError, match=r"strategy\.warmup\.lr"):
+        warmup().run(model, lambda batch: model(batch.x.flatten(1)).sum() * torch.inf, source(),
+                     Nowhere())  # fmt: skip
