@@ -211,9 +211,7 @@ def _execute(
             "gain": reference(result["metrics"], frozen["metrics"]),
         }
     if cfg.reference is not None:
-        as_published = "[" not in stream.name and _only_volatile(overrides)
-        rows: Any = OmegaConf.to_container(cfg.reference, resolve=True)
-        summary["reference"] = [{**r, "comparable": r["comparable"] and as_published} for r in rows]
+        summary["reference"] = _against_published(cfg, stream, overrides, summary)
     log.finish(summary)
     if not cfg.checkpoint.keep:
         checkpoint.remove()
@@ -355,10 +353,33 @@ def _source_facts(kind: type[Strategy], stream: Stream) -> list[str]:
         return []  # the preparation says so if it needs them
 
 
+def _against_published(
+    cfg: DictConfig, stream: Stream, overrides: list[str], summary: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The preset's figures for this strategy and for the source model, with ours beside them."""
+    as_published = "[" not in stream.name and _only_volatile(overrides)
+    measured = {cfg.strategy.name: summary["metrics"]}
+    if "source" in summary:
+        measured["source"] = summary["source"]["metrics"]
+    rows: Any = OmegaConf.to_container(cfg.reference, resolve=True)
+    return [
+        {
+            **row,
+            "comparable": row["comparable"] and as_published,
+            "ours": measured[row["strategy"]].get(row["metric"]),
+        }
+        for row in rows
+        if row["strategy"] in measured
+    ]
+
+
 def _only_volatile(overrides: list[str]) -> bool:
     """Whether nothing was typed that makes a preset another experiment."""
     keys = {o.split("=")[0].lstrip("+~") for o in overrides}
-    return all(k in ("experiment", "seed") or k.split(".")[0] in {*VOLATILE, "data"} for k in keys)
+    return all(
+        k in ("experiment", "strategy", "seed") or k.split(".")[0] in {*VOLATILE, "data"}
+        for k in keys
+    )
 
 
 def _sinks(cfg: DictConfig, folder: Path, about: dict[str, Any]) -> list[WandbSink]:
@@ -540,6 +561,7 @@ def _table(summary: dict[str, Any]) -> str:
     if kept:
         foot.insert(0, ", ".join(kept))
     for row in summary.get("reference") or []:
-        against = f"ours {metrics[row['metric']]:.1f}" if row["comparable"] else "not comparable"
-        foot.append(f"published {row['value']} ({row['source']}; {row['status']}): {against}")
+        ours = f"ours {row['ours']:.1f}" if row["comparable"] else "not comparable"
+        what = f"published {row['strategy']} {row['metric']} {row['value']}"
+        foot.append(f"{what} ({row['source']}; {row['status']}): {ours}")
     return "\n".join([title, table(head, rows), *foot])
