@@ -1,10 +1,10 @@
 """Markdown tables of the finished runs under a results folder, one per scenario and backbone.
 
     python scripts/make_tables.py results [--out results/reference/tables.md]
+    python scripts/make_tables.py results --average scenario.corruptions    # CoTTA's ten orders
 
-All runs of one strategy, scenario and backbone are averaged (mean and, from two on, standard
-deviation), whatever else they differ in: give other settings another scenario.label, or tabulate
-their folders apart.
+Runs that differ in nothing but the seed (and the keys under --average) are one row: mean and, from
+two on, standard deviation. Where a strategy was run with several settings, its rows name them.
 Every table names the scenario's label, so stand-in images stay recognisable as such.
 """
 
@@ -19,7 +19,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-SHIFT = ("err_mean", "plasticity", "stability", "forgetting", "source_forgetting")
+from omegaconf import DictConfig, OmegaConf
+
+SHIFT = (
+    "err_mean",
+    "plasticity",
+    "stability",
+    "forgetting",
+    "source_forgetting",
+    "source_forgetting_adapting",
+)
 TASK = ("acc_inc", "acc_last", "plasticity", "stability", "forgetting", "bwt")
 COST = {
     "s/batch": ("seconds_per_batch", "{:.3f}"),
@@ -31,8 +40,50 @@ Run = dict[str, Any]
 
 
 def load_runs(root: Path) -> list[Run]:
-    """Summaries of all finished runs, unfinished ones left out."""
-    return [json.loads(p.read_text()) for p in sorted(root.rglob("summary.json"))]
+    """Summaries of all finished runs with their `config`; unfinished ones are left out."""
+    runs = []
+    for path in sorted(root.rglob("summary.json")):
+        run = json.loads(path.read_text())
+        run["config"] = flat(OmegaConf.load(path.with_name("config.yaml")))
+        runs.append(run)
+    return runs
+
+
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    if not isinstance(node, DictConfig):
+        return {path: node}
+    found: dict[str, Any] = {}
+    for key in node:
+        found |= flat(node[key], f"{path}.{key}" if path else str(key))
+    return found
+
+
+def settings(run: Run, average: Iterable[str]) -> dict[str, str]:
+    """What sets a run apart from others of the same strategy, scenario and backbone."""
+    kept = ("strategy.", "scenario.", "backbone.", "precision", "channels_last", "on_nan")
+    return {
+        k: str(v)
+        for k, v in run["config"].items()
+        if k.startswith(kept) and k not in average and not k.endswith("name")
+    }
+
+
+def rows_of(runs: list[Run], average: Iterable[str]) -> dict[str, list[Run]]:
+    """Runs by row name; the name holds the settings in which the rows of a strategy differ."""
+    by_strategy: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        key = json.dumps(settings(run, average), sort_keys=True)
+        by_strategy[run["run"]["strategy"]][key].append(run)
+    found = {}
+    for strategy, variants in by_strategy.items():
+        every = [json.loads(k) for k in variants]
+        keys = sorted({k for one in every for k in one})
+        differ = [k for k in keys if len({one.get(k) for one in every}) > 1]
+        for one, same in zip(every, variants.values(), strict=True):
+            told = ", ".join(f"{k.removeprefix('strategy.')}={one.get(k)}" for k in differ)
+            found[f"{strategy} ({told})" if told else strategy] = same
+    return found
 
 
 def spread(values: Iterable[float | None], form: str = "{:.1f}") -> str:
@@ -50,23 +101,25 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def tables(runs: list[Run]) -> str:
+def tables(runs: list[Run], average: Iterable[str] = ()) -> str:
     """All tables as one Markdown text."""
-    groups: dict[tuple[str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
         about = run["run"]
-        groups[about["scenario"], about["backbone"]][about["strategy"]].append(run)
+        groups[about["scenario"], about["backbone"]].append(run)
     parts = []
-    for (scenario, backbone), methods in sorted(groups.items()):
+    for (scenario, backbone), found in sorted(groups.items()):
+        methods = rows_of(found, average)
         ordered = sorted(methods.items(), key=lambda item: (item[0] != "source", item[0]))
         first = ordered[0][1][0]
         names = SHIFT if "err_mean" in first["metrics"] else TASK
+        names = [n for n in names if any(n in r["metrics"] for r in found)]
         domains = [k for k in first["metrics"] if k.startswith("err/")]
         head = ["strategy", "runs", *names, *COST]
         body, detail = [], []
         for name, same in ordered:
             cells = [spread((r["metrics"].get(k) for r in same), "{:.2f}") for k in names]
-            cost = [spread([r["cost"][k] for r in same][:1], form) for k, form in COST.values()]
+            cost = [spread([same[0]["cost"][k]], form) for k, form in COST.values()]
             body.append([name, str(len(same)), *cells, *cost])
             detail.append([name, *(spread(r["metrics"].get(k) for r in same) for k in domains)])
         weights = first["weights"]
@@ -84,12 +137,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--average", nargs="*", default=[], metavar="KEY")
     given = parser.parse_args()
     runs = load_runs(given.root)
     if not runs:
         print(f"error: no finished run under {given.root}", file=sys.stderr)
         return 2
-    text = tables(runs)
+    text = tables(runs, given.average)
     if given.out is None:
         print(text)
     else:
