@@ -1,0 +1,364 @@
+"""Named sets of adapters on one frozen transformer, chosen per call.
+
+    bank = AdapterBank(backbone)
+    bank.add("task0", {f"blocks.{i}.mlp:parallel": Bottleneck(768, 64) for i in range(12)})
+    bank.features(x, "task0")                    # [B, D]
+    bank.features(x, {"old": 1.0, "new": 1.0})   # sums of what both add
+    bank.features_each(x, ["task0", "task1"])    # [2, B, D], one pass of the frozen weights
+
+A point is `<module>:<kind>`, see `backbones/adapters.py`; `bank.points()` lists what a network
+offers. The network keeps its class, its modules and its weights: adapters act through hooks that
+do nothing outside the call. Linear modules anywhere and the parts of timm's `Block` (norm1, attn,
+norm2, mlp) are enough for every kind; a network that lacks what a point needs is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.adapters import Adapter, Prefix, Prompt
+from backbones.backbone import Backbone
+from core.errors import UserError, suggest
+
+Use = str | Mapping[str, float] | None
+KINDS = ("parallel", "out", "in", "keys", "tokens")
+
+
+class AdapterBank(nn.Module):
+    """Adapter sets and their attachment to `backbone`.
+
+    Args:
+        backbone: its network gets hooks, nothing else. It is not a submodule of the bank.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.sets = nn.ModuleDict()
+        self._backbone = [backbone]  # in a list: not a submodule
+        self._hooked: set[str] = set()
+        self._active: list[tuple[str, float]] = []
+        self._group: list[str] = []
+        self._expanded = False
+        self._residual: Tensor | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._backbone[0]
+
+    # -------------------------------------------------------------- sets
+
+    def points(self) -> list[str]:
+        """Points that this network offers (linear layers and blocks)."""
+        found = []
+        for name, module in self.backbone.net.named_modules():
+            if isinstance(module, nn.Linear):
+                found.append(f"{name}:out")
+        if hasattr(self.backbone.net, "blocks"):
+            found.append("blocks:tokens")
+        for i, block in enumerate(getattr(self.backbone.net, "blocks", [])):
+            found.append(f"blocks.{i}:tokens")
+            if _is_block(block):
+                found += [f"blocks.{i}.mlp:parallel", f"blocks.{i}.attn:out"]
+                found += [f"blocks.{i}.attn:in"]
+            if _has_plain_attention(block):
+                found.append(f"blocks.{i}.attn:keys")
+        return found
+
+    def add(self, name: str, adapters: Mapping[str, Adapter]) -> list[nn.Parameter]:
+        """Attach a set under `name`; returns its parameters.
+
+        Raises:
+            UserError: for a point that the network does not offer.
+            ValueError: if the name is taken.
+        """
+        if name in self.sets:
+            raise ValueError(f"there is a set {name!r} already")
+        for point in adapters:
+            self._check(point)
+        device = next(self.backbone.parameters()).device
+        made = nn.ModuleDict({p.replace(".", "/"): a for p, a in adapters.items()}).to(device)
+        self.sets[name] = made
+        for point in adapters:
+            self._hook(point)
+        return list(made.parameters())
+
+    def copy(self, name: str, new: str) -> list[nn.Parameter]:
+        """A second set with the same values; returns its parameters."""
+        return self.add(new, {p: deepcopy(a) for p, a in self.adapters(name).items()})
+
+    def remove(self, name: str) -> None:
+        """Drop a set."""
+        del self.sets[name]
+
+    def freeze(self, name: str, frozen: bool = True) -> None:
+        """Stop (or start) training a set; a frozen set is in evaluation mode for good."""
+        self.sets[name].requires_grad_(not frozen)
+        self.sets[name].train(not frozen)
+
+    def train(self, mode: bool = True) -> AdapterBank:
+        """Sets that train follow `mode`; frozen ones stay in evaluation mode."""
+        self.training = mode
+        for made in self.sets.values():
+            learns = any(p.requires_grad for p in made.parameters())
+            made.train(mode and learns)
+        return self
+
+    def adapters(self, name: str) -> dict[str, Adapter]:
+        """Point -> adapter of a set."""
+        found: Any = self.sets[name]
+        return {key.replace("/", "."): adapter for key, adapter in found.items()}
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """Parameters of one set, in the order of its points."""
+        return list(self.sets[name].parameters())
+
+    # -------------------------------------------------------------- calls
+
+    def features(self, x: Tensor, use: Use = None) -> Tensor:
+        """[B, 3, H, W] -> [B, D] with one set, a weighted sum of sets, or none."""
+        with self.using(use):
+            return self.backbone.features(x)
+
+    def features_each(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """[B, 3, H, W] -> [T, B, D]: each set by itself, frozen weights once for all of them.
+
+        Until the first adapter acts, the T copies share one computation.
+
+        Raises:
+            ValueError: for sets that differ in their points.
+        """
+        points = [list(self.adapters(n)) for n in names]
+        if any(p != points[0] for p in points):
+            raise ValueError(f"sets {list(names)} are attached at different points")
+        if len(names) == 1:
+            return self.features(x, names[0])[None]
+        outside = any(not p.startswith("blocks") for p in points[0])
+        images = x.repeat(len(names), 1, 1, 1) if outside else x
+        self._group, self._expanded = list(names), outside
+        try:
+            out = self.backbone.features(images)
+        finally:
+            self._group, self._residual = [], None
+        if not outside:  # each copy counts as a pass, although block 0 is shared
+            self.backbone.passes.forward += len(x) * (len(names) - 1)
+        return out.view(len(names), len(x), -1)
+
+    @contextmanager
+    def using(self, use: Use) -> Generator[None]:
+        """Inside, every forward of the backbone goes through these sets."""
+        chosen = {} if use is None else {use: 1.0} if isinstance(use, str) else dict(use)
+        for name in chosen:
+            if name not in self.sets:
+                raise KeyError(f"there is no set {name!r}{suggest(name, self.sets)}")
+        before, self._active = self._active, list(chosen.items())
+        try:
+            yield
+        finally:
+            self._active, self._residual = before, None
+
+    # -------------------------------------------------------------- hooks
+
+    def _check(self, point: str) -> None:
+        path, _, kind = point.rpartition(":")
+        net = self.backbone.net
+        reason = None
+        try:
+            module = net.get_submodule(path)
+        except AttributeError:
+            module, reason = None, f"there is no module {path!r}{suggest(path, _names(net))}"
+        if reason is None and kind not in KINDS:
+            reason = f"{kind!r} is not one of {', '.join(KINDS)}"
+        if reason is None and kind in ("parallel", "keys"):
+            block = net.get_submodule(path.rpartition(".")[0])
+            if kind == "parallel" and not (_is_block(block) and block.mlp is module):
+                reason = "it needs timm's pre-norm Block (norm1, attn, norm2, mlp)"
+            if kind == "keys" and not (_has_plain_attention(block) and block.attn is module):
+                reason = "it needs timm's plain Attention with a fused qkv"
+        if reason is not None:
+            raise UserError(
+                f"{self.backbone.tag} has no place for adapters at {point}: {reason}. Use a timm "
+                "ViT (for example backbone=vit_b16_in1k), or a strategy without adapters"
+            )
+
+    def _hook(self, point: str) -> None:
+        if point in self._hooked:
+            return
+        self._hooked.add(point)
+        path, _, kind = point.rpartition(":")
+        net = self.backbone.net
+        module = net.get_submodule(path)
+        if kind == "parallel":
+            block = net.get_submodule(path.rpartition(".")[0])
+            block.norm2.register_forward_pre_hook(lambda _, args: self._remember(point, args[0]))
+            block.register_forward_hook(lambda _, args, out: self._parallel(point, out))
+            return
+        if path.startswith("blocks"):
+            self._expand_before(net.get_submodule(".".join(path.split(".")[:2])))
+        if kind == "out":
+            module.register_forward_hook(lambda _, args, out: self._out(point, args[0], out))
+        elif kind == "in":
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: ((self._in(point, args[0]), *args[1:]), kwargs),
+                with_kwargs=True,
+            )
+        elif kind == "tokens":
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: ((self._append(point, args[0]), *args[1:]), kwargs),
+                with_kwargs=True,
+            )
+            module.register_forward_hook(lambda _, args, out: self._drop(point, out))
+        else:
+            self._attention(module, point)
+
+    def _found(self, point: str) -> list[tuple[Adapter, float]]:
+        """Active adapters at a point with their weights."""
+        key = point.replace(".", "/")
+        found = []
+        for name, weight in self._active:
+            made: Any = self.sets[name]
+            if key in made:
+                found.append((made[key], weight))
+        return found
+
+    def _grouped(self, point: str) -> list[Adapter]:
+        key = point.replace(".", "/")
+        members: list[Any] = [self.sets[n] for n in self._group]
+        return [m[key] for m in members] if members and key in members[0] else []
+
+    def _expand(self, x: Tensor) -> Tensor:
+        """[B, ...] -> [T * B, ...], once per call."""
+        if self._expanded:
+            return x
+        self._expanded = True
+        return x.repeat(len(self._group), *[1] * (x.ndim - 1))
+
+    def _expand_before(self, block: nn.Module) -> None:
+        """Points inside a block need all copies from its input on."""
+        name = f"expand:{id(block)}"
+        if name in self._hooked:
+            return
+        self._hooked.add(name)
+
+        def expand(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return ((self._expand(args[0]), *args[1:]), kwargs) if self._group else None
+
+        block.register_forward_pre_hook(expand, with_kwargs=True, prepend=True)
+
+    def _chunks(self, x: Tensor) -> Tensor:
+        return x.view(len(self._group), -1, *x.shape[1:])
+
+    def _remember(self, point: str, x: Tensor) -> None:
+        if self._found(point) or self._grouped(point):
+            self._residual = x
+
+    def _parallel(self, point: str, out: Tensor) -> Tensor:
+        u = self._residual
+        if adapters := self._grouped(point):
+            assert u is not None
+            shared = not self._expanded
+            chunks = u.expand(len(adapters), *u.shape) if shared else self._chunks(u)
+            return self._expand(out) + type(adapters[0]).grouped(adapters, chunks).flatten(0, 1)
+        for adapter, weight in self._found(point):
+            assert u is not None
+            out = out + (adapter(u) if weight == 1 else weight * adapter(u))
+        self._residual = None
+        return out
+
+    def _out(self, point: str, inp: Tensor, out: Tensor) -> Tensor:
+        if adapters := self._grouped(point):
+            parts = zip(adapters, self._chunks(inp), self._chunks(out), strict=True)
+            return torch.cat([a.after(i, o) for a, i, o in parts])
+        found = self._found(point)
+        if len(found) == 1 and found[0][1] == 1:
+            return found[0][0].after(inp, out)
+        for adapter, weight in found:  # sums are defined for adapters that only add
+            out = out + weight * adapter(inp)
+        return out
+
+    def _in(self, point: str, inp: Tensor) -> Tensor:
+        if adapters := self._grouped(point):
+            parts = zip(adapters, self._chunks(inp), strict=True)
+            return torch.cat([a.before(i) for a, i in parts])
+        return _only(self._found(point), point, lambda a: a.before(inp), inp)
+
+    def _tokens(self, point: str) -> Tensor | None:
+        """[T, count, D] of the active prompts (T = 1 outside a group), or None."""
+        adapters = self._grouped(point) or _only(self._found(point), point, lambda a: [a], [])
+        prompts = [a.tokens() for a in adapters if isinstance(a, Prompt)]
+        return torch.stack(prompts) if prompts else None
+
+    def _append(self, point: str, x: Tensor) -> Tensor:
+        tokens = self._tokens(point)
+        if tokens is None:
+            return x
+        each = tokens.repeat_interleave(len(x) // len(tokens), 0)
+        return torch.cat([x, each.to(x)], 1)
+
+    def _drop(self, point: str, out: Tensor) -> Tensor:
+        tokens = self._tokens(point)
+        return out if tokens is None else out[:, : -tokens.shape[1]]
+
+    def _attention(self, module: Any, point: str) -> None:
+        plain: Callable[..., Tensor] = module.forward
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            adapters = self._grouped(point) or _only(self._found(point), point, lambda a: [a], [])
+            prefixes = [a for a in adapters if isinstance(a, Prefix)]
+            return attend(module, x, prefixes) if prefixes else plain(x, *args, **kwargs)
+
+        module.forward = forward
+
+
+def attend(attention: Any, x: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
+    """timm's `Attention` on x [T * B, N, D] with learned keys and values after the class token."""
+    batch, n, _ = x.shape
+    heads, width = attention.num_heads, attention.head_dim
+    q, k, v = attention.qkv(x).view(batch, n, 3, heads * width).unbind(2)
+    keys, values = zip(*(p.rows() for p in prefixes), strict=True)
+    each = batch // len(prefixes)
+    rows = [torch.stack(r).repeat_interleave(each, 0).to(x) for r in (keys, values)]
+    k, v = (torch.cat([t[:, :1], r, t[:, 1:]], 1) for t, r in zip((k, v), rows, strict=True))
+    q, k, v = (t.view(batch, -1, heads, width).transpose(1, 2) for t in (q, k, v))
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    length = rows[0].shape[1]
+    if not prefixes[0].compensate:
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        weights = ((q * attention.scale) @ k.transpose(-2, -1)).softmax(-1)
+        first, learned, rest = weights.split([1, length, n - 1], -1)
+        learned = learned / learned.sum(-1, keepdim=True).clamp_min(1e-12)
+        out = torch.cat([first, learned, rest], -1) @ v
+    out = out.transpose(1, 2).reshape(batch, n, heads * width)
+    return attention.proj_drop(attention.proj(out))
+
+
+def _only(found: Any, point: str, act: Callable[[Any], Any], otherwise: Any) -> Any:
+    if not found:
+        return otherwise
+    if len(found) > 1 or found[0][1] != 1:
+        raise ValueError(f"{point}: adapters of this kind cannot be summed; use one set")
+    return act(found[0][0])
+
+
+def _names(net: nn.Module) -> list[str]:
+    return [name for name, _ in net.named_modules()]
+
+
+def _is_block(block: nn.Module) -> bool:
+    from timm.models.vision_transformer import Block
+
+    return isinstance(block, Block)
+
+
+def _has_plain_attention(block: nn.Module) -> bool:
+    from timm.models.vision_transformer import Attention
+
+    attention = getattr(block, "attn", None)
+    return type(attention) is Attention and getattr(attention, "gate", None) is None

@@ -1,0 +1,214 @@
+"""Adapters on timm ViTs: nothing changes until they are used, and then only what they say."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from backbones.adapters import Adapter, Bottleneck, LoRA, Prefix, Prompt, ScaleShift
+from backbones.backbone import Backbone
+from backbones.bank import AdapterBank
+from core.errors import UserError
+
+VITS = {
+    "vit_tiny_patch16_224": {},
+    "deit3_small_patch16_224": {},  # layer scale
+    "vit_small_patch14_dinov2": {"patch_size": 8},
+    "vit_base_patch32_clip_quickgelu_224": {"patch_size": 8, "embed_dim": 192, "num_heads": 3},
+    "vit_small_patch16_18x2_224": {},  # parallel sub-blocks: not the plain Block
+}
+
+
+def backbone(name: str = "vit_tiny_patch16_224", depth: int = 3, **extra) -> Backbone:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "num_classes": 0, "depth": depth} | VITS.get(name, {}) | extra
+    return Backbone(timm.create_model(name, **options).eval())
+
+
+def wake(bank: AdapterBank, name: str, seed: int = 1) -> None:
+    """Give every parameter of a set a value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in bank.parameters_of(name):
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+
+
+def sets(d: int, depth: int) -> dict[str, dict[str, Adapter]]:
+    """One set of every kind; all of them are the identity."""
+    qkv = [(0, d), (2 * d, 3 * d)]
+    return {
+        "parallel": {f"blocks.{i}.mlp:parallel": Bottleneck(d, 4) for i in range(depth)},
+        "attention": {
+            f"blocks.{i}.attn:out": Bottleneck(d, 5, act="gelu", scale=None) for i in range(2)
+        },
+        "before": {"blocks.1.attn:in": Bottleneck(d, 5, act="gelu", scale=None)},
+        "lora": {f"blocks.{i}.attn.qkv:out": LoRA(d, qkv, 3 * d, 4) for i in range(depth)},
+        "lora_all": {
+            "blocks.0.attn.proj:out": LoRA(d, [(0, d)], d, 2, scale=None),
+            "blocks.1.mlp.fc1:out": LoRA(d, [(0, 4 * d)], 4 * d, 2),
+            "blocks.2.mlp.fc2:out": LoRA(4 * d, [(0, d)], d, 2),
+        },
+        "ssf": {
+            "patch_embed:out": ScaleShift(d, std=0.0),
+            "blocks.0.norm1:out": ScaleShift(d, std=0.0),
+            "norm:out": ScaleShift(d, std=0.0),
+        },
+    }
+
+
+X = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", [n for n in VITS if "18x2" not in n])
+@torch.no_grad()
+def test_zero_adapters_leave_every_vit_as_it_was(name):
+    plain, patched = backbone(name), backbone(name)
+    bank = AdapterBank(patched)
+    for key, made in sets(plain.dim, 3).items():
+        bank.add(key, made)
+    want = plain.features(X)
+    assert torch.equal(patched.features(X), want)
+    for key in bank.sets:
+        assert torch.equal(bank.features(X, key), want), key
+        wake(bank, key)
+        assert not torch.allclose(bank.features(X, key), want), key
+    assert torch.equal(bank.features(X), want)
+    keys = patched.net.state_dict().keys()
+    assert list(keys) == list(plain.net.state_dict().keys())
+
+
+@torch.no_grad()
+def test_prefix_and_prompts_change_the_sequence_and_nothing_stays_behind():
+    net = backbone()
+    bank, want, d = AdapterBank(net), net.features(X), net.dim
+    bank.add("prefix", {f"blocks.{i}.attn:keys": Prefix(d, 3) for i in range(2)})
+    bank.add("plain", {"blocks.0.attn:keys": Prefix(d, 3, compensate=False)})
+    bank.add("deep", {f"blocks.{i}:tokens": Prompt(d, 2) for i in range(3)})
+    bank.add("shallow", {"blocks:tokens": Prompt(d, 2)})
+    for key in bank.sets:
+        assert bank.features(X, key).shape == want.shape
+        assert not torch.allclose(bank.features(X, key), want), key
+        assert torch.equal(net.features(X), want), key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "key", ["parallel", "attention", "before", "lora", "lora_all", "ssf", "prefix", "deep"]
+)
+def test_one_grouped_pass_equals_one_pass_per_set(key):
+    net = backbone()
+    bank, d = AdapterBank(net), net.dim
+    for i in range(3):
+        made = sets(d, 3) | {
+            "prefix": {f"blocks.{i}.attn:keys": Prefix(d, 3) for i in range(2)},
+            "deep": {f"blocks.{i}:tokens": Prompt(d, 2) for i in range(3)},
+        }
+        bank.add(f"t{i}", made[key])
+        wake(bank, f"t{i}", seed=i)
+    names = ["t0", "t1", "t2"]
+    one = torch.stack([bank.features(X, n) for n in names])
+    before = net.passes.forward
+    each = bank.features_each(X, names)
+    assert torch.allclose(each, one, rtol=1e-4, atol=1e-5)
+    assert net.passes.forward - before == 3 * len(X)
+    assert not torch.allclose(one[0], one[1])
+
+
+@torch.no_grad()
+def test_sums_are_weighted_and_selection_is_not_left_behind():
+    net = backbone(depth=1)
+    bank, d = AdapterBank(net), net.dim
+    block = net.net.blocks[0]
+    for name in ("a", "b"):
+        bank.add(name, {"blocks.0.mlp:parallel": Bottleneck(d, 4, scale=1.0)})
+        wake(bank, name, seed=ord(name))
+    seen = []
+    handle = block.norm2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with bank.using({"a": 1.0, "b": 0.5}):
+        out = net.net.forward_features(net.normalize(X))
+    handle.remove()
+    u = seen[0]
+    a, b = (bank.adapters(n)["blocks.0.mlp:parallel"] for n in ("a", "b"))
+    want = net.net.norm(u + block.mlp(block.norm2(u)) + a(u) + 0.5 * b(u))
+    assert torch.allclose(out, want, atol=1e-5)
+    with pytest.raises(KeyError, match="did you mean"), bank.using("aa"):
+        pass
+
+
+def test_gradients_reach_the_chosen_set_alone():
+    net = backbone()
+    net.requires_grad_(False)
+    bank = AdapterBank(net)
+    for name in ("old", "new"):
+        bank.add(name, sets(net.dim, 3)["parallel"])
+        wake(bank, name)
+    bank.freeze("old")
+    bank.features(X, {"old": 1.0, "new": 1.0}).sum().backward()
+    assert all(p.grad is None for p in bank.parameters_of("old"))
+    assert all(p.grad is not None for p in bank.parameters_of("new"))
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_frozen_set_stays_in_evaluation_mode():
+    net = backbone()
+    bank = AdapterBank(net)
+    bank.add("a", {"blocks.0.mlp:parallel": Bottleneck(net.dim, 4, dropout=0.5)})
+    bank.add("b", {"blocks.0.mlp:parallel": Bottleneck(net.dim, 4, dropout=0.5)})
+    bank.freeze("a")
+    bank.train()
+    assert not bank.adapters("a")["blocks.0.mlp:parallel"].training
+    assert bank.adapters("b")["blocks.0.mlp:parallel"].training
+    nn.Sequential(bank).train()
+    assert not bank.adapters("a")["blocks.0.mlp:parallel"].training
+
+
+def test_a_bank_is_saved_copied_and_shrunk():
+    net = backbone()
+    bank = AdapterBank(net)
+    bank.add("a", sets(net.dim, 3)["parallel"])
+    wake(bank, "a")
+    bank.copy("a", "b")
+    other = AdapterBank(backbone())
+    for name in ("a", "b"):
+        other.add(name, sets(net.dim, 3)["parallel"])
+    other.load_state_dict(bank.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other.features(X, "b"), bank.features(X, "a"))
+    bank.remove("a")
+    assert list(bank.sets) == ["b"]
+    assert not any(k.startswith("sets.a.") for k in bank.state_dict())
+    assert not [k for k in bank.state_dict() if "patch_embed" in k]
+    with pytest.raises(ValueError, match="already"):
+        bank.add("b", {})
+
+
+def test_networks_without_a_place_are_refused_with_the_reason():
+    cnn = AdapterBank(Backbone(timm.create_model("test_resnet", num_classes=0)))
+    with pytest.raises(UserError, match=r"no place for adapters.*timm ViT"):
+        cnn.add("a", {"blocks.0.mlp:parallel": Bottleneck(8, 2)})
+    wide = AdapterBank(backbone("vit_small_patch16_18x2_224", depth=2))
+    with pytest.raises(UserError, match="no place for adapters"):
+        wide.add("a", {"blocks.0.mlp:parallel": Bottleneck(384, 2)})
+    eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, num_classes=0, depth=2)
+    with pytest.raises(UserError, match="pre-norm Block"):
+        AdapterBank(Backbone(eva)).add("a", {"blocks.0.mlp:parallel": Bottleneck(192, 2)})
+    with pytest.raises(UserError, match=r"did you mean 'blocks\.0\.attn\.qkv'"):
+        AdapterBank(backbone()).add("a", {"blocks.0.attn.qvk:out": Bottleneck(192, 2)})
+    bank = AdapterBank(backbone())
+    assert "blocks.0.mlp:parallel" in bank.points() and "blocks.0.attn.qkv:out" in bank.points()
+
+
+@torch.no_grad()
+def test_the_class_token_prefix_matches_timm_when_it_is_empty():
+    """Our attention restates timm's; without rows both must agree."""
+    from backbones.bank import attend
+
+    net = backbone()
+    attention = net.net.blocks[0].attn
+    x = torch.randn(2, 5, net.dim)
+    empty = Prefix(net.dim, 0, compensate=False)
+    assert torch.allclose(attend(attention, x, [empty]), attention(x), atol=1e-6)
+    calibrated = Prefix(net.dim, 0)
+    assert torch.allclose(attend(attention, x, [calibrated]), attention(x), atol=1e-6)
