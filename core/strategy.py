@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -108,6 +108,24 @@ class CLStrategy(Strategy):
 
     def end_task(self, task: Task) -> None:
         """Prototypes, statistics, merging: anything after the last epoch."""
+
+    def extractors(self) -> Mapping[str, str] | None:
+        """Frozen feature extractors that `predict` reads: name -> hash of their weights.
+
+        An image's features under an unchanged hash are computed once a run, see
+        `core/features.py`. None (the default): nothing can be kept. A method that names some
+        defines `embed` and `classify`, and `predict(x)` must equal `classify` of what `embed`
+        returns for all of them.
+        """
+        return None
+
+    def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Features [T, B, D] of images `x` [B, 3, H, W] under the extractors `names`."""
+        raise NotImplementedError
+
+    def classify(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Scores [B, C] from the features [B, D] under every extractor."""
+        raise NotImplementedError
 
 
 class Progress(Protocol):
