@@ -67,6 +67,8 @@ def complete(cfg: DictConfig) -> DictConfig:
         for key, value in defaults["real" if real else "embedded"].items():
             if cfg.scenario[key] is None:
                 cfg.scenario[key] = value
+        if cfg.scenario.get("single_pass") and "epochs" in cfg.strategy:
+            cfg.strategy.epochs = 1
         made = cfg.scenario.get("corrupt") == "on_the_fly"
         cfg.scenario.label = (
             label + ("[on_the_fly]" if made else "") if real else f"{label}[embedded]"
@@ -160,9 +162,9 @@ def _execute(
     write_json(folder / "environment.json", known)
     if patch:
         write_text(folder / "patch.diff", patch)
-    if isinstance(stream, ShiftStream):
+    if stream.order:
         with open(folder / "order.npz.tmp", "wb") as file:
-            np.savez_compressed(file, **stream.order)
+            np.savez_compressed(file, **dict(stream.order))  # type: ignore[arg-type]
         (folder / "order.npz.tmp").rename(folder / "order.npz")
 
     console.say(f"{about['strategy']}, {about['backbone']}, seed {cfg.seed}, {device} -> {folder}")
@@ -170,7 +172,15 @@ def _execute(
     started = time.perf_counter()
     with Signals() as signals:
         checkpoint = Checkpointer(log, signals, every=cfg.checkpoint.every)
-        run = Context(log, checkpoint, console, device, cfg.forgetting, cfg.on_nan)
+        run = Context(
+            log,
+            checkpoint,
+            console,
+            device,
+            cfg.forgetting,
+            cfg.on_nan,
+            cfg.runtime.feature_cache_mb,
+        )
         try:
             if isinstance(stream, TaskStream):
                 assert isinstance(strategy, CLStrategy)
@@ -538,6 +548,7 @@ def _table(summary: dict[str, Any]) -> str:
     ]
     if "err_mean" not in metrics:
         rows = [(k, f"{v:.2f}") for k, v in metrics.items()]
+        foot += _published(summary)
         return "\n".join([title, table(("metric", "%"), rows), *foot])
     against = {
         title: summary[key]["metrics"]
@@ -560,8 +571,15 @@ def _table(summary: dict[str, Any]) -> str:
     kept = [text for text in kept if text not in ("collapse 0.00", "nan 0.00")]
     if kept:
         foot.insert(0, ", ".join(kept))
+    foot += _published(summary)
+    return "\n".join([title, table(head, rows), *foot])
+
+
+def _published(summary: dict[str, Any]) -> list[str]:
+    """Published figures, ours beside them where data and settings are the published ones."""
+    lines = []
     for row in summary.get("reference") or []:
         ours = f"ours {row['ours']:.1f}" if row["comparable"] else "not comparable"
         what = f"published {row['strategy']} {row['metric']} {row['value']}"
-        foot.append(f"{what} ({row['source']}; {row['status']}): {ours}")
-    return "\n".join([title, table(head, rows), *foot])
+        lines.append(f"{what} ({row['source']}; {row['status']}): {ours}")
+    return lines

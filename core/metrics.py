@@ -414,6 +414,70 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
     return _mean([np.mean(np.asarray(errors[c], np.float64)) / a for c, a in ALEXNET.items()])
 
 
+def near_future_shift(labels: NDArray[np.int64], batch_size: int) -> int:
+    """Smallest shift, in batches, at which knowing recent labels no longer helps to predict.
+
+    A blind classifier answers with the commonest label of the batch before; where its accuracy on
+    the batch `shift` later is no better than always answering with the commonest label of the
+    stream, correlation between labels explains nothing any more.
+
+    Args:
+        labels: int64 [N], in stream order.
+    """
+    batches = [labels[i : i + batch_size] for i in range(0, len(labels), batch_size)]
+    recent = np.asarray([np.bincount(b).argmax() for b in batches])
+    chance = np.bincount(labels).max() / len(labels)
+    for shift in range(1, len(batches)):
+        pairs = zip(recent[:-shift], batches[shift:], strict=True)
+        hits = np.concatenate([later == guess for guess, later in pairs])
+        if hits.mean() <= chance:
+            return shift
+    return max(1, len(batches) - 1)
+
+
+class NearFuture:
+    """Near-future accuracy of a single-pass stream, with a blind classifier as control.
+
+    Before the update on batch t the method predicts batch t + shift (Hammoud et al. 2023, "Rapid
+    Adaptation in Online Continual Learning: Are We Evaluating It Right?", `drimpossible/EvalOCL`).
+
+    Args:
+        labels: int64 [N], in stream order.
+        batch_size: images a batch.
+    """
+
+    def __init__(self, labels: NDArray[np.int64], batch_size: int) -> None:
+        self.shift = near_future_shift(labels, batch_size)
+        batches = [labels[i : i + batch_size] for i in range(0, len(labels), batch_size)]
+        recent = [int(np.bincount(b).argmax()) for b in batches]
+        pairs = list(zip(recent, batches[self.shift :], strict=False))
+        hits = [float((later == guess).sum()) for guess, later in pairs]
+        images = sum(len(later) for _, later in pairs)
+        self.blind = 100 * sum(hits) / images if images else math.nan
+        self._counts = torch.zeros(2, dtype=torch.int64)  # images, right
+
+    @torch.no_grad()
+    def update(self, scores: Tensor, y: Tensor) -> None:
+        """Scores [B, C] of a later batch with labels int64 [B]; unseen classes count as wrong."""
+        self._counts = self._counts.to(y.device)
+        right = (scores.argmax(1) == y).sum()
+        self._counts += torch.stack([torch.tensor(len(y), device=y.device), right])
+
+    def summary(self) -> dict[str, float]:
+        """nfa, nfa_blind in percent; nfa_shift in batches."""
+        images, right = self._counts.tolist()
+        if not images:
+            return {}
+        control = {"nfa_shift": float(self.shift), "nfa_blind": self.blind}
+        return {"nfa": 100 * right / images, **control}
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"counts": self._counts.clone()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._counts = state["counts"].clone()
+
+
 # ------------------------------------------------------- other definitions, under their own names
 # `table` is R float64 [T, T], in any unit unless noted; NaN above the diagonal is allowed.
 

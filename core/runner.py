@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,15 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.checkpoint import Checkpointer
+from core.checkpoint import Checkpointer, Snapshots
 from core.console import Console
 from core.cost import Costs, reset_peak_memory
-from core.errors import Diverged
-from core.metrics import AccuracyMatrix, OnlineError
+from core.errors import Diverged, UserError
+from core.features import FeatureCache
+from core.metrics import AccuracyMatrix, NearFuture, OnlineError
 from core.record import RunLogger
 from core.seed import rng_state, set_rng_state
 from core.strategy import CLStrategy, Strategy, TTAStrategy
-from core.stream import Batch, ShiftStream, TaskStream
+from core.stream import Batch, ShiftStream, Task, TaskStream
 from core.window import Window
 
 
@@ -33,6 +34,53 @@ class Context:
     device: torch.device
     forgetting: str = "standard"  # which definition the summary reports
     on_nan: Literal["stop", "rollback", "record"] = "stop"  # when a method has diverged
+    feature_cache_mb: float = 2048  # of test features in memory, MiB; 0 = nothing is kept
+
+
+TOLD = ("acc_last", "acc_inc", "plasticity", "forgetting")  # with the task known at test
+
+
+class Answers:
+    """Right answers on one task's test images, counted on the device and read once at the end.
+
+    Args:
+        classes: the task's own, from which a task-incremental learner (told the task) chooses.
+        num_classes: of the stream.
+    """
+
+    def __init__(self, classes: range, num_classes: int, device: torch.device) -> None:
+        self.classes = classes
+        self._counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+
+    def add(self, scores: Tensor, y: Tensor) -> None:
+        """Scores [B, C] over all classes seen, labels int64 [B]."""
+        first, stop = self.classes.start, self.classes.stop
+        right = scores.argmax(1) == y
+        within = scores[:, first:stop].argmax(1) + first == y
+        rows = torch.stack([torch.ones_like(y), right.long(), within.long()])
+        self._counts.index_add_(1, y, rows)
+
+    def read(self) -> tuple[int, int, int, list[list[int]]]:
+        """Images, right, right within the task; and these three per class of the task."""
+        counts = self._counts.cpu()
+        total, right, within = counts.sum(1).tolist()
+        return total, right, within, counts[:, self.classes.start : self.classes.stop].T.tolist()
+
+
+@torch.no_grad()
+def evaluate_task(
+    strategy: CLStrategy, task: Task, run: Context, num_classes: int, cache: FeatureCache | None
+) -> Answers:
+    """Score the test images of `task`; features of frozen extractors come from the cache."""
+    answers = Answers(task.classes, num_classes, run.device)
+    if cache is not None and strategy.extractors() is not None:
+        for scores, y in cache.scores(f"test{task.index}", task.test, strategy, run.device):
+            answers.add(scores, y)
+    else:
+        for batch in task.test():
+            batch = batch.to(run.device)
+            answers.add(strategy.predict(batch.x), batch.y)
+    return answers
 
 
 @torch.no_grad()
@@ -57,9 +105,19 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
     Returns:
         `metrics` and `cost` of the summary.
     """
-    matrix = AccuracyMatrix([t.name for t in stream.tasks])
+    names = [t.name for t in stream.tasks]
+    matrix, told = AccuracyMatrix(names), AccuracyMatrix(names)  # class- and task-incremental
     costs = Costs(strategy.backbone, run.device)
-    meters = {"matrix": matrix, "costs": costs, "skipped": stream.skipped}
+    ahead = NearFuture(stream.order["label"], stream.batch_size) if stream.single_pass else None
+    meters: dict[str, Snapshots] = {
+        "matrix": matrix,
+        "told": told,
+        "costs": costs,
+        "skipped": stream.skipped,
+        **({"ahead": ahead} if ahead else {}),
+    }
+    cache = FeatureCache(run.log.folder, run.feature_cache_mb) if run.feature_cache_mb else None
+    per_class: dict[int, float] = {}
     at = {"task": 0, "begun": 0, "epoch": 0, "step": 0}
     if state := run.checkpoint.load():
         at = dict(state["cursor"])
@@ -68,8 +126,12 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         run.checkpoint.apply(state, strategy, meters)
         run.console.say(f"resuming in task {at['task']}, epoch {at['epoch']}, batch {at['step']}")
     reset_peak_memory(run.device)
+    if stream.single_pass and strategy.epochs > 1:
+        raise UserError("scenario.single_pass=true needs strategy.epochs=1")
     steps = sum(t.steps * strategy.epochs for t in stream.tasks)
     run.console.start(steps, costs.steps, type(strategy).__name__)
+    done = sum(t.steps for t in stream.tasks[: at["task"]]) + at["step"]
+    future = _later_batches(stream, done + ahead.shift) if ahead else iter(())
 
     for task in stream.tasks[at["task"] :]:
         if not at["begun"]:
@@ -79,6 +141,9 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
                 strategy.begin_epoch(task, epoch)
             for step, batch in enumerate(task.train(epoch, at["step"]), at["step"]):
                 run.console.advance()
+                later = next(future, None)
+                if ahead and later is not None:
+                    ahead.update(strategy.predict(later.x.to(run.device)), later.y.to(run.device))
                 if batch is None:
                     continue
                 batch = batch.to(run.device)
@@ -91,9 +156,14 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
             at["step"] = 0
         strategy.end_task(task)
         for seen in stream.tasks[: task.index + 1]:
-            correct, total = evaluate(strategy, seen.test(), run.device)
+            answers = evaluate_task(strategy, seen, run, stream.num_classes, cache)
+            total, correct, within, classes = answers.read()
             matrix.record(task.index, seen.index, correct, total)
+            told.record(task.index, seen.index, within, total)
             _log_cell(run.log, task.index, task.name, seen.name, correct, total)
+            if task is stream.tasks[-1]:
+                for c, (n, right, _) in zip(seen.classes, classes, strict=True):
+                    per_class |= {c: 100 * right / n} if n else {}
         now = matrix.summary(forgetting=run.forgetting)
         row = {k: now[k] for k in ("acc_last", "acc_inc", "forgetting") if k in now}
         run.log.log("experiences", index=task.index, name=task.name, **row)
@@ -102,10 +172,24 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         run.checkpoint.save(strategy, meters, task=task.index + 1, begun=0, epoch=0, step=0)
         at = {"task": task.index + 1, "begun": 0, "epoch": 0, "step": 0}
     run.console.stop()
-    return {
-        "metrics": matrix.summary(forgetting=run.forgetting),
-        "cost": costs.summary(strategy, _seconds(run.log)),
-    }
+    metrics = matrix.summary(forgetting=run.forgetting)
+    task_incremental = told.summary(forgetting=run.forgetting)
+    metrics |= {f"til/{k}": task_incremental[k] for k in TOLD if k in task_incremental}
+    if ahead:
+        metrics |= ahead.summary()
+    cost = costs.summary(strategy, _seconds(run.log))
+    if cache is not None:
+        cost |= {"features_computed": cache.computed, "features_reused": cache.reused}
+        cache.close()
+    return {"metrics": metrics, "cost": cost, "per_class": per_class}
+
+
+def _later_batches(stream: TaskStream, start: int) -> Iterator[Batch | None]:
+    """Training batches of a single pass from number `start` on, across tasks."""
+    for task in stream.tasks:
+        if start < task.steps:
+            yield from task.train(0, start)
+        start = max(0, start - task.steps)
 
 
 def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict[str, Any]:

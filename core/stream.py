@@ -95,6 +95,9 @@ class TaskStream:
     tasks: Sequence[Task]
     facts: dict[str, object]  # recorded with every result: order, pipeline, counts, fingerprint
     skipped: Skipped
+    batch_size: int = 0
+    single_pass: bool = False  # online: every training image once, near-future accuracy reported
+    order: Mapping[str, np.ndarray] = field(default_factory=dict)  # int64 [N]: training images
     provides: frozenset[str] = frozenset({"boundaries"})
 
 

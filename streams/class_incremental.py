@@ -96,6 +96,8 @@ def split_stream(
     test_batch_size: int,
     pipeline: Name,
     embedded_images: list[int],
+    shots: int | None,
+    single_pass: bool,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     workers: int,
@@ -103,6 +105,9 @@ def split_stream(
     geometry: Geometry,
 ) -> TaskStream:
     """A class-incremental stream (B0-IncN, Bm-IncN) with a fixed class order.
+
+    With `shots` the tasks after the first hold so many images a class (few-shot sessions); with
+    `single_pass` every image is seen once (online), whatever the strategy's epochs.
 
     Labels are renamed by position in the order, so tasks hold contiguous ranges. The order of
     epoch e is a function of (seed, task, epoch); augmentation draws are keyed by image as well.
@@ -142,13 +147,19 @@ def split_stream(
     def fixed_batches(split: str, pool: Rows) -> Iterator[Batch]:
         return _present(readers[split].batches(pool, test_batch_size, change(False)))
 
-    tasks = []
+    if shots is not None and shots < 1:
+        raise UserError(f"scenario.shots must be at least 1, got {shots}")
+    tasks, dealt = [], []
     for index, size in enumerate(sizes):
         first = sum(sizes[:index])
         classes = range(first, first + size)
         pool = rows(train, classes)
+        if shots is not None and index:
+            pool = _few(pool, shots, np.random.default_rng(derive(order_seed, "shots", index)))
         if not len(pool):
             raise UserError(f"task {index} of scenario={label} has no training images")
+        shuffle = np.random.default_rng(derive(seed, "shuffle", index, 0))
+        dealt.append(pool.take(shuffle.permutation(len(pool))))
         tasks.append(
             Task(
                 index=index,
@@ -167,7 +178,11 @@ def split_stream(
         "pipeline": pipeline,
         "train_images": len(train.labels),
         "test_images": len(test.labels),
-        "fingerprint": fingerprint(train.fingerprint, test.fingerprint, order, sizes),
+        "shots": shots,
+        "single_pass": single_pass,
+        "fingerprint": fingerprint(
+            train.fingerprint, test.fingerprint, order, sizes, *([shots] if shots else [])
+        ),
     }
     return TaskStream(
         name=label,
@@ -175,5 +190,18 @@ def split_stream(
         tasks=tasks,
         facts=facts,
         skipped=skipped,
-        provides=frozenset({"boundaries", "num_tasks", "num_classes"}),
+        batch_size=batch_size,
+        single_pass=single_pass,
+        order={  # as the first epoch delivers them
+            "task": np.concatenate([np.full(len(r), i) for i, r in enumerate(dealt)]),
+            "row": np.concatenate([r.row for r in dealt]),
+            "label": np.concatenate([r.label for r in dealt]),
+        },
+        provides=frozenset({"boundaries", "num_tasks", "num_classes", "new_classes"}),
     )
+
+
+def _few(pool: Rows, shots: int, rng: np.random.Generator) -> Rows:
+    """At most `shots` images of each class, drawn without replacement, in the pool's order."""
+    kept = [rng.permutation(np.flatnonzero(pool.label == c))[:shots] for c in np.unique(pool.label)]
+    return pool.take(np.sort(np.concatenate(kept)))

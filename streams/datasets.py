@@ -24,6 +24,7 @@ ORIGIN = {
     "cifar100": "https://www.cs.toronto.edu/~kriz/cifar.html",
     "imagenet": "https://image-net.org/download.php (ILSVRC2012 validation images)",
     "imagefolder": "any set of yours",
+    "domains": "any set of yours, for example DomainNet or Office-Home",
 }
 LAYOUT = {
     "imagenet_c": "<data.root>/ImageNet-C/<corruption>/<severity 1-5>/<wnid>/*.JPEG",
@@ -34,6 +35,7 @@ LAYOUT = {
     "imagenet": "<data.root>/val/<wnid>/*.JPEG, or flat images with labels.csv "
     "(columns filename, class_index)",
     "imagefolder": "<data.root>/train/<class>/<image> and <data.root>/test/<class>/<image>",
+    "domains": "<data.root>/<domain>/train/<class>/<image> and .../test/<class>/<image>",
 }
 
 

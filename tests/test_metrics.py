@@ -13,7 +13,14 @@ import torch
 
 from core import metrics
 from core.errors import UserError
-from core.metrics import ALEXNET, AccuracyMatrix, OnlineError, mean_corruption_error
+from core.metrics import (
+    ALEXNET,
+    AccuracyMatrix,
+    NearFuture,
+    OnlineError,
+    mean_corruption_error,
+    near_future_shift,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "cl" / "metrics"
 
@@ -457,3 +464,23 @@ def test_rollbacks_are_counted_and_survive_a_resume():
     again = OnlineError(["a:5"], 2)
     again.restore(online.snapshot())
     assert again.summary()["rollbacks"] == 1
+
+
+def test_near_future_shift_is_where_recent_labels_stop_helping():
+    rng = np.random.default_rng(0)
+    mixed = rng.integers(0, 10, 400)
+    blocks = np.repeat(np.arange(10), 40)  # one label for 4 batches of 10
+    assert near_future_shift(mixed, 10) <= 3
+    assert near_future_shift(blocks, 10) == 4
+
+
+def test_near_future_accuracy_counts_later_batches_and_reports_the_blind_control():
+    labels = np.repeat(np.arange(4), 20)
+    ahead = NearFuture(labels, 10)
+    assert ahead.shift == 2 and ahead.blind == 0
+    assert ahead.summary() == {}
+    scores = torch.eye(4)[torch.tensor([0, 1, 2, 3])]
+    ahead.update(scores, torch.tensor([0, 1, 2, 0]))
+    got = NearFuture(labels, 10)
+    got.restore(ahead.snapshot())
+    assert got.summary() == {"nfa": 75.0, "nfa_shift": 2.0, "nfa_blind": 0.0}

@@ -405,3 +405,68 @@ def test_scenarios_build_without_unknown_options(configure):
         node = complete(configure(f"scenario={path.stem}")).scenario
         parameters = set(inspect.signature(locate(node._target_)).parameters)
         assert set(OmegaConf.to_container(node)) - {"_target_", "name"} == parameters - live, path
+
+
+# ------------------------------------------------------------------------ further task protocols
+
+
+def task_stream(configure, *words: str):
+    cfg = complete(configure(*words))
+    return build(
+        cfg.scenario,
+        at="scenario",
+        data_root=cfg.data.root,
+        on_error="raise",
+        workers=0,
+        seed=0,
+        geometry=Geometry(size=32),
+    )
+
+
+def test_few_shot_sessions_hold_so_many_images_after_the_first_task(configure):
+    words = ["scenario=split_cifar10", "scenario.embedded_images=[6,3]", "scenario.shots=2"]
+    stream = task_stream(configure, *words)
+    counts = [
+        torch.bincount(torch.cat([b.y for b in t.train(0)]))[t.classes.start :].tolist()
+        for t in stream.tasks
+    ]
+    assert counts[0] == [6, 6] and all(c == [2, 2] for c in counts[1:])
+    assert stream.facts["shots"] == 2
+    full = task_stream(configure, *words[:2])
+    assert full.facts["fingerprint"] != stream.facts["fingerprint"]
+    for task, other in zip(stream.tasks[1:], full.tasks[1:], strict=True):
+        few, every = ({int(i) for b in t.train(0) for i in b.index} for t in (task, other))
+        assert few < every
+
+
+def test_the_stored_order_is_what_the_first_epoch_delivers(configure):
+    stream = task_stream(configure, "scenario=split_cifar10", "scenario.embedded_images=[6,3]")
+    rows = torch.cat([b.index for t in stream.tasks for b in t.train(0)]).numpy()
+    labels = torch.cat([b.y for t in stream.tasks for b in t.train(0)]).numpy()
+    assert np.array_equal(stream.order["row"], rows)
+    assert np.array_equal(stream.order["label"], labels)
+
+
+def test_domain_stream_keeps_the_classes_and_changes_the_images(configure):
+    words = ["scenario=domains_imagefolder", "scenario.embedded_images=[3,2]"]
+    stream = task_stream(configure, *words)
+    assert [t.classes for t in stream.tasks] == [range(10)] * 5
+    first, second = (next(iter(t.test())) for t in stream.tasks[:2])
+    assert torch.equal(first.y, second.y) and not torch.equal(first.x, second.x)
+    assert "new_classes" not in stream.provides
+    with pytest.raises(UserError, match="no embedded domain; did you mean 'contrast'"):
+        task_stream(configure, *words, "scenario.domains=[contrst]")
+
+
+def test_domain_folders_must_agree_in_their_classes(configure, tmp_path):
+    from conftest import write_images
+
+    for domain in ("art", "photo"):
+        for split in ("train", "test"):
+            write_images(tmp_path / domain / split, ["a/0.png", "b/0.png"], size=32)
+    words = ["scenario=domains_imagefolder", f"data.root={tmp_path}"]
+    stream = task_stream(configure, *words)
+    assert [t.name for t in stream.tasks] == ["art", "photo"] and stream.num_classes == 2
+    write_images(tmp_path / "photo" / "train", ["c/0.png"], size=32)
+    with pytest.raises(UserError, match="'photo' has other classes"):
+        task_stream(configure, *words)
