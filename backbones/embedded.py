@@ -73,3 +73,8 @@ class ConvPatchEmbed(PatchEmbed):
 def embedded_vit() -> nn.Module:
     """Headless vision transformer with class token: [B,3,32,32] to features [B,96]."""
     return VisionTransformer(embed_layer=ConvPatchEmbed, **VIT_KWARGS)
+
+
+def embedded_vit_head() -> nn.Module:
+    """The same with a head over the 20 ``SHIFT_CLASSES``: [B,3,32,32] to logits [B,20]."""
+    return VisionTransformer(embed_layer=ConvPatchEmbed, **VIT_KWARGS | {"num_classes": 20})

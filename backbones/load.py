@@ -474,7 +474,7 @@ def torchvision_backbone(
 def embedded_backbone(
     *,
     name: str,
-    arch: Literal["embedded_resnet", "embedded_vit"],
+    arch: Literal["embedded_resnet", "embedded_vit", "embedded_vit_head"],
     normalize: Literal["checkpoint", "none"],
 ) -> Backbone:
     """The small networks that ship with the project, for 32-pixel procedural images.
@@ -484,14 +484,19 @@ def embedded_backbone(
     Raises:
         UserError: if the weight file is not there.
     """
-    file = WEIGHTS / f"{arch}.safetensors"
-    if not file.is_file():
-        raise UserError(
-            f"backbone.arch={arch!r}: {file} is missing; make it with scripts/pretrain_embedded.py"
-        )
+    parts = ["embedded_vit", arch] if arch == "embedded_vit_head" else [arch]
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        file = WEIGHTS / f"{part}.safetensors"
+        if not file.is_file():
+            raise UserError(
+                f"backbone.arch={arch!r}: {file} is missing; make it with "
+                "scripts/pretrain_embedded.py"
+            )
+        tensors |= load_tensors(file)
     with _fixed_seed():
         net: nn.Module = getattr(embedded, arch)()
-    load_strict(net, load_tensors(file), file)
+    load_strict(net, tensors, WEIGHTS / f"{arch}.safetensors")
     return Backbone(
         net,
         name=name,

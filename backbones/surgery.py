@@ -145,6 +145,36 @@ def mix_statistics(net: nn.Module, alpha: float) -> list[str]:
 
 
 @contextmanager
+def view_statistics(net: nn.Module, views: int) -> Iterator[None]:
+    """Inside, a batch of `net` is `views` batches of equal size, one after the other, in dim 0.
+
+    Batch normalisation layers that use batch statistics then normalise each view with its own, as
+    in one forward per view; everything else sees the whole batch. Other layers are left alone, so
+    that nothing changes for a network without batch statistics. Dropout draws other masks.
+    """
+
+    def apart(layer: _BatchNorm, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def each(x: Tensor) -> Tensor:
+            parts = x.chunk(views)
+            _enough_values(layer, (parts[0],))
+            return torch.cat([forward(part) for part in parts])
+
+        return each
+
+    def batchwise(layer: _BatchNorm) -> bool:
+        return layer.training or (layer.running_mean is None and layer.running_var is None)
+
+    layers = [layer for layer in batch_norms(net).values() if views > 1 and batchwise(layer)]
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = apart(layer, layer.forward)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+@contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; afterwards the mode `net` had."""
     training = net.training

@@ -181,7 +181,12 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
     if cache is not None:
         cost |= {"features_computed": cache.computed, "features_reused": cache.reused}
         cache.close()
-    return {"metrics": metrics, "cost": cost, "per_class": per_class}
+    return {
+        "metrics": metrics,
+        "cost": cost,
+        "method": strategy.report(),
+        "per_class": per_class,
+    }
 
 
 def _later_batches(stream: TaskStream, start: int) -> Iterator[Batch | None]:
@@ -315,7 +320,8 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     metrics = {**online.summary(), **matrix.summary(forgetting=run.forgetting)}
     metrics.update(_source_forgetting(clean, ""))
     metrics.update(_source_forgetting(clean_adapting, "_adapting"))
-    return {"metrics": metrics, "cost": costs.summary(strategy, _seconds(run.log))}
+    cost = costs.summary(strategy, _seconds(run.log))
+    return {"metrics": metrics, "cost": cost, "method": strategy.report()}
 
 
 def _evaluate_adapting(

@@ -25,6 +25,7 @@ class Strategy(nn.Module):
     batch_dependent: ClassVar[bool] = False  # True: `predict` depends on how images are batched
     static: ClassVar[bool] = False  # True: `predict` never changes once the stream has begun
     outputs: ClassVar[Literal["logits", "probabilities"]] = "logits"
+    prefers: ClassVar[Literal["vit"] | None] = None  # which kind backbone=auto picks
 
     def __init__(self, backbone: nn.Module, *, seed: int = 0) -> None:
         super().__init__()
@@ -79,6 +80,10 @@ class Strategy(nn.Module):
             self.rng(name).set_state(rng_state)
         if self.optimizer is not None and "optimizer" in state:
             self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
+
+    def report(self) -> dict[str, float]:
+        """Counts of this method that belong into the result, for example skipped updates."""
+        return {}
 
     def updated_parameters(self) -> Iterable[Tensor]:
         """The parameters that the optimiser moves."""

@@ -155,6 +155,7 @@ def test_cotta(name: str, dtype: torch.dtype) -> None:
         episodic=False,
         mode="eval" if "eval mode" in case.info["mode"] else "train",
         rng="reference",
+        view_chunk=1,
         **optimiser(case.hyper),
     )
     method.case, method.confidence = case, []

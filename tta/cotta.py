@@ -5,9 +5,10 @@ Code: github.com/qinenergy/cotta @ c212a20, whose `cifar` and `imagenet` folders
 `mode=eval` from github.com/mariodoebler/test-time-adaptation @ 8b2ed63.
 
 Deviations that change no number: anchor and teacher run without gradients; views are not forwarded
-when the gate does not ask for them and the clean teacher not when views replace it; the anchor is
-also the copy that weights are restored from; restoration selects instead of multiplying; tensors
-that are never optimised (class token, position table) get no gradient.
+when the gate does not ask for them and the clean teacher not when views replace it; the target is
+computed before the student's pass; the anchor is also the copy that weights are restored from;
+restoration selects instead of multiplying; tensors that are never optimised (class token, position
+table) get no gradient.
 Deviations that do: a non-finite loss stops the run; BatchNorm1d layers use batch statistics too;
 stream and random numbers are separate (`rng=reference` reproduces a torch generator that starts
 in the same state, for networks without dropout).
@@ -16,7 +17,7 @@ in the same state, for networks without dropout).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Literal
 
@@ -30,10 +31,10 @@ from backbones.surgery import (
     make_optimizer,
     train_only,
     use_batch_statistics,
+    view_statistics,
 )
-from core.errors import UserError
+from core.errors import Diverged, UserError
 from core.strategy import TTAStrategy
-from core.stream import Batch
 from tta import augment
 
 
@@ -57,6 +58,8 @@ class CoTTA(TTAStrategy):
         mode: of all three networks while adapting; decides on dropout and stochastic depth only.
         rng: `reference` draws everything from one CPU generator in the code's order; `device`
             draws noise and masks where the weights are (other numbers, same distribution).
+        view_chunk: views per forward of the teacher; each keeps its own batch statistics, so the
+            results are equal up to rounding. More than 1 costs memory and serves accelerators.
 
     One image and a short last batch adapt like any other batch; only a map of a single pixel for
     a single image raises a UserError.
@@ -89,15 +92,16 @@ class CoTTA(TTAStrategy):
         episodic: bool,
         mode: Literal["train", "eval"],
         rng: Literal["reference", "device"],
+        view_chunk: int,
     ) -> None:
         super().__init__(backbone, seed=seed)
-        for key, value in (("steps", steps), ("views", views)):
+        for key, value in (("steps", steps), ("views", views), ("view_chunk", view_chunk)):
             if value < 1:
                 raise UserError(f"strategy.{key} must be at least 1, got {value}")
         self.symmetric, self.gate, self.average = loss == "sce", gate, average
         self.threshold, self.views, self.always_draw = threshold, views, always_draw
         self.restore_prob, self.ema = restore_prob, ema
-        self.steps, self.episodic = steps, episodic
+        self.steps, self.episodic, self.view_chunk = steps, episodic, view_chunk
 
         trained = list(collect_parameters(backbone.net).values())
         train_only(self.backbone.train(mode == "train"), trained)
@@ -126,7 +130,7 @@ class CoTTA(TTAStrategy):
         """The anchor never changes and is rebuilt from the pretrained weights."""
         return super().frozen() | {f"anchor.{name}" for name in self.anchor.state_dict()}
 
-    def begin_stream(self, source: Callable[[], Iterator[Batch]] | None) -> None:
+    def begin_stream(self) -> None:
         """Nothing to prepare: the start is the anchor, so no further copy is kept."""
 
     @torch.no_grad()
@@ -146,7 +150,7 @@ class CoTTA(TTAStrategy):
         """The teacher's target [B, C] from before the (last) update on this batch.
 
         Raises:
-            UserError: when the loss is not finite; nothing is updated then.
+            Diverged: when the loss is not finite; nothing is updated then.
         """
         if self.episodic:
             self.reset()
@@ -157,11 +161,11 @@ class CoTTA(TTAStrategy):
 
     @torch.enable_grad()
     def _update(self, x: Tensor) -> Tensor:
+        target = self.target(x)  # first: its memory is free again when the student needs much
         logits = self.backbone(x)
-        target = self.target(x)
         loss = self.loss(logits, target)
         if not torch.isfinite(loss):
-            raise UserError(
+            raise Diverged(
                 f"strategy=cotta: the loss of batch {int(self.seen)} is {loss.item()}; the weights "
                 f"diverged, and restoring {self.restore_prob:.2%} of them per update cannot heal "
                 "that. Lower strategy.lr, or reset between domains."
@@ -195,8 +199,19 @@ class CoTTA(TTAStrategy):
                 for _ in range(self.views):
                     self.draw(x)
             return self.teacher(x)
-        averaged = self._average([self.teacher(self.augment(x)) for _ in range(self.views)])
+        averaged = self._average(self.view_scores(x))
         return averaged if every else torch.where(unsure[:, None], averaged, self.teacher(x))
+
+    def view_scores(self, x: Tensor) -> list[Tensor]:
+        """Logits [B, C] of the teacher on each view of `x`."""
+        scores: list[Tensor] = []
+        while len(scores) < self.views:
+            size = min(self.view_chunk, self.views - len(scores))
+            views = [self.augment(x) for _ in range(size)]
+            with view_statistics(self.teacher, size):
+                logits = self.teacher(views[0] if size == 1 else torch.cat(views))
+            scores += logits.chunk(size)
+        return scores
 
     def _average(self, scores: list[Tensor]) -> Tensor:
         if self.average == "logits":
@@ -237,4 +252,4 @@ class CoTTA(TTAStrategy):
     def restore_weights(self) -> None:
         """Put a random subset of the optimised weights back to the source."""
         for parameter, source in self.restorable:
-            parameter.copy_(torch.where(self.restore_mask(parameter), source, parameter))
+            torch.where(self.restore_mask(parameter), source, parameter, out=parameter)
