@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
+from backbones.heads import ExpandingLinear
+from core.errors import Diverged
 
 Scope = Literal["current", "seen", "all"]
 Schedule = Literal["step", "cosine"]
@@ -60,3 +63,64 @@ def freeze_pretrained_head(backbone: Backbone) -> None:
     """The pretrained classifier has no part in features: neither trained, counted nor saved."""
     if backbone.head is not None:
         backbone.head.requires_grad_(False)
+
+
+class NearZeroLinear(ExpandingLinear):
+    """Expanding linear layer whose new rows start at N(0, 0.001^2), biases at 0 (LAE, O-LoRA)."""
+
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        """Append rows up to `classes` in all; see `ExpandingLinear.grow`."""
+        added = classes - self.classes
+        if added <= 0:
+            return
+        old = self.weight.detach()
+        new = torch.empty(added, old.shape[1]).normal_(0, 0.001, generator=generator)
+        self.weight = nn.Parameter(torch.cat([old, new.to(old)]))
+        self.bias = nn.Parameter(F.pad(self.bias.detach(), (0, added)))
+
+
+def require_finite(loss: Tensor, lr: float, setting: str = "strategy.lr") -> None:
+    """Stop before a step that would spoil the parameters.
+
+    Raises:
+        Diverged: if `loss` is NaN or infinite, naming the rate and the images as the causes.
+    """
+    if not loss.isfinite():
+        raise Diverged(
+            f"the training loss is {loss.item()}: lower {setting} (now {lr:g}), or look for images "
+            "that are not finite numbers"
+        )
+
+
+class Store(nn.Module):
+    """Named tensors that are part of the state although their number and sizes change.
+
+    Names may hold dots. Loading a state replaces everything that is held.
+    """
+
+    where: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("where", torch.empty(0), persistent=False)  # follows `.to(device)`
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Keep `tensor` itself, not a copy."""
+        self.register_buffer(name.replace(".", "/"), tensor)
+
+    def __contains__(self, name: str) -> bool:
+        return name.replace(".", "/") in self._buffers
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._buffers[name.replace(".", "/")]
+        assert found is not None
+        return found
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in set(self._buffers) - {"where"}:
+            delattr(self, name)
+        for key, value in state_dict.items():
+            if key.startswith(prefix):
+                self.put(key.removeprefix(prefix), value.to(self.where.device, copy=True))

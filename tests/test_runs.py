@@ -39,14 +39,18 @@ TINY = {
         "scenario.batch_size=10",
     ],
 }
-FEW_EPOCHS = {"finetune", "linear_probe", "joint"}
+QUICK = {  # what keeps a run of seconds
+    "cotta": ["strategy.views=2", "strategy.threshold=2"],
+    "vida": ["strategy.views=2", "strategy.rank_high=8", "scenario.source_images=40"],
+    "ecotta": ["scenario.source_images=40"],
+}
 
 
 def settings(strategy: str) -> list[str]:
     kind = TARGETS[strategy].split(".")[0]
-    epochs = ["strategy.epochs=2"] if strategy in FEW_EPOCHS else []
-    views = ["strategy.views=2", "strategy.threshold=2"] if strategy == "cotta" else []
-    return [f"strategy={strategy}", *TINY[kind], *epochs, *views]
+    trains = "epochs" in OmegaConf.load(CONF / f"{strategy}.yaml")
+    epochs = ["strategy.epochs=2"] if trains else []
+    return [f"strategy={strategy}", *TINY[kind], *epochs, *QUICK.get(strategy, [])]
 
 
 def records(folder: str | Path) -> dict[str, list[dict]]:
@@ -84,6 +88,7 @@ def test_run_records_stability_plasticity_and_cost(configure, strategy, capsys):
     folder = Path(summary["run"]["folder"])
     label = "imagenet_c[embedded]" if strategy in TTA else "split_cifar10[embedded]"
     assert folder.parts[-4] == label
+    assert ("prepared" in summary) == ("frozen" in summary) == (strategy in ("vida", "ecotta"))
     metrics, cost = summary["metrics"], summary["cost"]
     assert {"plasticity", "stability", "forgetting", "bwt"} <= set(metrics)
     assert cost["parameters_total"] > 0 and cost["peak_memory_mb"] > 0

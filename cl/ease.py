@@ -1,0 +1,333 @@
+"""EASE: one frozen adapter set a task; class means in every subspace, missing ones synthesised.
+
+Paper: Zhou et al., "Expandable Subspace Ensemble for Pre-Trained Model-Based Class-Incremental
+Learning", CVPR 2024, arXiv 2403.12030.
+Official code: sun-hailong/CVPR24-Ease 6d67508 (the same in LAMDA-CL/LAMDA-PILOT 5240714).
+
+Task t trains a fresh adapter set and a temporary cosine head on its own classes. Afterwards every
+class of the task has a mean in each of the subspaces 0..t. A class of an older task i has none in
+the subspaces k > i, whose adapters never saw it; its mean there is put together from the means of
+newer classes, weighted by their similarity in subspace i. An image is scored in all subspaces.
+
+Paper and code differ twice; the default is the code. `reweight`: the code divides alpha by the
+number of other subspaces, the paper does not. `recalc_sim`: the code synthesises all missing means
+again after each task, from every class that has a true one (true); the paper fills the newest
+subspace once, from the classes of its task (false).
+
+Deviations: sums of class means are float64. The official loops over pairs of classes are matrix
+products. A set is part of the state, so a run can be resumed. Which task a class belongs to is a
+table; sizes need not be equal. A class that comes back belongs to its last task and its means are
+computed from that task's images alone, as the official code overwrites them. Evaluation reads
+features that can be kept (`core/features.py`): T passes an image over a run of T tasks. The mode
+`moni_adam` of the official OmniBenchmark setting is not EASE but APER and is left out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.adapters import Bottleneck
+from backbones.backbone import Backbone, weights_hash
+from backbones.bank import AdapterBank
+from cl.common import evaluation_mode, rate_factor, require_finite
+from core.errors import Diverged, UserError
+from core.strategy import CLStrategy
+from core.stream import Batch, Task
+
+PRETRAINED = "pretrained"  # the subspace without adapter
+COPIES = 512  # images times sets that go through the network at once, which bounds memory
+
+
+class CosineHead(nn.Module):
+    """`sigma * cos(feature, row)` with a learnable sigma that starts at 1.
+
+    Args:
+        dim: length D of a feature vector.
+        classes: rows, drawn from U(-1/sqrt(D), 1/sqrt(D)).
+        generator: CPU generator of the initial rows.
+    """
+
+    def __init__(self, dim: int, classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = dim**-0.5
+        rows = torch.empty(classes, dim).uniform_(-bound, bound, generator=generator)
+        self.weight = nn.Parameter(rows)
+        self.sigma = nn.Parameter(torch.ones(1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C]."""
+        return self.sigma * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+
+
+def complete(means: Tensor, owner: Tensor, recalculate: bool) -> Tensor:
+    """Synthesise the means that old classes lack in the subspaces of later tasks.
+
+    The mean of class a of task i in subspace k > i is a weighted mean of those of all classes b of
+    tasks >= k; the weights are softmax over b of the cosine of a and b in subspace i.
+
+    Args:
+        means: float [T, C, D], mean of each class in the subspace of each task.
+        owner: int64 [C], the task of each class; -1 leaves a class out.
+        recalculate: all subspaces k > i, or the newest alone.
+
+    Returns:
+        A completed copy of `means`.
+    """
+    out, unit = means.clone(), F.normalize(means, dim=2)
+    for task in range(len(means) - 1):
+        first = task + 1 if recalculate else len(means) - 1
+        spaces = torch.arange(first, len(means), device=means.device)
+        donors = owner >= spaces[:, None]  # [K, C]; without any (no images), nothing is filled
+        spaces, donors = spaces[donors.any(1)], donors[donors.any(1)]
+        rows = (owner == task).nonzero().flatten()
+        similarity = (unit[task, rows] @ unit[task].T).expand(len(spaces), -1, -1)
+        share = similarity.masked_fill(~donors[:, None], -torch.inf).softmax(2)  # [K, A, C]
+        out[spaces[:, None], rows] = share @ means[spaces]
+    return out
+
+
+def ensemble(features: Tensor, means: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sum of the cosines in S subspaces.
+
+    Args:
+        features: [S, B, D].
+        means: [S, C, D]; a zero row has cosine 0.
+        weight: [S, C].
+
+    Returns:
+        Scores [B, C].
+    """
+    cosines = F.normalize(features, dim=2) @ F.normalize(means, dim=2).mT
+    return (cosines * weight[:, None]).sum(0)
+
+
+class Ease(CLStrategy):
+    """Adapter sets in a bank, a temporary head, and class means in every subspace.
+
+    Args:
+        epochs, lr: of the first task.
+        epochs_later, lr_later: of the tasks after it; None: the same.
+        rank: hidden width of an adapter.
+        scale: fixed factor of what an adapter adds.
+        dropout: on the hidden vector of an adapter, in training.
+        optimizer: `momentum` is that of sgd.
+        weight_decay: on everything that learns, biases and the scale of the head included.
+        alpha: weight of the subspaces of other tasks.
+        reweight: `code`: alpha over the number of other subspaces; `paper`: alpha.
+        recalc_sim: see `complete`.
+        use_init_ptm: one more subspace, the pretrained network without adapter, weight `beta`.
+
+    Raises:
+        UserError: for a network that adapters cannot be attached to (no timm ViT).
+        Diverged: if loss or features are no longer finite.
+    """
+
+    needs = frozenset({"features"})
+    means: Tensor  # float [S, C, D]
+    owner: Tensor  # int64 [C], task of each class; -1: no means yet
+    finished: Tensor  # int64 [], tasks whose means exist
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        seed: int,
+        epochs: int,
+        epochs_later: int | None,
+        rank: int,
+        scale: float,
+        dropout: float,
+        optimizer: Literal["sgd", "adam"],
+        lr: float,
+        lr_later: float | None,
+        momentum: float,
+        weight_decay: float,
+        alpha: float,
+        reweight: Literal["code", "paper"],
+        recalc_sim: bool,
+        use_init_ptm: bool,
+        beta: float,
+    ) -> None:
+        super().__init__(backbone, seed=seed)
+        if rank < 1:
+            raise UserError(f"strategy.rank must be at least 1, got {rank}")
+        if not 0 <= dropout < 1:
+            raise UserError(f"strategy.dropout must lie in [0, 1), got {dropout}")
+        backbone.eval().requires_grad_(False)
+        self.all_epochs = epochs, epochs if epochs_later is None else epochs_later
+        self.rates = lr, lr if lr_later is None else lr_later
+        self.epochs = epochs
+        self.rank, self.scale, self.dropout = rank, scale, dropout
+        self.kind, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
+        self.alpha, self.beta, self.reweight = alpha, beta, reweight
+        self.recalc_sim, self.use_init_ptm = recalc_sim, use_init_ptm
+        self.bank = AdapterBank(backbone)
+        self.head: CosineHead | None = None
+        self.names: list[str] = []  # sets, one a task
+        self.columns = range(0)
+        self.register_buffer("means", torch.zeros(int(use_init_ptm), 0, backbone.dim))
+        self.register_buffer("owner", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("finished", torch.zeros((), dtype=torch.int64))
+        self._hashes: dict[str, str] = {}
+        self._warned = False
+
+    # -------------------------------------------------------------- training
+
+    def grow(self, task: Task) -> None:
+        """A fresh adapter set and head; zero rows for the means that `end_task` will fill."""
+        for name in self.names:
+            self.bank.freeze(name)
+        net = cast(Backbone, self.backbone)
+        blocks = len(getattr(net.net, "blocks", ())) or 1  # the bank refuses a net without blocks
+        draws = self.rng("init")
+        adapters = {
+            f"blocks.{i}.mlp:parallel": Bottleneck(
+                net.dim, self.rank, scale=self.scale, dropout=self.dropout, generator=draws
+            )
+            for i in range(blocks)
+        }
+        learned = self.bank.add(f"task{task.index}", adapters)
+        self.names.append(f"task{task.index}")
+        self.head = CosineHead(net.dim, len(task.classes), draws).to(self.device)
+        self.columns = task.classes
+        added = max(0, task.classes.stop - len(self.owner))
+        self.means = F.pad(self.means, (0, 0, 0, added, 0, 1))
+        self.owner = F.pad(self.owner, (0, added), value=-1)
+
+        later = len(self.names) > 1
+        self.epochs, rate = self.all_epochs[later], self.rates[later]
+        parameters = [*learned, *self.head.parameters()]
+        decay = self.weight_decay
+        if self.kind == "adam":
+            self.optimizer = torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
+        else:
+            self.optimizer = torch.optim.SGD(
+                parameters, lr=rate, momentum=self.momentum, weight_decay=decay
+            )
+        self.optimizer.param_groups[0]["initial_lr"] = rate
+
+    def begin_task(self, task: Task) -> None:
+        super().begin_task(task)
+        if len(task.classes) == 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"task {task.index} has one class: the loss over its own classes is 0 and its "
+                "adapters stay as they were made (scenario.increment sets the classes of a task)",
+                stacklevel=2,
+            )
+
+    def begin_epoch(self, task: Task, epoch: int) -> None:
+        """Cosine schedule, to 0 over the epochs of the task."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate_factor("cosine", epoch, self.epochs, [], 1)
+
+    def observe(self, batch: Batch) -> dict[str, Tensor]:
+        """One step on the classes of the task; returns the loss and the accuracy in percent."""
+        assert self.optimizer is not None and self.head is not None
+        self.bank.train()
+        scores = self.head(self.bank.features(batch.x, self.names[-1]))
+        y = batch.y - self.columns.start
+        loss = F.cross_entropy(scores, y)
+        require_finite(loss, self.rates[len(self.names) > 1])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.detach(), "acc": 100 * (scores.detach().argmax(1) == y).float().mean()}
+
+    # -------------------------------------------------------------- class means
+
+    @torch.no_grad()
+    def end_task(self, task: Task) -> None:
+        """Means of the classes of `task` in every subspace, then those that old classes lack."""
+        self.bank.freeze(self.names[-1])
+        spaces, device = self._spaces(len(self.names)), self.device
+        labels = torch.arange(task.classes.start, task.classes.stop, device=device)
+        size = len(spaces), len(labels), self.means.shape[2]
+        sums = torch.zeros(size, dtype=torch.float64, device=device)
+        counts = torch.zeros(len(labels), dtype=torch.int64, device=device)
+        for batch in task.fit():
+            batch = batch.to(device)
+            features = self.embed(batch.x, spaces)
+            bad = ~features.isfinite().all(2).all(0)
+            if bad.any():
+                raise Diverged(
+                    f"non-finite feature of an image of class {int(batch.y[bad][0])}: lower "
+                    "strategy.lr, or look for NaN in the images"
+                )
+            member = batch.y[:, None] == labels  # a product: exact in any order of threads
+            sums += member.double().T @ features.double()
+            counts += member.sum(0)
+        mean = (sums / counts.clamp_min(1)[:, None]).float()
+        self.means[:, task.classes.start : task.classes.stop] = mean
+        absent = torch.full_like(labels, -1)
+        self.owner[labels] = torch.where(counts > 0, len(self.names) - 1, absent)
+        self.finished.fill_(len(self.names))
+        first = int(self.use_init_ptm)
+        self.means[first:] = complete(self.means[first:], self.owner, self.recalc_sim)
+
+    def _spaces(self, tasks: int) -> list[str]:
+        """Subspaces after so many tasks, in the order of `means`."""
+        return [PRETRAINED] * self.use_init_ptm + self.names[:tasks]
+
+    def _weight(self, tasks: int) -> Tensor:
+        """[S, C]: 1 for the subspace of the class's own task, less for others."""
+        other = self.alpha / max(1, tasks - 1) if self.reweight == "code" else self.alpha
+        own = self.owner == torch.arange(tasks, device=self.owner.device)[:, None]
+        weight = torch.where(own, 1.0, other)
+        return F.pad(weight, (0, 0, int(self.use_init_ptm), 0), value=self.beta)
+
+    # -------------------------------------------------------------- prediction
+
+    def extractors(self) -> dict[str, str]:
+        """The finished sets (and the network without any), which never change again."""
+        names = self._spaces(int(self.finished))
+        for name in names:
+            if name not in self._hashes:
+                kept = name != PRETRAINED
+                self._hashes[name] = weights_hash(self.bank.sets[name].state_dict()) if kept else ""
+        return {name: self._hashes[name] for name in names}
+
+    @torch.no_grad()
+    def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """[B, 3, H, W] -> [S, B, D]; the sets share one pass of the frozen weights."""
+        sets = [n for n in names if n != PRETRAINED]
+        size = max(1, COPIES // len(x))
+        found: dict[str, Tensor] = {}
+        with evaluation_mode(self):
+            for group in (sets[i : i + size] for i in range(0, len(sets), size)):
+                found |= zip(group, self.bank.features_each(x, group), strict=True)
+            if PRETRAINED in names:
+                found[PRETRAINED] = self.bank.features(x)
+        return torch.stack([found[n] for n in names])
+
+    @torch.no_grad()
+    def classify(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Scores [B, C] of the classes seen from [B, D] under every extractor.
+
+        A class without means (its task has not ended, or has no image of it) scores 0.
+        """
+        tasks = int(self.finished)
+        spaces = self._spaces(tasks)
+        stacked = torch.stack([features[n] for n in spaces])
+        return ensemble(stacked, self.means[: len(spaces)], self._weight(tasks))
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores [B, C_seen] for x float [B, 3, H, W] in [0, 1]; 0 until a task has ended."""
+        if not int(self.finished):
+            return x.new_zeros(len(x), len(self.owner))
+        names = list(self.extractors())
+        return self.classify(dict(zip(names, self.embed(x, names), strict=True)))
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._hashes.clear()
+        for name in self.names[: int(self.finished)]:
+            self.bank.freeze(name)

@@ -1,0 +1,235 @@
+"""LAE: an online adapter learns each task, an offline average of it accumulates them, both vote.
+
+Paper: Gao et al., "A Unified Continual Learning Framework with General Parameter-Efficient
+Tuning", ICCV 2023, arXiv 2303.10070. Official code: gqk/LAE 1680e49.
+
+A small module (adapter, LoRA or prefix) sits on the first blocks of a frozen transformer. Task by
+task the online copy is trained with a softmax over the new classes alone; from the second task on
+it stays frozen for the first epochs, and after every step the offline copy follows it,
+`off = m * off + (1 - m) * on`. The score of a class is the larger of its two probabilities.
+
+The official code differs from LAMDA-PILOT's port, which freezes in the first task as well
+(`freeze_first_task`) and averages from the very start (`ema_start=init`); the defaults are the
+official ones. The port's adapter is never called and its LoRA stops with an error; here both work.
+
+Deviations: the classifiers of all tasks are one matrix (rows of earlier tasks have zero gradients
+and Adam without decay leaves them where they are). While the module is frozen no graph is made.
+A low-rank update is computed beside the weight, not added to it: rounding. Both copies are
+evaluated in one pass. A task smaller than a batch is learned from that batch, not skipped. More
+than one offline copy, Swin and ConvNeXt are left out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from backbones.adapters import Adapter, Bottleneck, LoRA, Prefix
+from backbones.backbone import Backbone
+from backbones.bank import AdapterBank
+from cl.common import (
+    NearZeroLinear,
+    Scope,
+    evaluation_mode,
+    require_finite,
+    scope_columns,
+    scoped_cross_entropy,
+)
+from core.errors import UserError
+from core.strategy import CLStrategy
+from core.stream import Batch, Task
+
+ATTENTION = {"parallel": "attn:out", "before": "attn:in", "after": "attn:out"}
+FROZEN, BATCH = "frozen", "batch"  # facts kept with the optimiser's state, hence in checkpoints
+
+
+class LAE(CLStrategy):
+    """Online and offline modules on a frozen transformer, one linear classifier.
+
+    Args:
+        epochs: passes over the training images of a task.
+        pet: kind of the module.
+        blocks: of the network, from the first one, that carry a module; fewer if it has fewer.
+        rank: hidden width of the adapter, rank of the LoRA (on keys and values).
+        adapter_mode: `parallel`: from the input of the attention to its output; `before`, `after`:
+            a residual adapter in front of or behind it.
+        prefix_length: learned rows for keys and values.
+        compensate: the attention on the prefix always counts fully.
+        scale: fixed factor of adapter and LoRA; None learns it, starting at 1, and the two of the
+            prefix as well.
+        lr: of Adam, made anew for each task.
+        freeze_epochs: first epochs of a task in which only the classifier learns, from the second
+            task on. freeze_first_task: in the first one as well.
+        ema_decay: m, per step.
+        ema_start: `after_first_task`: the offline copy is made when the second task begins.
+            `init`: it starts with the untrained module and is averaged in the first task.
+        loss_scope: see `cl.common.scope_columns`.
+        drop_last: leave out the batch of an epoch that is smaller than the others.
+        experts: whose probabilities count; in the absence of an offline copy the online ones do.
+    """
+
+    needs = frozenset({"features"})
+    outputs = "probabilities"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        seed: int,
+        num_classes: int,
+        epochs: int,
+        pet: Literal["adapter", "lora", "prefix"],
+        blocks: int,
+        rank: int,
+        adapter_mode: Literal["parallel", "before", "after"],
+        prefix_length: int,
+        compensate: bool,
+        scale: float | None,
+        lr: float,
+        freeze_epochs: int,
+        freeze_first_task: bool,
+        ema_decay: float,
+        ema_start: Literal["after_first_task", "init"],
+        loss_scope: Scope,
+        drop_last: bool,
+        experts: Literal["both", "online", "offline"],
+    ) -> None:
+        super().__init__(backbone, seed=seed)
+        sizes = {"blocks": blocks, "rank": rank, "prefix_length": prefix_length}
+        for key, value in sizes.items():
+            if value < 1:
+                raise UserError(f"strategy.{key} must be at least 1, got {value}")
+        if not 0 <= ema_decay <= 1:
+            raise UserError(f"strategy.ema_decay must lie in [0, 1], got {ema_decay}")
+        if freeze_epochs >= epochs:
+            warnings.warn(
+                f"strategy.freeze_epochs={freeze_epochs} covers all {epochs} epochs of a task: the "
+                f"{pet} does not learn {'at all' if freeze_first_task else 'after the first task'}",
+                stacklevel=2,
+            )
+        self.num_classes, self.epochs, self.lr = num_classes, epochs, lr
+        self.freeze_epochs, self.freeze_first_task = freeze_epochs, freeze_first_task
+        self.ema_decay, self.ema_start, self.experts = ema_decay, ema_start, experts
+        self.loss_scope: Scope = loss_scope
+        self.drop_last = drop_last
+
+        backbone.eval().requires_grad_(False)
+        width, draw = backbone.dim, self.rng("init")
+        found: dict[str, Adapter] = {}
+        for i in range(min(blocks, len(getattr(backbone.net, "blocks", [0])))):
+            if pet == "adapter":
+                found[f"blocks.{i}.{ATTENTION[adapter_mode]}"] = Bottleneck(
+                    width,
+                    rank,
+                    act="gelu",
+                    scale=scale,
+                    skip_input=adapter_mode == "after",
+                    generator=draw,
+                )
+            elif pet == "lora":
+                rows = [(width, 2 * width), (2 * width, 3 * width)]  # keys and values
+                found[f"blocks.{i}.attn.qkv:out"] = LoRA(
+                    width, rows, 3 * width, rank, scale=scale, generator=draw
+                )
+            else:
+                found[f"blocks.{i}.attn:keys"] = Prefix(
+                    width,
+                    prefix_length,
+                    compensate=compensate,
+                    learn_scale=scale is None,
+                    generator=draw,
+                )
+        self.bank = AdapterBank(backbone)
+        self.bank.add("online", found)
+        self.head = NearZeroLinear(backbone.dim)
+        self.seen = 0
+        self.begun = 0  # tasks
+        self.columns = range(0)
+        self._warned = False
+
+    # ------------------------------------------------------------------ tasks
+
+    def grow(self, task: Task) -> None:
+        self.begun += 1
+        self.seen = max(self.seen, task.classes.stop)
+        rows = self.num_classes if self.loss_scope == "all" else self.seen
+        self.head.grow(rows, self.rng("init"))
+        self.columns = scope_columns(self.loss_scope, task.classes, self.seen, self.num_classes)
+        if "offline" not in self.bank.sets and (self.begun > 1 or self.ema_start == "init"):
+            self.bank.copy("online", "offline")
+            self.bank.freeze("offline")
+        modules = {"params": self.bank.parameters_of("online"), FROZEN: False, BATCH: 0}
+        classifier = {"params": list(self.head.parameters()), FROZEN: False, BATCH: 0}
+        self.optimizer = torch.optim.Adam([modules, classifier], lr=self.lr)
+
+    def begin_task(self, task: Task) -> None:
+        super().begin_task(task)
+        if len(self.columns) == 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"task {task.index} has one class in its softmax under "
+                f"strategy.loss_scope={self.loss_scope}: the loss is 0 and nothing is learned; "
+                "strategy.loss_scope=seen compares it with earlier classes",
+                stacklevel=2,
+            )
+
+    def begin_epoch(self, task: Task, epoch: int) -> None:
+        assert self.optimizer is not None
+        freezes = self.begun > 1 or self.freeze_first_task
+        self.optimizer.param_groups[0][FROZEN] = freezes and epoch < self.freeze_epochs
+
+    # ------------------------------------------------------------------ training
+
+    def observe(self, batch: Batch) -> dict[str, Tensor]:
+        """One step; returns loss and online accuracy in percent, or nothing for a dropped batch.
+
+        Raises:
+            Diverged: for a loss that is not finite, before anything is changed.
+        """
+        assert self.optimizer is not None
+        modules = self.optimizer.param_groups[0]
+        modules[BATCH] = max(modules[BATCH], len(batch.y))
+        if self.drop_last and len(batch.y) < modules[BATCH]:
+            return {}
+        self.train()
+        self.backbone.eval()
+        with torch.set_grad_enabled(not modules[FROZEN]):
+            features = self.bank.features(batch.x, "online")
+        scores = self.head(features)
+        loss = scoped_cross_entropy(scores, batch.y, self.columns)
+        require_finite(loss.detach(), self.lr)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()  # passes over parameters without gradient
+        self._average()
+        right = scores.detach()[:, : self.seen].argmax(1) == batch.y
+        return {"loss": loss.detach(), "acc": 100 * right.float().mean()}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """One step of the offline copy, also while the online one is frozen."""
+        if "offline" not in self.bank.sets:
+            return
+        offline = cast(list[Tensor], self.bank.parameters_of("offline"))
+        online = cast(list[Tensor], self.bank.parameters_of("online"))
+        torch._foreach_mul_(offline, self.ema_decay)
+        torch._foreach_add_(offline, online, alpha=1 - self.ema_decay)
+
+    # ------------------------------------------------------------------ prediction
+
+    @torch.no_grad()
+    def probabilities(self, x: Tensor) -> dict[str, Tensor]:
+        """Expert -> probabilities [B, C_seen]; one pass of the frozen weights for both."""
+        names = [n for n in ("online", "offline") if n in self.bank.sets]
+        if len(names) == 2 and self.experts != "both":
+            names = [self.experts]
+        with evaluation_mode(self):
+            scores = self.head(self.bank.features_each(x, names))[..., : self.seen]
+        return dict(zip(names, scores.softmax(-1), strict=True))
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Largest probability of the experts [B, C_seen], for x float [B, 3, H, W] in [0, 1]."""
+        return torch.stack([*self.probabilities(x).values()]).amax(0)

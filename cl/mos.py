@@ -1,0 +1,516 @@
+"""MOS: adapters pulled towards the mean of earlier ones, chosen per image by the classifier.
+
+Paper: Sun et al., "MOS: Model Surgery for Pre-Trained Model-Based Class-Incremental Learning",
+AAAI 2025, arXiv 2412.09441.
+Official code: sun-hailong/AAAI25-MOS 8d5e07c (the same in LAMDA-CL/LAMDA-PILOT 5240714).
+
+One working adapter set learns task after task; a copy is stored at the end of each. While task t
+is learned, the set is pulled towards the mean M of the stored ones, theta <- (1-m) theta + m M. A
+linear head over all classes is realigned after every task on Gaussian features of the classes
+seen. For an image, class means under the first set name a task; its set gives features, from which
+the head names a task, and so on until both agree.
+
+`mode` says when the pull happens:
+
+* `functional` (default): once after every optimiser step, and nothing else changes a weight. This
+  is what the text describes, and `predict` depends neither on the order of the test images nor on
+  their batches nor on how often it is called, so that features can be kept.
+* `official`: what the released code does, to the digit. There the pull sits inside the forward
+  pass: in every pass it is applied in place once per block, each time to all blocks, so that block
+  l (from 0) computes with weights pulled l+1 times, and the weights stay pulled. That goes for
+  training (with 12 blocks 13 pulls a step instead of one), for class statistics (every batch
+  measures a slightly different network, and the next task starts from there) and for evaluation:
+  `predict` moves the stored sets, so scores depend on order and batches of the test images
+  (`batch_dependent`). Prototypes of later tasks are computed with dropout active, as the alignment
+  leaves the network in training mode. Use it to reproduce published figures.
+
+Deviations: covariances and means are computed in float64. The Cholesky factor of a class is
+computed once, not in every epoch (same draws, same samples). Retrieval is a table of next indices
+instead of a loop over images. A class of which no covariance can be had gets a diagonal one, with
+a warning; the official code stops there. Which task a class belongs to is a table, and a class
+that comes back belongs to its last task. `multi-centroid` statistics, used by no official setting,
+are left out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.adapters import Bottleneck
+from backbones.backbone import Backbone, weights_hash
+from backbones.bank import AdapterBank
+from backbones.heads import PrototypeHead
+from cl.common import evaluation_mode, rate_factor, require_finite, scoped_cross_entropy
+from core.errors import Diverged, UserError
+from core.strategy import CLStrategy
+from core.stream import Batch, Task
+
+CURRENT = "current"  # the working set; stored ones are task0, task1, ...
+TEMPERATURE = 0.8  # of the self-similarity term
+RIDGE = 1e-4  # added to every variance
+EVALUATIONS = 4  # of the head per image, at most
+COPIES = 512  # images times sets that go through the network at once, which bounds memory
+
+
+def self_similarity(features: Tensor) -> Tensor:
+    """Cross-entropy that asks every row of [N, D] to be most similar to itself."""
+    products = features @ features.T / TEMPERATURE
+    return F.cross_entropy(products, torch.arange(len(features), device=features.device))
+
+
+def covariance(features: Tensor) -> Tensor:
+    """Unbiased covariance [D, D] of features [N, D], N > 1, plus `RIDGE` on the diagonal."""
+    features = features.double()
+    centred = features - features.mean(0)
+    spread = centred.T @ centred / (len(features) - 1)
+    return spread + RIDGE * torch.eye(len(spread), dtype=spread.dtype, device=spread.device)
+
+
+def retrieve(scores: Tensor, start: Tensor, owner: Tensor, limit: int = EVALUATIONS) -> Tensor:
+    """The adapter set that answers for each image.
+
+    From the set at hand, the head's best class names a task; if it is that of another set, go on
+    there. At most `limit` sets are asked; the last one counts.
+
+    Args:
+        scores: [T, B, C], the head on the features of every set.
+        start: int64 [B], first set.
+        owner: int64 [C], task of each class.
+
+    Returns:
+        int64 [B].
+    """
+    following = owner[scores.argmax(2)]  # [T, B]; a set that names itself is a fixed point
+    at = start
+    for _ in range(limit - 1):
+        at = following.gather(0, at[None])[0]
+    return at
+
+
+class Mos(CLStrategy):
+    """Working and stored adapter sets, a linear head and the first set's class means.
+
+    Args:
+        num_classes: rows of the head, from the start; all of them decay.
+        epochs: passes over the training images of a task.
+        rank: hidden width of an adapter.
+        scale: fixed factor of what an adapter adds.
+        dropout: on the hidden vector of an adapter, in training.
+        lr: of the adapters; the head learns at `lr * head_lr_factor`.
+        weight_decay: of both, and of the alignment.
+        mode: see the top of the file.
+        pull: m, weight of the mean of earlier sets.
+        reg: weight of `self_similarity`.
+        statistics: of the features of a class: `covariance` or `variance` (its diagonal).
+        statistics_batch: images a pass when statistics are measured, class by class. Only
+            mode=official depends on it; the official code takes three training batches.
+        align_epochs, align_lr: of the head on Gaussian features, from the second task on.
+        align_samples: features drawn a class and epoch, and those in a step; officially five
+            training batches.
+        ensemble: add the softmax of the prototype scores to that of the head's.
+
+    Raises:
+        UserError: for a network that adapters cannot be attached to (no timm ViT).
+        Diverged: if loss or features are no longer finite.
+    """
+
+    needs = frozenset({"features"})
+    prefix: Tensor  # float [T, P], sum of the stored sets 0..t as they were stored
+    means: Tensor  # float [C, D]
+    factors: Tensor  # [C, D, D] Cholesky factor, or [C, D] standard deviation
+    counts: Tensor  # int64 [C], images behind the statistics; 0: none
+    owner: Tensor  # int64 [C], task of each class
+    finished: Tensor  # int64 [], tasks that have ended
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        seed: int,
+        num_classes: int,
+        epochs: int,
+        rank: int,
+        scale: float,
+        dropout: float,
+        lr: float,
+        head_lr_factor: float,
+        momentum: float,
+        weight_decay: float,
+        mode: Literal["functional", "official"],
+        pull: float,
+        reg: float,
+        statistics: Literal["covariance", "variance"],
+        statistics_batch: int,
+        align_epochs: int,
+        align_lr: float,
+        align_samples: int,
+        ensemble: bool,
+    ) -> None:
+        super().__init__(backbone, seed=seed)
+        for name, value in (
+            ("rank", rank),
+            ("statistics_batch", statistics_batch),
+            ("align_samples", align_samples),
+        ):
+            if value < 1:
+                raise UserError(f"strategy.{name} must be at least 1, got {value}")
+        for name, share in (("pull", pull), ("dropout", dropout)):
+            if not 0 <= share < 1:
+                raise UserError(f"strategy.{name} must lie in [0, 1), got {share}")
+        backbone.eval().requires_grad_(False)
+        self.epochs, self.lr, self.head_lr_factor = epochs, lr, head_lr_factor
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.mode, self.m, self.reg = mode, pull, reg
+        self.batch_dependent = mode == "official"  # type: ignore[misc]
+        self.statistics, self.statistics_batch = statistics, statistics_batch
+        self.align_epochs, self.align_lr = align_epochs, align_lr
+        self.align_samples, self.ensemble = align_samples, ensemble
+        self.bank = AdapterBank(backbone)
+        blocks = len(getattr(backbone.net, "blocks", ())) or 1  # the bank refuses one without any
+        draws, dim = self.rng("init"), backbone.dim
+        learned = self.bank.add(
+            CURRENT,
+            {
+                f"blocks.{i}.mlp:parallel": Bottleneck(
+                    dim, rank, scale=scale, dropout=dropout, generator=draws
+                )
+                for i in range(blocks)
+            },
+        )
+        self.head = nn.Linear(dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02, generator=draws)
+        nn.init.zeros_(self.head.bias)
+        self.prototypes = PrototypeHead(dim)
+        self.names: list[str] = []  # stored sets, one a task
+        self.stops: list[int] = []  # classes seen at the end of each task
+        self.columns = range(0)
+        spread = (dim, dim) if statistics == "covariance" else (dim,)
+        self.register_buffer("prefix", torch.zeros(0, sum(p.numel() for p in learned)))
+        self.register_buffer("means", torch.zeros(0, dim))
+        self.register_buffer("factors", torch.zeros(0, *spread))
+        self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("owner", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("finished", torch.zeros((), dtype=torch.int64))
+        self._hashes: dict[str, str] = {}
+        self._warned = False
+
+    # -------------------------------------------------------------- the pull
+
+    def _earlier(self, task: int) -> list[Tensor]:
+        """Mean of the stored sets 0..task-1, shaped like the parameters of a set."""
+        like = self.bank.parameters_of(CURRENT)
+        flat = (self.prefix[task - 1] / task).split([p.numel() for p in like])
+        return [part.view_as(p) for part, p in zip(flat, like, strict=True)]
+
+    def _towards(self, values: list[Tensor], goal: list[Tensor]) -> None:
+        """One pull of all values, in place."""
+        torch._foreach_mul_(values, 1 - self.m)
+        torch._foreach_add_(values, goal, alpha=self.m)
+
+    @torch.no_grad()
+    def merge(self, name: str, task: int) -> None:
+        """One pull of a set towards the mean of the stored sets before `task`."""
+        if task:
+            self._towards([*self.bank.parameters_of(name)], self._earlier(task))
+
+    @contextmanager
+    def merging(self, name: str, task: int) -> Generator[None]:
+        """Around one forward pass (and its backward) with set `name` as that of `task`.
+
+        In mode=official the parameters hold what each block computes with inside, and what the
+        pass leaves behind afterwards; elsewhere nothing happens.
+        """
+        if self.mode != "official" or not task:
+            yield
+            return
+        with torch.no_grad():
+            parameters = self.bank.parameters_of(name)
+            values: list[Tensor] = [p.clone() for p in parameters]
+            goal, start = self._earlier(task), 0
+            for adapter in self.bank.adapters(name).values():  # block after block
+                self._towards(values, goal)
+                stop = start + len(list(adapter.parameters()))
+                for p, v in zip(parameters[start:stop], values[start:stop], strict=True):
+                    p.copy_(v)
+                start = stop
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, v in zip(parameters, values, strict=True):
+                    p.copy_(v)
+
+    # -------------------------------------------------------------- training
+
+    def grow(self, task: Task) -> None:
+        """Room for one more stored set and for the statistics of new classes; an optimiser."""
+        self.bank.freeze(CURRENT, False)
+        for p in self.bank.parameters_of(CURRENT):
+            p.grad = None
+        name = f"task{task.index}"
+        self.bank.copy(CURRENT, name)  # its values come at the end of the task
+        self.bank.freeze(name)
+        self.names.append(name)
+        self.columns = task.classes
+        added = max(0, task.classes.stop - len(self.counts))
+        self.means = F.pad(self.means, (0, 0, 0, added))
+        self.factors = F.pad(self.factors, (*[0, 0] * (self.factors.ndim - 1), 0, added))
+        self.counts = F.pad(self.counts, (0, added))
+        self.owner = F.pad(self.owner, (0, added), value=len(self.names) - 1)
+        self.prefix = F.pad(self.prefix, (0, 0, 0, 1))
+        self.prototypes.grow(len(self.counts))
+        self.stops.append(len(self.counts))
+        groups: list[dict[str, Any]] = [
+            {"params": self.bank.parameters_of(CURRENT), "lr": self.lr},
+            {"params": list(self.head.parameters()), "lr": self.lr * self.head_lr_factor},
+        ]
+        self.optimizer = torch.optim.SGD(
+            groups, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    def begin_epoch(self, task: Task, epoch: int) -> None:
+        """Cosine schedule, to 0 over the epochs of the task."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate_factor("cosine", epoch, self.epochs, [], 1)
+
+    def observe(self, batch: Batch) -> dict[str, Tensor]:
+        """One step on the classes of the task; returns the loss and the accuracy in percent."""
+        assert self.optimizer is not None
+        task, columns = len(self.names) - 1, self.columns
+        self.bank.train()
+        self.optimizer.zero_grad()
+        with self.merging(CURRENT, task):
+            features = self.bank.features(batch.x, CURRENT)
+            scores = self.head(features)
+            loss = scoped_cross_entropy(scores, batch.y, columns)
+            known = self.means[: columns.start][self.counts[: columns.start] > 0]
+            loss = loss + self.reg * self_similarity(torch.cat([known, features]))
+            require_finite(loss, self.lr)
+            loss.backward()
+        self.optimizer.step()
+        self.merge(CURRENT, task)
+        chosen = scores.detach()[:, columns.start : columns.stop].argmax(1) + columns.start
+        return {"loss": loss.detach(), "acc": 100 * (chosen == batch.y).float().mean()}
+
+    # -------------------------------------------------------------- end of a task
+
+    @torch.no_grad()
+    def end_task(self, task: Task) -> None:
+        """Store the set, measure the new classes, realign the head, add to the prototypes."""
+        self.store()
+        with evaluation_mode(self):
+            features, y = self._measure(task)
+        self.owner[task.classes.start : task.classes.stop] = len(self.names) - 1
+        self._describe(task.classes, features, y)
+        if len(self.names) > 1:
+            self.align()
+        with evaluation_mode(self):
+            first = self.names[0]
+            if self.mode == "official" and len(self.names) > 1:
+                self.bank.sets[first].train()  # dropout, as in the official code
+            new = slice(task.classes.start, task.classes.stop)
+            self.prototypes.sums[new], self.prototypes.counts[new] = 0, 0
+            for batch in task.fit():
+                batch = batch.to(self.device)
+                found = self.bank.features(batch.x, first)
+                self._check_features(found, batch.y)
+                self.prototypes.update(found, batch.y)
+        self.finished.fill_(len(self.names))
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """The working set becomes the set of this task and joins the running sum."""
+        task, own = len(self.names) - 1, self.bank.parameters_of(CURRENT)
+        for kept, p in zip(self.bank.parameters_of(self.names[task]), own, strict=True):
+            kept.copy_(p)
+        flat = torch.cat([p.flatten() for p in own])
+        self.prefix[task] = flat + self.prefix[task - 1] if task else flat
+
+    def _check_features(self, features: Tensor, y: Tensor) -> None:
+        bad = ~features.isfinite().all(1)
+        if bad.any():
+            raise Diverged(
+                f"non-finite feature of an image of class {int(y[bad][0])}: lower strategy.lr "
+                f"({self.lr}), or look for NaN in the images"
+            )
+
+    def _measure(self, task: Task) -> tuple[Tensor, Tensor]:
+        """Features [N, D] of the training images under the working set, and labels [N]."""
+        found, labels = [], []
+        for batch in self._by_class(task) if self.mode == "official" else task.fit():
+            batch = batch.to(self.device)
+            with self.merging(CURRENT, len(self.names) - 1):
+                found.append(self.bank.features(batch.x, CURRENT))
+            labels.append(batch.y)
+            self._check_features(found[-1], batch.y)
+        if not found:
+            return self.means[:0], self.counts[:0]
+        return torch.cat(found), torch.cat(labels)
+
+    def _by_class(self, task: Task) -> Iterator[Batch]:
+        """Class after class, `statistics_batch` images at a time; a task is held in memory."""
+        whole = [torch.cat(part) for part in zip(*task.fit(), strict=True)]
+        for c in task.classes if whole else ():
+            rows = (whole[1] == c).nonzero().flatten()
+            for at in rows.split(self.statistics_batch) if len(rows) else ():
+                yield Batch(*(part[at] for part in whole))
+
+    def _describe(self, classes: range, features: Tensor, y: Tensor) -> None:
+        """Mean and spread of each class; where no covariance can be had, a diagonal one."""
+        alone, flat = [], []
+        for c in classes:
+            own = features[y == c]
+            self.counts[c] = len(own)
+            if len(own) == 0:
+                continue
+            self.means[c] = own.double().mean(0)
+            if len(own) == 1:
+                alone.append(c)
+                continue
+            spread = covariance(own)
+            if self.statistics == "variance":
+                self.factors[c] = spread.diagonal().sqrt()
+                continue
+            factor, failed = torch.linalg.cholesky_ex(spread)
+            if len(own) < 3 or failed or not factor.isfinite().all():
+                factor = spread.diagonal().sqrt().diag()
+                flat.append(c)
+            self.factors[c] = factor
+        for c in alone:
+            several = self.factors[self.counts > 1].double()
+            # The mean variance of the classes with more images; the diagonal of L L' for these.
+            squares = several**2 if several.ndim == 2 else (several**2).sum(2)
+            spread = squares.mean(0) if len(squares) else torch.zeros_like(self.means[c]).double()
+            deviation = spread.clamp_min(RIDGE).sqrt()
+            self.factors[c] = deviation if self.factors.ndim == 2 else deviation.diag()
+        if (alone or flat) and not self._warned:
+            self._warned = True
+            said = []
+            if flat:
+                said.append(
+                    f"no covariance from so few images of class {', '.join(map(str, flat[:5]))}: "
+                    "the variances alone are used"
+                )
+            if alone:
+                said.append(
+                    f"one image of class {', '.join(map(str, alone[:5]))}: the mean variance of "
+                    "the other classes is used"
+                )
+            warnings.warn(
+                "; ".join(said) + ". strategy.statistics=variance needs fewer images (this is "
+                "said once)",
+                stacklevel=3,
+            )
+
+    def draw(self, classes: Tensor) -> Tensor:
+        """Gaussian features [C, n, D] of `classes` int64 [C]."""
+        mean, factor = self.means[classes], self.factors[classes]
+        size = len(classes), self.align_samples, mean.shape[1]
+        noise = torch.randn(size, generator=self.rng("align")).to(mean)
+        spread = noise * factor[:, None] if factor.ndim == 2 else noise @ factor.mT
+        return mean[:, None] + spread
+
+    def shuffle(self, count: int) -> Tensor:
+        """A permutation of the drawn features."""
+        return torch.randperm(count, generator=self.rng("align"))
+
+    @torch.enable_grad()
+    def align(self) -> Tensor:
+        """Train the head on Gaussian features of all classes seen; returns the loss per step."""
+        classes = (self.counts > 0).nonzero().flatten()
+        y = classes.repeat_interleave(self.align_samples)
+        optimizer = torch.optim.SGD(
+            self.head.parameters(),
+            lr=self.align_lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        losses: list[Tensor] = []
+        for epoch in range(self.align_epochs):
+            rate = self.align_lr * rate_factor("cosine", epoch, self.align_epochs, [], 1)
+            optimizer.param_groups[0]["lr"] = rate
+            drawn = self.draw(classes)
+            order = self.shuffle(len(y)).to(y.device)
+            for rows in order.split(self.align_samples):
+                scores = self.head(drawn.flatten(0, 1)[rows])[:, : len(self.counts)]
+                loss = F.cross_entropy(scores, y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+            if losses and not losses[-1].isfinite():
+                bad = classes[~drawn.isfinite().all(2).all(1)].tolist()
+                bad = bad or [int(c) for c in classes if not self.head.weight[c].isfinite().all()]
+                raise Diverged(
+                    f"classifier alignment of MOS gives {float(losses[-1])}, first at class "
+                    f"{bad[0] if bad else int(classes[0])}: lower strategy.align_lr "
+                    f"({self.align_lr}), or use strategy.statistics=variance"
+                )
+        return torch.stack(losses) if losses else self.means.new_zeros(0)
+
+    # -------------------------------------------------------------- prediction
+
+    def extractors(self) -> dict[str, str] | None:
+        """The stored sets, which never change again; none in mode=official, where they do."""
+        if self.mode == "official":
+            return None
+        names = self.names[: int(self.finished)]
+        for name in names:
+            if name not in self._hashes:
+                self._hashes[name] = weights_hash(self.bank.sets[name].state_dict())
+        return {name: self._hashes[name] for name in names}
+
+    @torch.no_grad()
+    def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """[B, 3, H, W] -> [T, B, D]; the sets share one pass of the frozen weights."""
+        size = max(1, COPIES // len(x))
+        with evaluation_mode(self):
+            groups = [names[i : i + size] for i in range(0, len(names), size)]
+            return torch.cat([self.bank.features_each(x, group) for group in groups])
+
+    @torch.no_grad()
+    def classify(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Scores [B, C] of the classes seen from [B, D] under every stored set."""
+        tasks = int(self.finished)
+        seen = self.stops[tasks - 1]
+        stacked = torch.stack([features[n] for n in self.names[:tasks]])
+        similar = self.prototypes(stacked[0])[:, :seen]
+        return self.answer(self.head(stacked)[..., :seen], similar)
+
+    def answer(self, scores: Tensor, similar: Tensor) -> Tensor:
+        """Scores [B, C] from those of the head, [T, B, C], and of the prototypes, [B, C]."""
+        owner = self.owner[: similar.shape[1]]
+        chosen = retrieve(scores, owner[similar.argmax(1)], owner)
+        refined = scores[chosen, torch.arange(len(chosen), device=chosen.device)]
+        if not self.ensemble:
+            return refined
+        return refined.softmax(1) + (len(scores) * similar).softmax(1)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores [B, C_seen] for x float [B, 3, H, W] in [0, 1]; 0 until a task has ended.
+
+        In mode=official the stored sets after the first move.
+        """
+        names = self.names[: int(self.finished)]
+        if not names:
+            return x.new_zeros(len(x), len(self.counts))
+        with ExitStack() as stack:
+            for task, name in enumerate(names):
+                stack.enter_context(self.merging(name, task))
+            found = self.embed(x, names)
+        return self.classify(dict(zip(names, found, strict=True)))
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._hashes.clear()

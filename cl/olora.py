@@ -1,0 +1,339 @@
+"""O-LoRA: one low-rank update a task, each pushed to be orthogonal to all earlier ones.
+
+Paper: Wang et al., "Orthogonal Subspace Learning for Language Model Continual Learning", EMNLP
+Findings 2023, arXiv 2310.14152. Official code: cmnfriend/O-LoRA 07117e1, for T5 and LLaMA.
+
+This is a port to vision transformers; the authors report none. From the official code: the query
+and the value projection of every attention layer are adapted, s = alpha / r of one task scales the
+old and the new branch, one dropout mask serves both, and while a pair (A, B) is trained
+
+    loss = cross-entropy + lambda1 * sum over maps |A_old A^T| + lambda2 * sum (|A|_F + |B|_F)
+
+where |A_old A^T| sums absolute values. Only the new pair learns. (The paper writes that penalty
+for the up-projections, its A; the code has it on the down-projections, and so has this file.)
+
+Choices of the port: q and v are rows [0, d) and [2d, 3d) of timm's fused qkv; the head is an
+expanding linear layer that starts near 0 and is trained with the pair.
+
+Deviations: the penalty is one batched product instead of a loop over parameter names; q and v
+share a matrix product. Earlier pairs are taken over when the next task begins, not when a task
+ends, and evaluation can add all pairs to the weights: the same functions, other rounding. A
+penalty of exactly 0 beside earlier tasks, which the official loader can cause unseen, is an error.
+Dropout draws from torch's global generator, like that of any network; checkpoints contain it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.adapters import Adapter
+from backbones.backbone import Backbone
+from backbones.bank import AdapterBank
+from cl.common import (
+    NearZeroLinear,
+    evaluation_mode,
+    rate_factor,
+    require_finite,
+    scope_columns,
+    scoped_cross_entropy,
+)
+from core.errors import UserError
+from core.strategy import CLStrategy
+from core.stream import Batch, Task
+
+MAPS = ("q", "v")
+
+
+class StackedLoRA(Adapter):
+    """Low-rank updates of q and v in a fused qkv: those of earlier tasks stacked, and a new pair.
+
+    Args:
+        dim: width d of the tokens; the layer maps d to 3d.
+        rank: r of one task.
+        scale: factor of both branches.
+        dropout: on the input, in training only; q and v draw a mask each.
+        generator: of the new A, U(-1/sqrt(d), 1/sqrt(d)); the new B starts at 0.
+    """
+
+    old_a: Tensor  # [2, R, d]
+    old_b: Tensor  # [2, d, R]
+
+    def __init__(
+        self, dim: int, rank: int, *, scale: float, dropout: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.dim, self.rank, self.scale, self.dropout = dim, rank, scale, dropout
+        self.register_buffer("old_a", torch.zeros(2, 0, dim))
+        self.register_buffer("old_b", torch.zeros(2, dim, 0))
+        self.a = nn.Parameter(torch.empty(2, rank, dim))
+        self.b = nn.Parameter(torch.zeros(2, dim, rank))
+        self._start(generator)
+
+    def _start(self, generator: torch.Generator) -> None:
+        bound = self.dim**-0.5
+        drawn = torch.empty(self.a.shape).uniform_(-bound, bound, generator=generator)
+        self.a = nn.Parameter(drawn.to(self.a))
+        self.b = nn.Parameter(torch.zeros_like(self.b))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [2, R + r, d] and B [2, d, R + r] of all tasks so far, the newest last."""
+        return torch.cat([self.old_a, self.a], 1), torch.cat([self.old_b, self.b], 2)
+
+    @torch.no_grad()
+    def extend(self, generator: torch.Generator) -> None:
+        """Add the current pair to the earlier ones and start a fresh one (new parameters)."""
+        self.old_a, self.old_b = self.factors()
+        self._start(generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., 3d], zeros in the rows of k."""
+        a, b = self.factors()
+        shape, x = x.shape[:-1], x.flatten(0, -2)
+        if self.training and self.dropout:
+            hidden = F.dropout(x.expand(2, *x.shape), self.dropout) @ a.mT
+        else:
+            hidden = F.linear(x, a.flatten(0, 1)).unflatten(1, a.shape[:2]).transpose(0, 1)
+        q, v = (self.scale * (hidden @ b.mT)).unbind()
+        return torch.cat([q, torch.zeros_like(q), v], -1).view(*shape, 3 * self.dim)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """What the branches amount to as a change of the weight, [3d, d]."""
+        a, b = self.factors()
+        q, v = (self.scale * (b @ a)).unbind()
+        return torch.cat([q, torch.zeros_like(q), v])
+
+
+def orthogonality(a: Tensor, old: Tensor) -> Tensor:
+    """Per map the sum of |A_old A^T|: a [M, r, d], old [M, R, d] -> [M]."""
+    return (old @ a.mT).abs().sum((1, 2))
+
+
+def norms(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over maps of the (not squared) Frobenius norms: a [M, r, d], b [M, d, r] -> [].
+
+    The gradient of the norm of a zero matrix is 0, as at the start of a task.
+    """
+    return sum((torch.linalg.vector_norm(m, dim=(1, 2)).sum() for m in (a, b)), a.new_zeros(()))
+
+
+class OLoRA(CLStrategy):
+    """A frozen transformer, a growing stack of low-rank pairs, an expanding linear head.
+
+    Args:
+        epochs: passes over the training images of a task.
+        rank: r of a task. alpha: the scale of the updates is alpha / rank.
+        dropout: on the input of the updates, those of earlier tasks included.
+        lambda1: weight of the penalty; a list has one value a task, its last one goes on.
+        lambda2: weight of the norms of the new pair.
+        ortho_reduction: `sum`, or divided by the number of earlier tasks.
+        head: `linear_local`: cross-entropy over the classes of the task, so that only their rows
+            learn. `linear_global`: over all classes seen, all rows learn.
+        optimizer, lr, schedule: made anew for each task; `cosine` goes to 0 by epochs.
+        clip_norm: of the whole gradient; None does not clip.
+        evaluation: `merged`: the updates are added to the weights while predicting; `branches`:
+            computed beside them. Equal up to rounding.
+    """
+
+    needs = frozenset({"features"})
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        seed: int,
+        epochs: int,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        lambda1: float | list[float],
+        lambda2: float,
+        ortho_reduction: Literal["sum", "mean_over_old_tasks"],
+        head: Literal["linear_local", "linear_global"],
+        optimizer: Literal["adam", "sgd"],
+        lr: float,
+        schedule: Literal["constant", "cosine"],
+        clip_norm: float | None,
+        evaluation: Literal["merged", "branches"],
+    ) -> None:
+        super().__init__(backbone, seed=seed)
+        if rank < 1:
+            raise UserError(f"strategy.rank must be at least 1, got {rank}")
+        if not 0 <= dropout < 1:
+            raise UserError(f"strategy.dropout must lie in [0, 1), got {dropout}")
+        if lambda1 == []:
+            raise UserError("strategy.lambda1 must be a number or a list with at least one")
+        if clip_norm is not None and clip_norm <= 0:
+            raise UserError(f"strategy.clip_norm must be above 0 or null, got {clip_norm}")
+        self.epochs, self.lr, self.schedule, self.clip_norm = epochs, lr, schedule, clip_norm
+        self.lambda1 = list(lambda1) if isinstance(lambda1, list) else [lambda1]
+        self.lambda2, self.ortho_reduction = lambda2, ortho_reduction
+        self.optimizer_name, self.evaluation = optimizer, evaluation
+        self.scope: Literal["current", "seen"] = "current" if head == "linear_local" else "seen"
+
+        backbone.eval().requires_grad_(False)
+        self.bank = AdapterBank(backbone)
+        layers = _qkv_layers(backbone)
+        draw = self.rng("init")
+        options = {"scale": alpha / rank, "dropout": dropout, "generator": draw}
+        self.bank.add(
+            "tasks",
+            {f"{n}:out": StackedLoRA(m.in_features, rank, **options) for n, m in layers.items()},
+        )
+        self.names = [f"{name} {part}" for name in layers for part in MAPS]
+        self.layers = [*layers.values()]
+        self.head = NearZeroLinear(backbone.dim)
+        self.seen = 0
+        self.begun = 0  # tasks
+        self.columns = range(0)
+        self._checked = self._warned = False
+
+    @property
+    def loras(self) -> list[StackedLoRA]:
+        """The updates, block by block."""
+        return [cast(StackedLoRA, a) for a in self.bank.adapters("tasks").values()]
+
+    # ------------------------------------------------------------------ tasks
+
+    def grow(self, task: Task) -> None:
+        if self.begun:
+            for lora in self.loras:
+                lora.extend(self.rng("init"))
+        self.begun += 1
+        self.seen = max(self.seen, task.classes.stop)
+        self.head.grow(self.seen, self.rng("init"))
+        self.columns = scope_columns(self.scope, task.classes, self.seen, self.seen)
+        learned = [*self.bank.parameters_of("tasks"), *self.head.parameters()]
+        kind = torch.optim.Adam if self.optimizer_name == "adam" else torch.optim.SGD
+        self.optimizer = kind(learned, lr=self.lr)
+        self._checked = False
+
+    def begin_task(self, task: Task) -> None:
+        super().begin_task(task)
+        if len(self.columns) == 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"task {task.index} has one class in its softmax: the cross-entropy is 0 and the "
+                "class is not learned; strategy.head=linear_global compares it with earlier ones",
+                stacklevel=2,
+            )
+        first = self.loras[0]
+        if first.old_a.shape[1] + first.rank > first.dim >= first.old_a.shape[1]:
+            warnings.warn(
+                f"the ranks of {self.begun} tasks exceed the width {first.dim}: not all updates "
+                "can be orthogonal any more",
+                stacklevel=2,
+            )
+
+    def begin_epoch(self, task: Task, epoch: int) -> None:
+        assert self.optimizer is not None
+        kind = "cosine" if self.schedule == "cosine" else "step"
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate_factor(kind, epoch, self.epochs, [], 1.0)
+
+    # ------------------------------------------------------------------ training
+
+    def penalties(self) -> tuple[Tensor, Tensor]:
+        """Orthogonality per map [2L] (zeros in the first task) and the norm term []."""
+        loras = self.loras
+        a, b = torch.cat([m.a for m in loras]), torch.cat([m.b for m in loras])
+        return orthogonality(a, torch.cat([m.old_a for m in loras])), norms(a, b)
+
+    def _check(self, omega: Tensor) -> None:
+        """Once a task and after every resume: all earlier updates take part in the penalty."""
+        if self.begun > 1 and not self._checked:
+            zero = [n for n, v in zip(self.names, omega.tolist(), strict=True) if v == 0]
+            if zero:
+                raise RuntimeError(
+                    f"the orthogonality penalty of {zero[0]} is exactly 0 in task "
+                    f"{self.begun - 1} ({len(zero)} of {len(self.names)} maps): the updates of "
+                    "earlier tasks are missing or were not loaded"
+                )
+        self._checked = True
+
+    def observe(self, batch: Batch) -> dict[str, Tensor]:
+        """One step; returns the loss, its parts before weighting, and the accuracy in percent.
+
+        Raises:
+            Diverged: for a loss that is not finite, before anything is changed.
+            RuntimeError: if a map has no penalty although there are earlier tasks.
+        """
+        assert self.optimizer is not None
+        self.train()
+        self.backbone.eval()
+        scores = self.head(self.bank.features(batch.x, "tasks"))
+        task_loss = scoped_cross_entropy(scores, batch.y, self.columns)
+        omega, norm = self.penalties()
+        self._check(omega.detach())
+        if self.ortho_reduction == "mean_over_old_tasks" and self.begun > 1:
+            omega = omega / (self.begun - 1)
+        omega = omega.sum()
+        lambda1 = self.lambda1[min(self.begun, len(self.lambda1)) - 1]
+        loss = task_loss + lambda1 * omega + self.lambda2 * norm
+        require_finite(loss.detach(), self.lr)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(list(self.updated_parameters()), self.clip_norm)
+        self.optimizer.step()
+        right = scores.detach().argmax(1) == batch.y
+        return {
+            "loss": loss.detach(),
+            "task_loss": task_loss.detach(),
+            "orthogonality": omega.detach(),
+            "norm": norm.detach(),
+            "acc": 100 * right.float().mean(),
+        }
+
+    # ------------------------------------------------------------------ prediction
+
+    @contextmanager
+    def merged(self) -> Generator[None]:
+        """Inside, the qkv weights contain all updates; afterwards they are the same tensors."""
+        before = [layer.weight for layer in self.layers]
+        try:
+            for layer, lora in zip(self.layers, self.loras, strict=True):
+                total = layer.weight + lora.delta().to(layer.weight)
+                layer.weight = nn.Parameter(total, requires_grad=False)
+            yield
+        finally:
+            for layer, weight in zip(self.layers, before, strict=True):
+                layer.weight = weight
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores [B, C_seen] for x float [B, 3, H, W] in [0, 1]."""
+        with evaluation_mode(self):
+            if self.evaluation == "branches":
+                return self.head(self.bank.features(x, "tasks"))
+            with self.merged():
+                return self.head(self.bank.features(x))
+
+
+def _qkv_layers(backbone: Backbone) -> dict[str, nn.Linear]:
+    """The fused qkv layers of all blocks by name.
+
+    Raises:
+        UserError: for a network without them.
+    """
+    net: Any = backbone.net
+    found = {}
+    for i, block in enumerate(getattr(net, "blocks", [])):
+        layer = getattr(getattr(block, "attn", None), "qkv", None)
+        if not isinstance(layer, nn.Linear) or layer.out_features != 3 * layer.in_features:
+            found = {}
+            break
+        found[f"blocks.{i}.attn.qkv"] = layer
+    if not found:
+        raise UserError(
+            f"{backbone.tag} has no blocks with a fused qkv layer, which O-LoRA adapts. Use a timm "
+            "ViT (for example backbone=vit_b16_in1k), or a strategy without adapters"
+        )
+    return found
