@@ -12,6 +12,11 @@ from torch import Tensor
 
 from core.strategy import Strategy
 
+KEPT = (
+    "forward", "backward", "images", "steps", "evaluated", "evaluated_forward",
+    "evaluated_seconds", "end_seconds",
+)  # fmt: skip
+
 
 class Costs:
     """Passes and seconds of the learning steps, without data loading and without evaluation."""
@@ -20,6 +25,8 @@ class Costs:
         self.passes = backbone.passes  # counts the images of every forward and backward
         self.device = device
         self.forward = self.backward = self.images = self.steps = 0
+        self.evaluated = self.evaluated_forward = 0  # test images answered, passes that took
+        self.evaluated_seconds = self.end_seconds = 0.0
         self.seconds = 0.0
 
     @contextmanager
@@ -36,12 +43,30 @@ class Costs:
         self.images += images
         self.steps += 1
 
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Measure scoring on test images, loading included; the caller adds to `evaluated`."""
+        forward = self.passes.forward
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.evaluated_seconds += time.perf_counter() - start
+        self.evaluated_forward += self.passes.forward - forward
+
+    @contextmanager
+    def end_of_task(self) -> Iterator[None]:
+        """Measure what a method does after the last epoch of a task."""
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.end_seconds += time.perf_counter() - start
+
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def snapshot(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("forward", "backward", "images", "steps")}
+        return {k: getattr(self, k) for k in KEPT}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for key, value in state.items():
@@ -58,6 +83,16 @@ class Costs:
         return {
             "seconds_per_batch": ordered[len(ordered) // 2] if ordered else 0.0,
             "seconds_total": sum(seconds),
+            **(
+                {
+                    "end_of_task_seconds": self.end_seconds,
+                    "evaluation_seconds": self.evaluated_seconds,
+                    "evaluation_images": self.evaluated,
+                    "evaluation_forward_images": self.evaluated_forward,
+                }
+                if self.evaluated
+                else {}
+            ),
             "images": self.images,
             "batches": self.steps,
             "forward_images": self.forward,

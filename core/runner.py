@@ -154,10 +154,13 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
                 where["step"] += 1
                 run.checkpoint.tick(strategy, meters, **where, begun=1)
             at["step"] = 0
-        strategy.end_task(task)
+        with costs.end_of_task():
+            strategy.end_task(task)
         for seen in stream.tasks[: task.index + 1]:
-            answers = evaluate_task(strategy, seen, run, stream.num_classes, cache)
-            total, correct, within, classes = answers.read()
+            with costs.evaluation():
+                answers = evaluate_task(strategy, seen, run, stream.num_classes, cache)
+                total, correct, within, classes = answers.read()
+            costs.evaluated += total
             matrix.record(task.index, seen.index, correct, total)
             told.record(task.index, seen.index, within, total)
             _log_cell(run.log, task.index, task.name, seen.name, correct, total)

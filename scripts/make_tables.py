@@ -32,9 +32,13 @@ SHIFT = (
 TASK = ("acc_inc", "acc_last", "plasticity", "stability", "forgetting", "bwt")
 COST = {
     "s/batch": ("seconds_per_batch", "{:.3f}"),
+    "train s": ("seconds_total", "{:.0f}"),
+    "end s": ("end_of_task_seconds", "{:.1f}"),
+    "test s": ("evaluation_seconds", "{:.1f}"),
     "peak MiB": ("peak_memory_mb", "{:.0f}"),
     "forward/image": ("forward_per_image", "{:.1f}"),
     "updated": ("parameters_updated", "{:,.0f}"),
+    "parameters": ("parameters_total", "{:,.0f}"),
 }
 Run = dict[str, Any]
 
@@ -115,11 +119,12 @@ def tables(runs: list[Run], average: Iterable[str] = ()) -> str:
         names = SHIFT if "err_mean" in first["metrics"] else TASK
         names = [n for n in names if any(n in r["metrics"] for r in found)]
         domains = [k for k in first["metrics"] if k.startswith("err/")]
-        head = ["strategy", "runs", *names, *COST]
+        costs = {n: c for n, c in COST.items() if c[0] in first["cost"]}
+        head = ["strategy", "runs", *names, *costs]
         body, detail = [], []
         for name, same in ordered:
             cells = [spread((r["metrics"].get(k) for r in same), "{:.2f}") for k in names]
-            cost = [spread([same[0]["cost"][k]], form) for k, form in COST.values()]
+            cost = [spread([same[0]["cost"][k]], form) for k, form in costs.values()]
             body.append([name, str(len(same)), *cells, *cost])
             detail.append([name, *(spread(r["metrics"].get(k) for r in same) for k in domains)])
         weights = first["weights"]
