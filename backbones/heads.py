@@ -1,4 +1,4 @@
-"""Classifiers that grow with the classes: a linear one and one of class means.
+"""Classifiers: a growing linear one, a cosine one for one task, and one of class means.
 
 `ExpandingLinear` starts new rows as LAMDA-PILOT 5240714 (`backbone/linears.py`, SimpleLinear) does.
 `PrototypeHead` is the cosine classifier of SimpleCIL (arXiv 2303.07338) in the same repository.
@@ -53,6 +53,26 @@ class ExpandingLinear(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, C]."""
         return F.linear(features, self.weight, self.bias)
+
+
+class CosineHead(nn.Module):
+    """`sigma * cos(feature, row)` with a learnable sigma that starts at 1 (EASE, APER).
+
+    Args:
+        dim: length D of a feature vector.
+        classes: rows, drawn from U(-1/sqrt(D), 1/sqrt(D)).
+        generator: CPU generator of the initial rows.
+    """
+
+    def __init__(self, dim: int, classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = dim**-0.5
+        rows = torch.empty(classes, dim).uniform_(-bound, bound, generator=generator)
+        self.weight, self.sigma = nn.Parameter(rows), nn.Parameter(torch.ones(1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C]."""
+        return self.sigma * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
 
 
 class PrototypeHead(nn.Module):

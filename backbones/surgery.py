@@ -12,7 +12,7 @@ Which class counts as which kind is an instance test, so timm's `BatchNormAct2d`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -175,15 +175,22 @@ def view_statistics(net: nn.Module, views: int) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; afterwards the mode `net` had."""
-    training = net.training
-    net.eval()
+def evaluation_mode(module: nn.Module) -> Generator[None]:
+    """Evaluation mode inside; afterwards every submodule has its own mode again, mixed or not."""
+    before = [(m, m.training) for m in module.modules()]
+    module.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        net.train(training)
+        for m, mode in before:
+            m.training = mode
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Generator[None]:
+    """As `evaluation_mode`, without gradients."""
+    with evaluation_mode(net), torch.no_grad():
+        yield
 
 
 def make_optimizer(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from backbones.heads import ExpandingLinear
+from backbones.surgery import evaluation_mode as evaluation_mode  # what every method here needs
 from core.errors import Diverged
 
 Scope = Literal["current", "seen", "all"]
@@ -45,18 +45,6 @@ def rate_factor(
     if schedule == "cosine":
         return (1 + math.cos(math.pi * epoch / epochs)) / 2
     return decay ** sum(epoch >= m for m in milestones)
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Generator[None]:
-    """Evaluation mode inside; afterwards every submodule has its own mode again, mixed or not."""
-    before = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in before:
-            m.training = mode
 
 
 def freeze_pretrained_head(backbone: Backbone) -> None:

@@ -30,11 +30,12 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbones.adapters import Bottleneck
 from backbones.backbone import Backbone, weights_hash
 from backbones.bank import AdapterBank
+from backbones.heads import CosineHead
 from cl.common import evaluation_mode, rate_factor, require_finite
 from core.errors import Diverged, UserError
 from core.strategy import CLStrategy
@@ -42,27 +43,6 @@ from core.stream import Batch, Task
 
 PRETRAINED = "pretrained"  # the subspace without adapter
 COPIES = 512  # images times sets that go through the network at once, which bounds memory
-
-
-class CosineHead(nn.Module):
-    """`sigma * cos(feature, row)` with a learnable sigma that starts at 1.
-
-    Args:
-        dim: length D of a feature vector.
-        classes: rows, drawn from U(-1/sqrt(D), 1/sqrt(D)).
-        generator: CPU generator of the initial rows.
-    """
-
-    def __init__(self, dim: int, classes: int, generator: torch.Generator) -> None:
-        super().__init__()
-        bound = dim**-0.5
-        rows = torch.empty(classes, dim).uniform_(-bound, bound, generator=generator)
-        self.weight = nn.Parameter(rows)
-        self.sigma = nn.Parameter(torch.ones(1))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, C]."""
-        return self.sigma * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
 
 
 def complete(means: Tensor, owner: Tensor, recalculate: bool) -> Tensor:

@@ -27,6 +27,7 @@ from cl.common import (
     evaluation_mode,
     freeze_pretrained_head,
     rate_factor,
+    require_finite,
     scope_columns,
     scoped_cross_entropy,
 )
@@ -132,18 +133,32 @@ class Finetune(CLStrategy):
         """[B, 3, H, W] in [0, 1] -> [B, D]."""
         return cast(Backbone, self.backbone).features(x)
 
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Loss of scores [B, C]; for subclasses."""
+        return scoped_cross_entropy(scores, batch.y, self.columns)
+
+    def add_gradients(self) -> dict[str, Tensor]:
+        """For penalties on parameters, added to their gradients; returns what to log of them."""
+        return {}
+
     def observe(self, batch: Batch) -> dict[str, Tensor]:
-        """One step; returns the loss and the accuracy in percent over the classes seen."""
+        """One step; returns the loss and the accuracy in percent over the classes seen.
+
+        Raises:
+            Diverged: for a loss that is not finite, before the parameters change.
+        """
         assert self.optimizer is not None
         for module, mode in self.modes():
             module.train(mode)
         scores = self.head(self.features(batch.x))
-        loss = scoped_cross_entropy(scores, batch.y, self.columns)
+        loss = self.loss(scores, batch)
+        require_finite(loss.detach(), self.lr)
         self.optimizer.zero_grad()
         loss.backward()
+        penalties = self.add_gradients()
         self.optimizer.step()
         right = scores.detach()[:, : self.seen].argmax(1) == batch.y
-        return {"loss": loss.detach(), "acc": 100 * right.float().mean()}
+        return {"loss": loss.detach(), "acc": 100 * right.float().mean(), **penalties}
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ The backbone stays in evaluation mode, so BatchNorm statistics do not drift.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from cl.common import Schedule, Scope
+from backbones.backbone import Backbone, weights_hash
+from cl.common import Schedule, Scope, evaluation_mode
 from cl.finetune import Finetune
 
 
@@ -57,6 +58,23 @@ class LinearProbe(Finetune):
             loss_scope=loss_scope,
             freeze_bn=True,
         )
+        self._extractors = {"plain": weights_hash(backbone.state_dict())}
 
     def modes(self) -> Iterator[tuple[nn.Module, bool]]:
         yield self.backbone, False
+
+    def extractors(self) -> Mapping[str, str]:
+        return self._extractors
+
+    @torch.no_grad()
+    def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        with evaluation_mode(self):
+            return self.features(x)[None]
+
+    @torch.no_grad()
+    def classify(self, features: Mapping[str, Tensor]) -> Tensor:
+        return self.head(features["plain"])[:, : self.seen]
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores [B, C_seen] for x float [B, 3, H, W] in [0, 1]."""
+        return self.classify({"plain": self.embed(x, ["plain"])[0]})

@@ -10,12 +10,13 @@ mean instead of overwriting it. The official learnable scale stays at 1 there an
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
+from backbones.backbone import Backbone, weights_hash
 from backbones.heads import PrototypeHead
 from cl.common import evaluation_mode
 from core.strategy import CLStrategy
@@ -31,6 +32,7 @@ class SimpleCIL(CLStrategy):
         super().__init__(backbone)
         backbone.eval().requires_grad_(False)
         self.head = PrototypeHead(backbone.dim)
+        self._extractors = {"plain": weights_hash(backbone.state_dict())}
 
     def grow(self, task: Task) -> None:
         self.head.grow(task.classes.stop)
@@ -47,8 +49,17 @@ class SimpleCIL(CLStrategy):
                 batch = batch.to(self.device)
                 self.head.update(self.features(batch.x), batch.y)
 
+    def extractors(self) -> Mapping[str, str]:
+        return self._extractors
+
     @torch.no_grad()
+    def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        with evaluation_mode(self):
+            return self.features(x)[None]
+
+    def classify(self, features: Mapping[str, Tensor]) -> Tensor:
+        return self.head(features["plain"])
+
     def predict(self, x: Tensor) -> Tensor:
         """Cosines [B, C_seen] for x float [B, 3, H, W] in [0, 1]."""
-        with evaluation_mode(self):
-            return self.head(self.features(x))
+        return self.classify({"plain": self.embed(x, ["plain"])[0]})

@@ -100,7 +100,7 @@ def test_typos_get_a_short_answer(words, expected):
     [
         (["++strategy.lrr=1", "strategy=tent"], "strategy has no option 'lrr'; did you mean 'lr'?"),
         (["strategy=tent", "strategy.lr=abc"], "strategy.lr must be float, got 'abc'"),
-        (["strategy=tent", "scenario=split_cifar10"], "Strategies for it: finetune"),
+        (["strategy=tent", "scenario=split_cifar10"], "Strategies for it: aper"),
         (["strategy=finetune"], "Strategies for it: bn_adapt, cotta"),
         (["backbone=embedded_vit"], "embedded_vit"),
         (["data.root=/nowhere/at/all"], "no such folder"),

@@ -1,0 +1,278 @@
+"""APER: tune the network once, on the first task; then class means of plain and tuned features.
+
+Paper: Zhou et al., "Revisiting Class-Incremental Learning with Pre-Trained Models:
+Generalizability and Adaptivity are All You Need", IJCV 2024, arXiv 2303.07338 (first named ADAM).
+Official code: LAMDA-CL/LAMDA-PILOT 5240714, `models/aper_*.py`; settings: zhoudw-zdw/RevisitingCIL.
+
+First task: adapters (or scale and shift, prompts, a copy of the whole network) and a cosine head
+learn by cross-entropy. That head is thrown away. From then on nothing is trained: a class is the
+mean of [plain feature, tuned feature] of its training images, scores are cosines with it. The two
+halves are normalised together, so that the longer one weighs more.
+
+Deviations: the frozen network is in evaluation mode while adapters learn (the official one is in
+training mode, which is the same for ViTs without dropout). Means are kept as sums and counts, so a
+class that comes back updates its mean; the official code overwrites it. Left out: the BatchNorm
+variant for ResNets, and the evaluation after every epoch (a side effect of which, other shuffles,
+disappears as well). `tuning=peft` (adapters of the peft library) is ours.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.adapters import Adapter, Bottleneck, Prompt, ScaleShift
+from backbones.backbone import Backbone, weights_hash
+from backbones.bank import AdapterBank
+from backbones.heads import CosineHead, PrototypeHead
+from backbones.peft_bank import PeftBank
+from cl.common import evaluation_mode, freeze_pretrained_head, rate_factor, require_finite
+from core.errors import Diverged, UserError
+from core.strategy import CLStrategy
+from core.stream import Batch, Task
+
+Tuning = Literal["adapter", "ssf", "vpt_deep", "vpt_shallow", "finetune", "peft"]
+NAME = "tuned"  # of the one set of adapters
+
+
+class APER(CLStrategy):
+    """Plain and once tuned features side by side, nearest class mean by cosine.
+
+    Args:
+        tuning: what learns on the first task. `adapter`: a bottleneck beside every MLP. `ssf`:
+            scale and shift after every linear layer and norm. `vpt_deep`, `vpt_shallow`: prompts
+            at every block, or at the first one. `finetune`: a copy of the whole network. `peft`:
+            an adapter of the peft library.
+        epochs: passes over the training images of the first task; the others need none.
+        lr: initial rate, cosine schedule to 0 over the epochs.
+        weight_decay: of everything that learns, biases and head included.
+        rank, dropout, scale: of `adapter`: hidden width, dropout on it, factor of its output.
+        prompt_length: tokens, of each block for `vpt_deep`.
+        peft: options of the peft library's configuration (`peft_type`, lora by default, and e.g.
+            r, lora_alpha, target_modules); needed for `tuning=peft`.
+    """
+
+    needs = frozenset({"features"})
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        seed: int,
+        tuning: Tuning,
+        epochs: int,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        rank: int,
+        dropout: float,
+        scale: float,
+        prompt_length: int,
+        peft: dict[str, Any] | None,
+    ) -> None:
+        super().__init__(backbone, seed=seed)
+        for key, value in {"epochs": epochs, "rank": rank, "prompt_length": prompt_length}.items():
+            if value < 1:
+                raise UserError(f"strategy.{key} must be at least 1, got {value}")
+        if tuning == "peft" and not peft:
+            raise UserError(
+                "strategy.tuning=peft needs strategy.peft, for example "
+                "'strategy.peft={r: 8, lora_alpha: 8, target_modules: [qkv]}'"
+            )
+        self.tuning, self.epochs, self.tuning_epochs = tuning, epochs, epochs
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.rank, self.dropout, self.scale = rank, dropout, scale
+        self.prompt_length, self.peft = prompt_length, peft
+
+        backbone.eval().requires_grad_(False)
+        self.head = PrototypeHead(2 * backbone.dim)
+        self.tuning_head: CosineHead | None = None  # while the first task lasts
+        self.bank: AdapterBank | PeftBank | None = None
+        self.copy: Backbone | None = None
+        if tuning == "finetune":
+            self.copy = deepcopy(backbone).requires_grad_(True)
+            freeze_pretrained_head(self.copy)
+        elif tuning == "peft":
+            self.bank = PeftBank(backbone)
+        else:
+            self.bank = AdapterBank(backbone)
+            if "blocks.0.mlp:parallel" not in self.bank.points():
+                raise UserError(
+                    f"strategy.tuning={tuning} needs a timm ViT, which {backbone.tag} is not. "
+                    "Use backbone=vit_b16_in21k, or strategy.tuning=finetune"
+                )
+        self._extractors: dict[str, str] = {}
+
+    # ------------------------------------------------------------------ tasks
+
+    def grow(self, task: Task) -> None:
+        self.head.grow(task.classes.stop)
+        if task.index > 0:
+            self.epochs, self.tuning_head, self.optimizer = 0, None, None
+            self._freeze()
+            return
+        draw = self.rng("init")
+        if isinstance(self.bank, PeftBank):
+            assert self.peft is not None
+            self.bank.add(NAME, self.peft, generator=draw)
+        elif self.bank is not None:
+            self.bank.add(NAME, self._adapters(draw))
+        head = CosineHead(cast(Backbone, self.backbone).dim, len(task.classes), draw)
+        self.tuning_head = head.to(self.device)
+        self.optimizer = torch.optim.SGD(
+            [*self._tuned(), *head.parameters()],
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+
+    def _adapters(self, draw: torch.Generator) -> dict[str, Adapter]:
+        """Point -> new adapter, for the kind of tuning."""
+        net, dim = cast(Backbone, self.backbone).net, cast(Backbone, self.backbone).dim
+        blocks = range(len(net.blocks))
+        if self.tuning == "adapter":
+            return {
+                f"blocks.{i}.mlp:parallel": Bottleneck(
+                    dim, self.rank, scale=self.scale, dropout=self.dropout, generator=draw
+                )
+                for i in blocks
+            }
+        if self.tuning == "vpt_shallow":
+            return {"blocks:tokens": Prompt(dim, self.prompt_length)}
+        if self.tuning == "vpt_deep":
+            return {f"blocks.{i}:tokens": Prompt(dim, self.prompt_length) for i in blocks}
+        widths = {"patch_embed": dim, "norm": dim}
+        for i in blocks:
+            widths |= {f"blocks.{i}.norm1": dim, f"blocks.{i}.norm2": dim}
+            for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
+                name = f"blocks.{i}.{layer}"
+                widths[name] = net.get_submodule(name).out_features
+        return {f"{name}:out": ScaleShift(width, generator=draw) for name, width in widths.items()}
+
+    def begin_task(self, task: Task) -> None:
+        super().begin_task(task)
+        if task.index == 0 and len(task.classes) == 1:
+            warnings.warn(
+                "the first task has one class: its loss is 0, so strategy=aper tunes nothing and "
+                "equals simplecil; let the first task have more (scenario.base)",
+                stacklevel=2,
+            )
+
+    def begin_epoch(self, task: Task, epoch: int) -> None:
+        if self.optimizer is not None:
+            factor = rate_factor("cosine", epoch, self.tuning_epochs, [], 1)
+            self.optimizer.param_groups[0]["lr"] = self.lr * factor
+
+    def observe(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of the tuning; returns loss and accuracy in percent.
+
+        Raises:
+            Diverged: for a loss that is not finite, before the parameters change.
+        """
+        assert self.optimizer is not None and self.tuning_head is not None
+        self._extractors = {}
+        self.train()
+        self.backbone.eval()
+        if self.bank is not None:
+            self.bank.train()  # peft's modules lie in the backbone
+        scores = self.tuning_head(self.features(batch.x, NAME))
+        loss = F.cross_entropy(scores, batch.y)
+        require_finite(loss.detach(), self.lr)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        right = scores.detach().argmax(1) == batch.y
+        return {"loss": loss.detach(), "acc": 100 * right.float().mean()}
+
+    @torch.no_grad()
+    def end_task(self, task: Task) -> None:
+        """Freeze what was tuned and add the training images of `task` to the class means.
+
+        Raises:
+            Diverged: for a feature that is not finite.
+        """
+        self._freeze()
+        self._extractors = {}
+        for batch in task.fit():
+            batch = batch.to(self.device)
+            plain, tuned = self.embed(batch.x, ["plain", NAME])
+            try:
+                self.head.update(torch.cat([plain, tuned], 1), batch.y)
+            except ValueError as error:
+                raise Diverged(
+                    f"{error}: lower strategy.lr (now {self.lr:g}), or look for images or weights "
+                    "that are not finite numbers"
+                ) from error
+
+    def _freeze(self) -> None:
+        if self.bank is not None:
+            self.bank.freeze(NAME)
+        elif self.copy is not None:
+            self.copy.eval().requires_grad_(False)
+
+    def _tuned(self) -> list[nn.Parameter]:
+        """What the first task tunes, without the head."""
+        if self.bank is not None:
+            return self.bank.parameters_of(NAME)
+        assert self.copy is not None
+        head = self.copy.head  # the pretrained one, which has no part in features
+        pretrained = set() if head is None else {id(p) for p in head.parameters()}
+        return [p for p in self.copy.parameters() if id(p) not in pretrained]
+
+    def updated_parameters(self) -> list[Tensor]:
+        return [*self._tuned()]
+
+    # ------------------------------------------------------------------ state
+
+    def frozen(self) -> set[str]:
+        own = self.bank.tensor_names() if isinstance(self.bank, PeftBank) else set()
+        return super().frozen() - {f"backbone.net.{name}" for name in own}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._extractors = {}
+
+    # ------------------------------------------------------------------ prediction
+
+    def features(self, x: Tensor, name: str) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> [B, D]; `name` is `plain` or `tuned`."""
+        if name == "plain":
+            return cast(Backbone, self.backbone).features(x)
+        if self.bank is not None:
+            return self.bank.features(x, NAME)
+        assert self.copy is not None
+        return self.copy.features(x)
+
+    def extractors(self) -> Mapping[str, str]:
+        if not self._extractors:
+            state = self.backbone.state_dict()
+            tuned: Mapping[str, Tensor]
+            if isinstance(self.bank, PeftBank):
+                own = self.bank.tensor_names()
+                tuned = {n: state[f"net.{n}"] for n in own}
+                state = {n: t for n, t in state.items() if n.removeprefix("net.") not in own}
+            else:
+                source = self.bank.sets[NAME] if self.bank is not None else self.copy
+                assert source is not None
+                tuned = source.state_dict()
+            self._extractors = {"plain": weights_hash(state), NAME: weights_hash(tuned)}
+        return self._extractors
+
+    @torch.no_grad()
+    def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        with evaluation_mode(self):
+            return torch.stack([self.features(x, name) for name in names])
+
+    def classify(self, features: Mapping[str, Tensor]) -> Tensor:
+        return self.head(torch.cat([features["plain"], features[NAME]], 1))
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Cosines [B, C_seen] for x float [B, 3, H, W] in [0, 1]."""
+        plain, tuned = self.embed(x, ["plain", NAME])
+        return self.classify({"plain": plain, NAME: tuned})
