@@ -173,6 +173,7 @@ def corruption_stream(
     jpeg_quality: int | None,
     frost_dir: str | None,
     legacy_resize: bool,
+    resize: int | None,
     probe_images: int,
     probe_from: Literal["auto", "held_out", "stream"],
     probe_every: int,
@@ -251,6 +252,8 @@ def corruption_stream(
     reader = reading(sets)
     probe_reader = reading([found.probe_sets[d] for d in domains])
     raw = pipeline("raw", geometry, train=False, cifar=False)
+    if resize is not None:
+        raw = T.Resize([resize, resize], T.InterpolationMode.BILINEAR)
 
     def load(which: Reader, rows: Rows, start: int = 0) -> Iterator[Batch | None]:
         return which.batches(rows, batch_size, raw, start=start)
@@ -311,6 +314,7 @@ def corruption_stream(
         "corruptions": "generated on the fly" if on_the_fly else "released files",
         "order": order,
         "window": window,
+        "resize": resize,
         "segments": [s.name for s in segments],
         **found.notes,
         "fingerprint": fingerprint(
@@ -344,6 +348,7 @@ def corruption_stream(
             seed=order_seed,
             workers=workers,
             on_error=on_error,
+            change=raw,
         ),
         window=window,
         order={
@@ -385,6 +390,7 @@ def _source(
     seed: int,
     workers: int,
     on_error: Literal["raise", "skip"],
+    change: Pipeline,
 ) -> SourceImages:
     """The images that a method may prepare on, see `scenario.source_from`.
 
@@ -429,9 +435,12 @@ def _source(
         if epoch is not None:
             key = derive(seed, "source", epoch)
             taken = np.random.default_rng(key).permutation(rows)
-        change: Pipeline = PHOTOMETRIC if augment == "photometric" else lambda image: image
+        if augment == "photometric":
+            both: Pipeline = T.Compose([PHOTOMETRIC, change])
+        else:
+            both = change
         for batch in reader.batches(
-            Rows.of(images, taken), batch_size, change, start=start, seed=key
+            Rows.of(images, taken), batch_size, both, start=start, seed=key
         ):
             if batch is not None:
                 yield batch

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from core.build import locate
 from core.errors import UserError
 from core.experiment import run_experiment
+from streams.orders import parse
 
 CONF = ROOT / "conf"
 STRATEGIES = sorted(p.stem for p in (CONF / "strategy").glob("*.yaml"))
@@ -60,6 +61,8 @@ def test_presets_compose_and_state_their_figures(configure, preset):
         assert row.status in ("seen", "quoted", "unverified") and row.source and row.value
         assert row.strategy in STRATEGIES and "comparable" in row
         assert row.metric.startswith(("err", "acc"))
+    if "order" in cfg.scenario:
+        parse(cfg.scenario.order)
     kind = locate(cfg.strategy._target_)
     assert {k for k in cfg.strategy if k not in ("_target_", "name")} == set(
         inspect.signature(kind).parameters

@@ -165,6 +165,13 @@ def test_a_stream_delivers_what_its_stored_order_says(configure, order):
         assert [s.round for s in stream.segments] == [1, 1, 2, 2]
 
 
+def test_images_can_be_enlarged(configure):
+    stream = make(configure, "scenario.resize=48")
+    assert next(iter(stream.segments[0].batches())).x.shape[-2:] == (48, 48)
+    assert stream.source is not None
+    assert next(iter(stream.source().batches(2))).x.shape[-2:] == (48, 48)
+
+
 def test_an_index_file_replaces_the_listed_order(configure, tmp_path):
     np.save(tmp_path / "order.npy", np.asarray([3, 3, 0]))
     stream = make(configure, f"scenario.index_file={tmp_path / 'order.npy'}")
