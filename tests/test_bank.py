@@ -185,7 +185,7 @@ def test_a_bank_is_saved_copied_and_shrunk():
 
 
 def test_networks_without_a_place_are_refused_with_the_reason():
-    cnn = AdapterBank(Backbone(timm.create_model("test_resnet", num_classes=0)))
+    cnn = AdapterBank(Backbone(timm.create_model("resnet10t", num_classes=0)))
     with pytest.raises(UserError, match=r"no place for adapters.*timm ViT"):
         cnn.add("a", {"blocks.0.mlp:parallel": Bottleneck(8, 2)})
     wide = AdapterBank(backbone("vit_small_patch16_18x2_224", depth=2))
