@@ -98,9 +98,28 @@ def _keys() -> list[str]:
     return keys
 
 
+def as_sweeps(words: list[str]) -> list[str]:
+    """Settings inside a swept group become sweeps of one value.
+
+    Hydra composes a sweep once without its swept groups; `-m strategy=ease,mos strategy.epochs=3`
+    would then set the epochs of the default strategy, which has none.
+    """
+    swept = {w.split("=")[0] for w in words if re.match(r"\w+=[^,=\[{(]+,", w)}
+    found = []
+    for word in words:
+        key, _, value = word.partition("=")
+        single = value and "," not in re.sub(r"\[.*?\]|\{.*?\}|\(.*?\)", "", value)
+        inside = "." in key and key.lstrip("+").split(".")[0] in swept
+        wrap = inside and single and not value.startswith(("choice(", "range(", "interval("))
+        found.append(f"{key}=choice({value})" if wrap else word)
+    return found
+
+
 def main() -> int:
     """Run and turn every expected failure into one message and an exit status."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
+    if {"-m", "--multirun"} & set(sys.argv):
+        sys.argv[1:] = as_sweeps(sys.argv[1:])
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:

@@ -163,3 +163,23 @@ def test_imports_point_in_one_direction(package):
                 names = [node.module]
             ours = {n.split(".")[0] for n in names} & set(ALLOWED)
             assert ours <= ALLOWED[package], f"{path}: {ours}"
+
+
+def test_settings_of_a_swept_group_reach_every_option_of_it():
+    from run import as_sweeps
+
+    given = ["-m", "strategy=ease,mos", "strategy.epochs=3", "strategy.lr=0.1,0.2", "seed=0,1"]
+    want = ["-m", "strategy=ease,mos", "strategy.epochs=choice(3)", *given[3:]]
+    assert as_sweeps(given) == want
+    lists = ["strategy=ease,mos", "strategy.betas=[0.9,0.999]", "scenario.severity=[1,2]"]
+    assert as_sweeps(lists)[1:] == ["strategy.betas=choice([0.9,0.999])", lists[2]]
+    assert as_sweeps(["-m", "strategy=ease", "strategy.epochs=3"])[2] == "strategy.epochs=3"
+
+
+@pytest.mark.slow
+def test_a_sweep_over_strategies_takes_a_setting_that_the_default_one_lacks(tmp_path):
+    words = ["-m", "strategy=finetune,linear_probe", "strategy.epochs=1", "scenario=split_cifar10"]
+    words += ["scenario.embedded_images=[2,2]", "scenario.increment=5", f"root={tmp_path}"]
+    done = cli(*words)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("summary.json"))) == 2
