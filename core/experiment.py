@@ -101,7 +101,7 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
     """
     cfg = complete(cfg)
     device = _device(cfg)
-    _runtime(cfg)
+    _runtime(cfg, device)
     console = Console(cfg.scenario.label, quiet)
     if cfg.data.root is None:
         console.say(_how_to_real(cfg))
@@ -331,13 +331,13 @@ def _device(cfg: DictConfig) -> torch.device:
     return device
 
 
-def _runtime(cfg: DictConfig) -> None:
+def _runtime(cfg: DictConfig, device: torch.device) -> None:
     threads = cfg.runtime.threads
     if threads is None and cfg.data.root is None:
         threads = 1  # the embedded networks are too small to gain from more
     if threads is not None:
         torch.set_num_threads(threads)
-    if sys.platform == "linux" and cfg.runtime.device != "cuda":
+    if sys.platform == "linux" and device.type == "cpu":
         _keep_freed_memory()
     exact = cfg.precision == "fp32"
     torch.backends.cuda.matmul.allow_tf32 = not exact

@@ -123,7 +123,7 @@ def test_tta_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     assert again["run"]["folder"] == whole["run"]["folder"] + "-2"
 
 
-@pytest.mark.parametrize("strategy", ["finetune", "linear_probe"])  # those with training batches
+@pytest.mark.parametrize("strategy", ["finetune", "ease", "mos", "lae", "olora", "aper", "lwf"])
 @pytest.mark.parametrize("batches", [1, 4, 7, 9])
 def test_cl_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     whole = run_experiment(configure(*settings(strategy)), [])
@@ -181,6 +181,40 @@ def test_matrix_of_a_source_run_has_equal_rows(configure):
     assert list(table.index) == [-1, 0, 1, 2] and "clean" in table
     assert (table == table.iloc[0]).all().all()
     assert summary["metrics"]["forgetting"] == 0 and summary["metrics"]["stability"] == 100
+
+
+def test_the_source_phase_alone_is_cached_by_the_weights(configure):
+    words = ["strategy=ecotta", *TINY["tta"], "scenario.source_images=40"]
+    first = run_experiment(configure(*words, "stage=prepare"), [])["prepared"]
+    again = run_experiment(configure(*words, "stage=prepare"), [])["prepared"]
+    assert not first["cached"] and again["cached"] and first["artefact"] == again["artefact"]
+    other = ["backbone=test_resnet", "backbone.num_classes=20", "backbone.classes=embedded"]
+    changed = run_experiment(configure(*words, *other, "stage=prepare"), [])["prepared"]
+    assert not changed["cached"] and changed["key"] != first["key"]
+    summary = run_experiment(configure(*words), [])
+    assert summary["prepared"]["cached"] and summary["prepared"]["key"] == first["key"]
+    assert summary["prepared"]["source"] == "embedded training images"
+    assert "batches_without_confident_image" in summary["method"]
+    with pytest.raises(UserError, match="needs no preparation"):
+        run_experiment(configure("strategy=tent", *TINY["tta"], "stage=prepare"), [])
+    with pytest.raises(UserError, match="stage must be run or prepare"):
+        run_experiment(configure("strategy=tent", "stage=prep"), [])
+
+
+def test_kept_features_change_no_metric_and_save_passes(configure):
+    words = ["strategy=ease", *TINY["cl"], "scenario.increment=2", "strategy.epochs=1"]
+    kept = run_experiment(configure(*words), [])
+    fresh = run_experiment(configure(*words, "runtime.feature_cache_mb=0", "on_exists=rerun"), [])
+    filed = run_experiment(
+        configure(*words, "runtime.feature_cache_mb=0.001", "on_exists=rerun"), []
+    )
+    assert kept["metrics"] == fresh["metrics"] == filed["metrics"]
+    passes = [r["cost"]["evaluation_forward_images"] for r in (kept, fresh, filed)]
+    images = 10 * 3  # 5 tasks: 5 sets an image against a sum of (seen images) * (sets)
+    assert passes[0] == passes[2] == 5 * images
+    assert passes[1] == sum(6 * t * t for t in range(1, 6)) > 1.9 * passes[0]
+    assert kept["cost"]["features_reused"] > 0 and "features_reused" not in fresh["cost"]
+    assert not list(Path(filed["run"]["folder"]).glob("features-*"))
 
 
 def test_batch_of_one_and_short_last_batch(configure):
