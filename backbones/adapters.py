@@ -67,8 +67,8 @@ class Bottleneck(Adapter):
         scale: fixed factor; None makes it a learnable scalar that starts at 1 (LAE).
         dropout: on the hidden vector, in training only.
         generator: of the initial down weights; up and both biases start at 0.
-        skip_input: as `out`, add the input instead of the output: `forward(out) + inp`
-            (LAE's `after` mode).
+        after: at the point `out`, what is returned. `parallel`: out + forward(inp); `serial`:
+            out + forward(out); `skip_input`: inp + forward(out) (LAE's `after` mode).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Bottleneck(Adapter):
         act: Literal["relu", "gelu"] = "relu",
         scale: float | None = 0.1,
         dropout: float = 0.0,
-        skip_input: bool = False,
+        after: Literal["parallel", "serial", "skip_input"] = "parallel",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Bottleneck(Adapter):
         _kaiming(self.down.weight, generator)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
-        self.act, self.dropout, self.skip_input = act, dropout, skip_input
+        self.act, self.dropout, self.placement = act, dropout, after
         self.scale = nn.Parameter(torch.ones(())) if scale is None else scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +96,9 @@ class Bottleneck(Adapter):
         return self.up(hidden) * self.scale
 
     def after(self, inp: Tensor, out: Tensor) -> Tensor:
-        return self(out) + inp if self.skip_input else out + self(inp)
+        if self.placement == "parallel":
+            return out + self(inp)
+        return self(out) + (out if self.placement == "serial" else inp)
 
     @staticmethod
     def grouped(adapters: Sequence[Bottleneck], x: Tensor) -> Tensor:  # type: ignore[override]
@@ -155,6 +157,39 @@ class LoRA(Adapter):
         for (start, stop), h, b, s in zip(self.rows, hidden, self.b, scales, strict=True):
             found[..., start:stop] = F.linear(h, b) * s
         return found
+
+
+class DualRank(Adapter):
+    """`s1 * up1 down1 x + s2 * up2 down2 x`, a pair of very different rank (ViDA).
+
+    Computed as one product of rank r1 + r2. The scales are a buffer that a method sets.
+
+    Args:
+        dim, out: input and output width.
+        low, high: ranks r1 and r2.
+        generator: of both `down`, N(0, 1/rank^4); both `up` start at 0.
+    """
+
+    scales: Tensor  # [2]
+
+    def __init__(
+        self,
+        dim: int,
+        out: int,
+        low: int,
+        high: int,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        draws = [torch.empty(r, dim).normal_(0, 1 / r**2, generator=generator) for r in (low, high)]
+        self.down = nn.ParameterList(nn.Parameter(d) for d in draws)
+        self.up = nn.ParameterList(nn.Parameter(torch.zeros(out, r)) for r in (low, high))
+        self.register_buffer("scales", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = torch.cat([s * u for s, u in zip(self.scales.unbind(), self.up, strict=True)], 1)
+        return F.linear(F.linear(x, torch.cat(list(self.down))), up)
 
 
 class Prefix(Adapter):

@@ -93,6 +93,28 @@ class AdapterBank(nn.Module):
         """A second set with the same values; returns its parameters."""
         return self.add(new, {p: deepcopy(a) for p, a in self.adapters(name).items()})
 
+    @torch.no_grad()
+    def merge(
+        self, names: Sequence[str], into: str, weights: Sequence[float] | None = None
+    ) -> None:
+        """Set `into` (which exists) to the weighted mean of the sets `names`, bit by bit in place.
+
+        Args:
+            weights: one for each set; None: all equal. They are divided by their sum.
+
+        Raises:
+            ValueError: for sets that differ in names or shapes of their tensors.
+        """
+        states = [self.sets[n].state_dict() for n in names]
+        goal = self.sets[into].state_dict()
+        shapes = [{k: v.shape for k, v in s.items()} for s in (*states, goal)]
+        if any(s != shapes[0] for s in shapes):
+            raise ValueError(f"sets {[*names, into]} do not hold the same tensors")
+        given = [1.0] * len(names) if weights is None else list(weights)
+        for key, value in goal.items():
+            parts = [w / sum(given) * s[key] for w, s in zip(given, states, strict=True)]
+            value.copy_(torch.stack(parts).sum(0))
+
     def remove(self, name: str) -> None:
         """Drop a set."""
         del self.sets[name]

@@ -126,7 +126,7 @@ class LAE(CLStrategy):
                     rank,
                     act="gelu",
                     scale=scale,
-                    skip_input=adapter_mode == "after",
+                    after="skip_input" if adapter_mode == "after" else "parallel",
                     generator=draw,
                 )
             elif pet == "lora":

@@ -217,7 +217,10 @@ def _execute(
         "run": {**about, "folder": str(folder), "git": git["commit"]},
         "data": {k: v for k, v in stream.facts.items() if k != "class_order"},
         "weights": weights,
-        "definitions": {"forgetting": cfg.forgetting},
+        "definitions": {
+            "forgetting": cfg.forgetting,
+            **{k: cfg.strategy[k] for k in ("loss_scope", "head", "mode") if k in cfg.strategy},
+        },
         "skipped_images": len(stream.skipped.reasons),
         **result,
         "wall_seconds": time.perf_counter() - started,

@@ -7,7 +7,15 @@ import timm
 import torch
 from torch import nn
 
-from backbones.adapters import Adapter, Bottleneck, LoRA, Prefix, Prompt, ScaleShift
+from backbones.adapters import (
+    Adapter,
+    Bottleneck,
+    DualRank,
+    LoRA,
+    Prefix,
+    Prompt,
+    ScaleShift,
+)
 from backbones.backbone import Backbone
 from backbones.bank import AdapterBank
 from core.errors import UserError
@@ -50,6 +58,8 @@ def sets(d: int, depth: int) -> dict[str, dict[str, Adapter]]:
             "blocks.1.mlp.fc1:out": LoRA(d, [(0, 4 * d)], 4 * d, 2),
             "blocks.2.mlp.fc2:out": LoRA(4 * d, [(0, d)], d, 2),
         },
+        "serial": {"blocks.1.mlp:out": Bottleneck(d, 4, after="serial")},
+        "dual": {f"blocks.{i}.attn.proj:out": DualRank(d, d, 1, 4) for i in range(2)},
         "ssf": {
             "patch_embed:out": ScaleShift(d, std=0.0),
             "blocks.0.norm1:out": ScaleShift(d, std=0.0),
@@ -95,7 +105,19 @@ def test_prefix_and_prompts_change_the_sequence_and_nothing_stays_behind():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "key", ["parallel", "attention", "before", "lora", "lora_all", "ssf", "prefix", "deep"]
+    "key",
+    [
+        "parallel",
+        "attention",
+        "before",
+        "lora",
+        "lora_all",
+        "serial",
+        "dual",
+        "ssf",
+        "prefix",
+        "deep",
+    ],
 )
 def test_one_grouped_pass_equals_one_pass_per_set(key):
     net = backbone()
@@ -212,3 +234,31 @@ def test_the_class_token_prefix_matches_timm_when_it_is_empty():
     assert torch.allclose(attend(attention, x, [empty]), attention(x), atol=1e-6)
     calibrated = Prefix(net.dim, 0)
     assert torch.allclose(attend(attention, x, [calibrated]), attention(x), atol=1e-6)
+
+
+@torch.no_grad()
+def test_sets_merge_into_their_weighted_mean():
+    net = backbone()
+    bank = AdapterBank(net)
+    for seed, name in enumerate("abc"):
+        bank.add(name, sets(net.dim, 3)["parallel"])
+        wake(bank, name, seed)
+    a, b = (bank.sets[n].state_dict() for n in "ab")
+    want = {k: 0.25 * a[k] + 0.75 * b[k] for k in a}
+    bank.merge(["a", "b"], "c", [1, 3])
+    got = bank.sets["c"].state_dict()
+    assert all(torch.allclose(got[k], want[k], atol=1e-7) for k in want)
+    bank.add("d", sets(net.dim, 3)["lora"])
+    with pytest.raises(ValueError, match="same tensors"):
+        bank.merge(["a", "d"], "c")
+
+
+def test_dual_rank_is_the_sum_of_its_scaled_branches():
+    module = DualRank(6, 8, 1, 4)
+    with torch.no_grad():
+        for up in module.up:
+            up.normal_()
+        module.scales.copy_(torch.tensor([0.5, 2.0]))
+        x = torch.randn(3, 6)
+        parts = [x @ d.T @ u.T for d, u in zip(module.down, module.up, strict=True)]
+        assert torch.allclose(module(x), 0.5 * parts[0] + 2 * parts[1], atol=1e-5)
