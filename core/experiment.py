@@ -122,7 +122,10 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
     if cfg.stage == "prepare":
         return _prepare_only(cfg, stream, geometry, device, console)
     key = identity(
-        cfg, str(stream.facts["fingerprint"]), _checkpoint_hash(cfg), *_source_facts(kind, stream)
+        cfg,
+        str(stream.facts["fingerprint"]),
+        _checkpoint_hash(cfg),
+        *_source_facts(cfg, kind, stream),
     )
     place = Path(cfg.root) / stream.name / cfg.strategy.name / cfg.backbone.name
     folder, finished = _folder(place, f"s{cfg.seed}-{key}", cfg.on_exists)
@@ -389,9 +392,9 @@ def _checkpoint_hash(cfg: DictConfig) -> str:
     return " ".join(found)
 
 
-def _source_facts(kind: type[Strategy], stream: Stream) -> list[str]:
+def _source_facts(cfg: DictConfig, kind: type[Strategy], stream: Stream) -> list[str]:
     """What identifies the source images, for methods that use them."""
-    if not issubclass(kind, TTAStrategy) or not kind.uses_source:
+    if not issubclass(kind, TTAStrategy) or not kind.uses_source(cfg.strategy):
         return []
     assert isinstance(stream, ShiftStream)
     try:
@@ -558,7 +561,7 @@ def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:
 
 def _frozen_run(cfg: DictConfig, kind: type[Strategy], console: Console) -> dict[str, Any] | None:
     """What preparation alone gives: the same method with `update=false`, a run of its own."""
-    if not (issubclass(kind, TTAStrategy) and kind.uses_source and cfg.strategy["update"]):
+    if not (issubclass(kind, TTAStrategy) and cfg.strategy.get("update")):
         return None
     with open_dict(cfg := cfg.copy()):
         cfg.strategy["update"] = False

@@ -153,12 +153,15 @@ class Progress(Protocol):
 class TTAStrategy(Strategy):
     """A test-time adaptation method: `adapt` returns the prediction that is scored.
 
-    A method that needs the source sets `uses_source` and defines `preparation`, `prepare` and
+    A method that needs the source defines `uses_source`, `preparation`, `prepare` and
     `use_prepared`. `prepare` runs on an instance of its own, which is then thrown away: what it
     returns is all that reaches the run, from memory or from the cache alike.
     """
 
-    uses_source: ClassVar[bool] = False
+    @classmethod
+    def uses_source(cls, options: Mapping[str, Any]) -> bool:
+        """Whether the method with these settings prepares on source images."""
+        return False
 
     def preparation(self) -> dict[str, Any] | None:
         """Everything, as JSON values, that the artefact depends on beside weights and images.

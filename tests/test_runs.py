@@ -137,6 +137,13 @@ def test_cl_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     assert records(again["run"]["folder"]) == records(whole["run"]["folder"])
 
 
+@pytest.mark.parametrize("strategy", CL)
+def test_how_test_images_are_batched_changes_no_metric(configure, strategy):
+    base = run_experiment(configure(*settings(strategy)), [])
+    other = run_experiment(configure(*settings(strategy), "scenario.test_batch_size=3"), [])
+    assert base["metrics"] == other["metrics"] and base["per_class"] == other["per_class"]
+
+
 @pytest.mark.parametrize("strategy", ["source", "cotta", "finetune"])
 def test_same_seed_same_numbers_in_one_process(configure, strategy):
     """State does not leak from one run into the next, as in a sweep."""
@@ -199,6 +206,16 @@ def test_the_source_phase_alone_is_cached_by_the_weights(configure):
         run_experiment(configure("strategy=tent", *TINY["tta"], "stage=prepare"), [])
     with pytest.raises(UserError, match="stage must be run or prepare"):
         run_experiment(configure("strategy=tent", "stage=prep"), [])
+
+
+def test_cotta_takes_its_threshold_from_the_source(configure):
+    words = ["strategy=cotta", *TINY["tta"], "strategy.views=2", "scenario.source_images=100"]
+    summary = run_experiment(configure(*words, "strategy.threshold=source"), [])
+    assert 0 < summary["method"]["threshold"] < 1 and summary["prepared"]["source_images"] == 100
+    assert "frozen" not in summary
+    value = summary["method"]["threshold"]
+    same = run_experiment(configure(*words, f"strategy.threshold={value!r}"), [])
+    assert same["metrics"] == summary["metrics"] and "prepared" not in same
 
 
 def test_kept_features_change_no_metric_and_save_passes(configure):

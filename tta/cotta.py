@@ -17,9 +17,9 @@ in the same state, for networks without dropout).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,8 +34,11 @@ from backbones.surgery import (
     view_statistics,
 )
 from core.errors import Diverged, UserError
-from core.strategy import TTAStrategy
+from core.strategy import Progress, TTAStrategy
+from core.stream import SourceImages
 from tta import augment
+
+SOURCE_BATCH = 64  # images, while the threshold is measured
 
 
 class CoTTA(TTAStrategy):
@@ -46,7 +49,9 @@ class CoTTA(TTAStrategy):
         seed: of the views and of the restoration.
         optimizer: `sgd` (reads `momentum`, `nesterov`) or `adam` (reads `betas`).
         loss: `ce`: H(teacher, student); `sce`: mean of both directions.
-        threshold: anchor confidence below which the views replace the clean teacher.
+        threshold: anchor confidence below which the views replace the clean teacher; `source`
+            takes the authors' rule (issue 16 of their repository): the 5 % quantile of the anchor's
+            confidence on source images, minus 0.05.
         gate: `batch` compares the mean confidence, `sample` decides for each image.
         views: transformed copies of the batch that are averaged.
         average: of the views' `logits`, or of their `probabilities` (returned as logarithms).
@@ -81,7 +86,7 @@ class CoTTA(TTAStrategy):
         betas: Sequence[float],
         weight_decay: float,
         loss: Literal["ce", "sce"],
-        threshold: float,
+        threshold: float | Literal["source"],
         gate: Literal["batch", "sample"],
         views: int,
         average: Literal["logits", "probabilities"],
@@ -99,7 +104,9 @@ class CoTTA(TTAStrategy):
             if value < 1:
                 raise UserError(f"strategy.{key} must be at least 1, got {value}")
         self.symmetric, self.gate, self.average = loss == "sce", gate, average
-        self.threshold, self.views, self.always_draw = threshold, views, always_draw
+        self.by_source = threshold == "source"
+        self.threshold = math.nan if threshold == "source" else threshold
+        self.views, self.always_draw = views, always_draw
         self.restore_prob, self.ema = restore_prob, ema
         self.steps, self.episodic, self.view_chunk = steps, episodic, view_chunk
 
@@ -125,6 +132,30 @@ class CoTTA(TTAStrategy):
         self.rng("method")
         self._bulk()
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def uses_source(cls, options: Mapping[str, Any]) -> bool:
+        return options["threshold"] == "source"
+
+    def preparation(self) -> dict[str, Any] | None:
+        """Only `threshold=source` needs the source."""
+        return (
+            {"rule": "5 % quantile - 0.05", "batch_size": SOURCE_BATCH} if self.by_source else None
+        )
+
+    @torch.no_grad()
+    def prepare(self, source: SourceImages, progress: Progress) -> dict[str, Tensor]:
+        """The threshold, from the anchor's confidence on every source image."""
+        batches = source.batches(SOURCE_BATCH, epoch=0)  # shuffled: batches of mixed classes
+        found = [self.anchor(b.x.to(self.device)).softmax(1).amax(1) for b in batches]
+        return {"threshold": torch.cat(found).quantile(0.05) - 0.05}
+
+    def use_prepared(self, artefact: Mapping[str, Tensor]) -> None:
+        self.threshold = float(artefact["threshold"])
+
+    def report(self) -> dict[str, float]:
+        """The threshold, where it comes from the source."""
+        return {"threshold": self.threshold} if self.by_source else {}
 
     def frozen(self) -> set[str]:
         """The anchor never changes and is rebuilt from the pretrained weights."""

@@ -268,7 +268,6 @@ class EcoTTA(TTAStrategy):
 
     needs = frozenset({"head", "batch_norm"})
     batch_dependent = True
-    uses_source = True
     skipped: Tensor
     seen: Tensor
 
@@ -389,6 +388,10 @@ class EcoTTA(TTAStrategy):
             self._inputs.clear()
 
     # ------------------------------------------------------------------ before deployment
+
+    @classmethod
+    def uses_source(cls, options: Mapping[str, Any]) -> bool:
+        return True
 
     def preparation(self) -> dict[str, Any] | None:
         if self.init == "community" and self.warmup is None:

@@ -156,7 +156,6 @@ class ViDA(TTAStrategy):
     """
 
     needs = frozenset({"head"})
-    uses_source = True
     prefers = "vit"
     backbone: Any  # a Backbone; the parent promises less
     seen: Tensor
@@ -256,6 +255,10 @@ class ViDA(TTAStrategy):
         self.register_buffer("scales", torch.ones_like(adapters(net)[0].scales))
 
     # ------------------------------------------------------------------ before the stream
+
+    @classmethod
+    def uses_source(cls, options: Mapping[str, Any]) -> bool:
+        return True
 
     def preparation(self) -> dict[str, Any] | None:
         """Adapters and their warm-up; None where a checkpoint has it done or it is turned off."""
