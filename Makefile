@@ -12,13 +12,13 @@ demo: $(READY)
 	$(BIN)/python run.py strategy=cotta scenario=imagenet_c
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not gpu and not realdata"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu and not realdata"
 
 setup: $(READY)
 

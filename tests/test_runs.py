@@ -107,7 +107,7 @@ def test_run_records_stability_plasticity_and_cost(configure, strategy, capsys):
 
 
 @pytest.mark.parametrize("strategy", TTA)
-@pytest.mark.parametrize("batches", [2, 3, 7])
+@pytest.mark.parametrize("batches", [2, 6])
 def test_tta_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     """Killed inside a segment with a checkpoint every batch or every two, and at a boundary."""
     whole = run_experiment(configure(*settings(strategy)), [])
@@ -124,7 +124,7 @@ def test_tta_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
 
 
 @pytest.mark.parametrize("strategy", ["finetune", "ease", "mos", "lae", "olora", "aper", "lwf"])
-@pytest.mark.parametrize("batches", [1, 4, 7, 9])
+@pytest.mark.parametrize("batches", [4, 9])
 def test_cl_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     whole = run_experiment(configure(*settings(strategy)), [])
     cfg = configure(*settings(strategy), "on_exists=rerun", "checkpoint.every=3")
