@@ -81,7 +81,7 @@ def test_recipes_hold_the_official_cifar_settings(configure):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["strategy=tnet"], ["strategy=tnet", "did you mean 'tent'", "options of strategy: bn"]),
+        (["strategy=tnet"], ["strategy=tnet", "did you mean 'tent'", "options of strategy: aper"]),
         (["scenario=imagenetc"], ["did you mean 'imagenet_c'", "split_cifar100"]),
         (["startegy=tent"], ["did you mean 'strategy'"]),
         (["scenario.severty=3"], ["scenario.severty", "did you mean 'scenario.severity'"]),
