@@ -8,6 +8,7 @@ hash changes. Past a size limit the arrays lie in a file that is mapped into mem
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ class FeatureCache:
     def __init__(self, folder: Path | None = None, limit_mb: float = 2048) -> None:
         self.limit = int(limit_mb * 2**20)
         self._folder = folder
+        for stale in folder.glob("features-*") if folder else []:  # of a run that was killed
+            shutil.rmtree(stale, ignore_errors=True)
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self._features: dict[tuple[str, str], tuple[str, Tensor]] = {}  # -> hash, [N, D]
         self._labels: dict[str, list[Tensor]] = {}  # per batch
