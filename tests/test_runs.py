@@ -123,8 +123,11 @@ def test_tta_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     assert again["run"]["folder"] == whole["run"]["folder"] + "-2"
 
 
-@pytest.mark.parametrize("strategy", ["finetune", "ease", "mos", "lae", "olora", "aper", "lwf"])
-@pytest.mark.parametrize("batches", [4, 9])
+@pytest.mark.parametrize(
+    ("strategy", "batches"),
+    [(s, n) for s in ("finetune", "ease", "mos", "lae", "olora", "lwf") for n in (4, 9)]
+    + [("aper", 2), ("aper", 5)],  # trains in the first task only, 6 batches
+)
 def test_cl_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     whole = run_experiment(configure(*settings(strategy)), [])
     cfg = configure(*settings(strategy), "on_exists=rerun", "checkpoint.every=3")
