@@ -139,13 +139,12 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
             return wait_result
         if issubclass(kind, TTAStrategy) and cfg.strategy.name != "source":
             source = _source_run(cfg, console)
-            frozen = _frozen_run(cfg, kind, console)
+            frozen = _frozen_run(cfg, console)
         else:
             source = frozen = None
-        result = _execute(
+        return _execute(
             cfg, stream, geometry, device, folder, key, overrides, console, source, frozen
         )
-        return result
 
 
 def _execute(
@@ -548,28 +547,32 @@ def _warn_commit(folder: Path, console: Console) -> None:
         console.say(f"note: that run is of commit {str(known)[:8]}, the code is at {str(now)[:8]}")
 
 
+def _beside(
+    cfg: DictConfig, strategy: DictConfig, override: str, console: Console, text: str
+) -> dict[str, Any]:
+    """A run on the same stream to compare with: one of its own, found or made first."""
+    console.say(f"{text} (kept as a run of its own) ...")
+    with open_dict(cfg := cfg.copy()):
+        cfg.strategy, cfg.reference, cfg.on_exists = strategy, None, "skip"
+        cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
+        cfg.scenario.label = cfg.scenario.label.split("[")[0]
+    return run_experiment(cfg, [override], quiet=True)
+
+
 def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:
-    """The frozen model on the same stream: a run of its own, found or made first."""
-    with open_dict(cfg := cfg.copy()):
-        cfg.strategy = load_option("strategy", "source")
-        cfg.reference, cfg.on_exists = None, "skip"
-        cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
-        cfg.scenario.label = cfg.scenario.label.split("[")[0]
-    console.say("source error on this stream first (kept as a run of its own) ...")
-    return run_experiment(cfg, ["strategy=source"], quiet=True)
+    """The frozen model."""
+    text = "source error on this stream first"
+    return _beside(cfg, load_option("strategy", "source"), "strategy=source", console, text)
 
 
-def _frozen_run(cfg: DictConfig, kind: type[Strategy], console: Console) -> dict[str, Any] | None:
-    """What preparation alone gives: the same method with `update=false`, a run of its own."""
-    if not (issubclass(kind, TTAStrategy) and cfg.strategy.get("update")):
+def _frozen_run(cfg: DictConfig, console: Console) -> dict[str, Any] | None:
+    """What preparation alone gives: the same method with `update=false`."""
+    if not cfg.strategy.get("update"):
         return None
-    with open_dict(cfg := cfg.copy()):
-        cfg.strategy["update"] = False
-        cfg.reference, cfg.on_exists = None, "skip"
-        cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
-        cfg.scenario.label = cfg.scenario.label.split("[")[0]
-    console.say("the prepared model without adaptation next (a run of its own) ...")
-    return run_experiment(cfg, ["strategy.update=false"], quiet=True)
+    strategy = cfg.strategy.copy()
+    strategy["update"] = False
+    text = "the prepared model without adaptation next"
+    return _beside(cfg, strategy, "strategy.update=false", console, text)
 
 
 # ------------------------------------------------------------------------------ table

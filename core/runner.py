@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from core.features import FeatureCache
 from core.metrics import AccuracyMatrix, NearFuture, OnlineError
 from core.record import RunLogger
 from core.seed import rng_state, set_rng_state
-from core.strategy import CLStrategy, Strategy, TTAStrategy
+from core.strategy import CLStrategy, TTAStrategy
 from core.stream import Batch, ShiftStream, Task, TaskStream
 from core.window import Window
 
@@ -83,18 +83,17 @@ def evaluate_task(
     return answers
 
 
-@torch.no_grad()
 def evaluate(
-    strategy: Strategy, batches: Iterable[Batch | None], device: torch.device
+    answer: Callable[[Tensor], Tensor], batches: Iterable[Batch | None], device: torch.device
 ) -> tuple[int, int]:
-    """Images that `predict` gets right, and images seen; nothing adapts."""
+    """Images that `answer` (images -> scores [B, C]) gets right, and images seen."""
     correct = torch.zeros((), dtype=torch.int64, device=device)
     total = 0
     for batch in batches:
         if batch is None:
             continue
         batch = batch.to(device)
-        correct += (strategy.predict(batch.x).argmax(1) == batch.y).sum()
+        correct += (answer(batch.x).argmax(1) == batch.y).sum()
         total += len(batch.y)
     return int(correct), total
 
@@ -224,6 +223,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         "skipped": stream.skipped,
         **({"window": window} if window else {}),
     }
+    predict = torch.no_grad()(strategy.predict)
     counts: dict[str, tuple[int, int]] = {}  # domain -> images right, images seen
 
     def score(after: int, name: str) -> None:
@@ -233,7 +233,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             places.append((clean, 0, "clean", stream.holdout))
         for target, column, domain, images in places:
             if not (strategy.static and domain in counts):
-                counts[domain] = evaluate(strategy, images(), run.device)
+                counts[domain] = evaluate(predict, images(), run.device)
             target.record(after, column, *counts[domain])
             _log_cell(run.log, after, name, domain, *counts[domain])
 
@@ -242,9 +242,15 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         if stream.holdout is None or not stream.holdout_adapting or strategy.static:
             return
         before, random = deepcopy(strategy.snapshot()), rng_state()
+        buffer = Window(stream.window) if stream.window else None
+
+        def answer(x: Tensor) -> Tensor:
+            if stream.reset == "batch":
+                strategy.reset()
+            return buffer.adapt(strategy, x) if buffer else strategy.adapt(x)
+
         try:
-            counted = _evaluate_adapting(strategy, stream, run.device)
-            clean_adapting.record(after, 0, *counted)
+            clean_adapting.record(after, 0, *evaluate(answer, stream.holdout(), run.device))
         except Diverged:
             run.console.say("the method diverged on the clean images; left out")
         finally:
@@ -325,26 +331,6 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     metrics.update(_source_forgetting(clean_adapting, "_adapting"))
     cost = costs.summary(strategy, _seconds(run.log))
     return {"metrics": metrics, "cost": cost, "method": strategy.report()}
-
-
-def _evaluate_adapting(
-    strategy: TTAStrategy, stream: ShiftStream, device: torch.device
-) -> tuple[int, int]:
-    """Clean images that `adapt` gets right, and images seen; the strategy changes."""
-    window = Window(stream.window) if stream.window else None
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    total = 0
-    assert stream.holdout is not None
-    for batch in stream.holdout():
-        if batch is None:
-            continue
-        batch = batch.to(device)
-        if stream.reset == "batch":
-            strategy.reset()
-        scores = window.adapt(strategy, batch.x) if window else strategy.adapt(batch.x)
-        correct += (scores.argmax(1) == batch.y).sum()
-        total += len(batch.y)
-    return int(correct), total
 
 
 def _source_forgetting(clean: AccuracyMatrix, variant: str) -> dict[str, float]:

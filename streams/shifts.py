@@ -338,7 +338,6 @@ def corruption_stream(
         holdout_adapting=clean_adapting,
         source=partial(
             _source,
-            embedded=data_root is None,
             root=data_root,
             dataset=dataset,
             choice=source_from,
@@ -380,7 +379,6 @@ def _index_file(path: str, listed: np.ndarray) -> np.ndarray:
 
 def _source(
     *,
-    embedded: bool,
     root: str | None,
     dataset: Dataset,
     choice: str,
@@ -397,7 +395,7 @@ def _source(
     Raises:
         UserError: where there are none, or fewer than asked for.
     """
-    if embedded or root is None:
+    if root is None:
         from streams.embedded import SHIFT_CLASSES, EmbeddedImages
 
         wanted = count or 400

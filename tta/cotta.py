@@ -36,7 +36,7 @@ from backbones.surgery import (
 from core.errors import Diverged, UserError
 from core.strategy import Progress, TTAStrategy
 from core.stream import SourceImages
-from tta import augment
+from tta import augment, teacher
 
 SOURCE_BATCH = 64  # images, while the threshold is measured
 
@@ -211,11 +211,7 @@ class CoTTA(TTAStrategy):
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of the student's `logits` [B, C] against the teacher's `target`."""
-        forward = (target.softmax(1) * logits.log_softmax(1)).sum(1)
-        if not self.symmetric:
-            return -forward.mean(0)
-        backward = (logits.softmax(1) * target.log_softmax(1)).sum(1)
-        return (-0.5 * forward - 0.5 * backward).mean(0)
+        return teacher.consistency(logits, target, symmetric=self.symmetric)
 
     @torch.no_grad()
     def target(self, x: Tensor) -> Tensor:
@@ -264,20 +260,11 @@ class CoTTA(TTAStrategy):
     @torch.no_grad()
     def average_teacher(self) -> None:
         """`teacher = ema * teacher + (1 - ema) * student` for every parameter."""
-        teacher: list[Tensor] = list(self.teacher.parameters())
-        student: list[Tensor] = list(self.backbone.parameters())
-        # Three operations, not a fused one, round like the reference.
-        share = torch._foreach_mul(student, 1 - self.ema)
-        torch._foreach_mul_(teacher, self.ema)
-        torch._foreach_add_(teacher, share)
+        teacher.move_average([*self.teacher.parameters()], [*self.backbone.parameters()], self.ema)
 
     def restore_mask(self, parameter: Tensor) -> Tensor:
         """Boolean, shaped like `parameter`: True where it returns to its source value."""
-        numbers = self._bulk()
-        uniform = torch.rand(
-            parameter.shape, generator=numbers, device=numbers.device, dtype=torch.float32
-        )
-        return (uniform < self.restore_prob).to(parameter.device)
+        return teacher.restore_mask(parameter, self.restore_prob, self._bulk())
 
     @torch.no_grad()
     def restore_weights(self) -> None:

@@ -40,7 +40,7 @@ from core.errors import Diverged, UserError
 from core.seed import generator
 from core.strategy import Progress, TTAStrategy
 from core.stream import Batch, SourceImages
-from tta import augment
+from tta import augment, teacher
 from tta.warmup import WarmUp
 
 MARK = "vida_"  # in the name of every adapter parameter, and of no other
@@ -395,11 +395,7 @@ class ViDA(TTAStrategy):
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of the student's `logits` [B, C] against the teacher's `target`."""
-        forward = (target.softmax(1) * logits.log_softmax(1)).sum(1)
-        if not self.symmetric:
-            return -forward.mean(0)
-        backward = (logits.softmax(1) * target.log_softmax(1)).sum(1)
-        return (-0.5 * forward - 0.5 * backward).mean(0)
+        return teacher.consistency(logits, target, symmetric=self.symmetric)
 
     # ------------------------------------------------------------------ uncertainty and scales
 
@@ -447,26 +443,15 @@ class ViDA(TTAStrategy):
     @torch.no_grad()
     def average_teacher(self) -> None:
         """`teacher = ema * teacher + (1 - ema) * student`, with one weight for each group."""
-        teacher = dict(self.teacher.named_parameters())
+        averaged = dict(self.teacher.named_parameters())
         moved = {n: p for n, p in self.backbone.named_parameters() if p.requires_grad}
         for of_adapter, ema in ((False, self.ema), (True, self.ema_adapters)):
             names = [n for n in moved if (MARK in n) == of_adapter]
-            if not names:
-                continue
-            mine: list[Tensor] = [teacher[n] for n in names]
-            theirs: list[Tensor] = [moved[n] for n in names]
-            # Three operations, not a fused one, round like the reference.
-            share = torch._foreach_mul(theirs, 1 - ema)
-            torch._foreach_mul_(mine, ema)
-            torch._foreach_add_(mine, share)
+            teacher.move_average([averaged[n] for n in names], [moved[n] for n in names], ema)
 
     def restore_mask(self, parameter: Tensor) -> Tensor:
         """Boolean, shaped like `parameter`: True where it returns to its start."""
-        numbers = self._bulk()
-        uniform = torch.rand(
-            parameter.shape, generator=numbers, device=numbers.device, dtype=torch.float32
-        )
-        return (uniform < self.restore_prob).to(parameter.device)
+        return teacher.restore_mask(parameter, self.restore_prob, self._bulk())
 
     @torch.no_grad()
     def restore_weights(self) -> None:
