@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.errors import Diverged
+
 
 class ExpandingLinear(nn.Module):
     """Linear layer D -> C whose C starts at 0.
@@ -113,11 +115,14 @@ class PrototypeHead(nn.Module):
         """Add images to their classes: features float [B, D], y int64 [B] below C.
 
         Raises:
-            ValueError: for a NaN or an infinity, naming the class.
+            Diverged: for a NaN or an infinity, naming the class.
         """
         bad = ~features.isfinite().all(1)
         if bad.any():
-            raise ValueError(f"non-finite feature of an image of class {int(y[bad][0])}")
+            raise Diverged(
+                f"non-finite feature of an image of class {int(y[bad][0])}: look for images or "
+                "weights that are not finite numbers"
+            )
         # A product, not index_add: sums on a GPU then do not depend on the order of its threads.
         member = y[:, None] == torch.arange(self.classes, device=y.device)
         self.sums += member.double().T @ features.double()

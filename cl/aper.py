@@ -204,11 +204,8 @@ class APER(CLStrategy):
             plain, tuned = self.embed(batch.x, ["plain", NAME])
             try:
                 self.head.update(torch.cat([plain, tuned], 1), batch.y)
-            except ValueError as error:
-                raise Diverged(
-                    f"{error}: lower strategy.lr (now {self.lr:g}), or look for images or weights "
-                    "that are not finite numbers"
-                ) from error
+            except Diverged as error:
+                raise Diverged(f"{error}; or lower strategy.lr (now {self.lr:g})") from error
 
     def _freeze(self) -> None:
         if self.bank is not None:

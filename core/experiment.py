@@ -40,6 +40,7 @@ from core.strategy import CLStrategy, Strategy, TTAStrategy
 from core.stream import ShiftStream, TaskStream
 from streams.datasets import ORIGIN
 from streams.pipelines import Geometry
+from streams.store import ImageStore
 
 CONF = Path(__file__).parents[1] / "conf"
 Stream = TaskStream | ShiftStream
@@ -115,6 +116,7 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
         workers=_workers(cfg),
         seed=cfg.seed,
         geometry=geometry,
+        store=ImageStore(device, cfg.runtime.image_store_mb),
     )
     kind = _check_kind(cfg, stream)
     if cfg.stage not in ("run", "prepare"):

@@ -73,7 +73,7 @@ def evaluate_task(
 ) -> Answers:
     """Score the test images of `task`; features of frozen extractors come from the cache."""
     answers = Answers(task.classes, num_classes, run.device)
-    if cache is not None and strategy.extractors() is not None:
+    if cache is not None and strategy.extractors():
         for scores, y in cache.scores(f"test{task.index}", task.test, strategy, run.device):
             answers.add(scores, y)
     else:
@@ -132,9 +132,28 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
     done = sum(t.steps for t in stream.tasks[: at["task"]]) + at["step"]
     future = _later_batches(stream, done + ahead.shift) if ahead else iter(())
 
+    def score(tasks: Iterable[Task], after: int, name: str) -> dict[int, float]:
+        """Accuracy on the test images of `tasks` after task `after`; returns that per class."""
+        found = {}
+        for task in tasks:
+            with costs.evaluation():
+                answers = evaluate_task(strategy, task, run, stream.num_classes, cache)
+                total, correct, within, classes = answers.read()
+            costs.evaluated += total
+            matrix.record(after, task.index, correct, total)
+            told.record(after, task.index, within, total)
+            _log_cell(run.log, after, name, task.name, correct, total)
+            for c, (n, right, _) in zip(task.classes, classes, strict=True):
+                found |= {c: 100 * right / n} if n else {}
+        return found
+
+    # Forward transfer exists where the next task has no new classes, as between domains.
+    known = [t.index for t in stream.tasks[1:] if t.classes.stop <= stream.tasks[0].classes.stop]
     for task in stream.tasks[at["task"] :]:
         if not at["begun"]:
             strategy.begin_task(task)
+            if task.index == 0 and known:
+                score(stream.tasks, -1, "start")
         for epoch in range(at["epoch"], strategy.epochs):
             if at["step"] == 0:
                 strategy.begin_epoch(task, epoch)
@@ -155,17 +174,9 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
             at["step"] = 0
         with costs.end_of_task():
             strategy.end_task(task)
-        for seen in stream.tasks[: task.index + 1]:
-            with costs.evaluation():
-                answers = evaluate_task(strategy, seen, run, stream.num_classes, cache)
-                total, correct, within, classes = answers.read()
-            costs.evaluated += total
-            matrix.record(task.index, seen.index, correct, total)
-            told.record(task.index, seen.index, within, total)
-            _log_cell(run.log, task.index, task.name, seen.name, correct, total)
-            if task is stream.tasks[-1]:
-                for c, (n, right, _) in zip(seen.classes, classes, strict=True):
-                    per_class |= {c: 100 * right / n} if n else {}
+        per_class = score(stream.tasks[: task.index + 1], task.index, task.name)
+        if task.index + 1 in known:
+            score([stream.tasks[task.index + 1]], task.index, task.name)
         now = matrix.summary(forgetting=run.forgetting)
         row = {k: now[k] for k in ("acc_last", "acc_inc", "forgetting") if k in now}
         run.log.log("experiences", index=task.index, name=task.name, **row)

@@ -6,6 +6,7 @@
 Runs that differ in nothing but the seed (and the keys under --average) are one row: mean and, from
 two on, standard deviation. Where a strategy was run with several settings, its rows name them.
 Every table names the scenario's label, so stand-in images stay recognisable as such.
+`intransigence` needs the `joint` run on the same stream in the same folder.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from core.metrics import intransigence
 
 SHIFT = (
     "err_mean",
@@ -29,7 +34,8 @@ SHIFT = (
     "source_forgetting",
     "source_forgetting_adapting",
 )
-TASK = ("acc_inc", "acc_last", "plasticity", "stability", "forgetting", "bwt")
+TASK = ("acc_inc", "acc_last", "plasticity", "stability", "forgetting", "bwt", "fwt")
+TASK += ("intransigence",)
 COST = {
     "s/batch": ("seconds_per_batch", "{:.3f}"),
     "train s": ("seconds_total", "{:.0f}"),
@@ -49,8 +55,34 @@ def load_runs(root: Path) -> list[Run]:
     for path in sorted(root.rglob("summary.json")):
         run = json.loads(path.read_text())
         run["config"] = flat(OmegaConf.load(path.with_name("config.yaml")))
+        if "acc_inc" in run["metrics"]:
+            run["learned"] = learned(path.with_name("matrix.jsonl"))
         runs.append(run)
+    add_intransigence(runs)
     return runs
+
+
+def learned(matrix: Path) -> list[float]:
+    """R[j, j]: accuracy on each task right after learning it, percent."""
+    cells = [json.loads(line) for line in matrix.read_text().splitlines()]
+    return [c["acc"] for c in cells if c["on"] == c["after_name"]]
+
+
+def add_intransigence(runs: list[Run]) -> None:
+    """Mean of R*[j, j] - R[j, j], where R* is of the one `joint` run on the same stream."""
+
+    def stream(run: Run) -> tuple[object, ...]:
+        return run["data"]["fingerprint"], run["weights"]["hash"], run["run"]["seed"]
+
+    joint = defaultdict(list)
+    for run in runs:
+        if run["run"]["strategy"] == "joint":
+            joint[stream(run)].append(run)
+    for run in runs:
+        beside = joint[stream(run)]
+        if "learned" in run and len(beside) == 1:
+            best = np.array(beside[0]["learned"], float)
+            run["metrics"]["intransigence"] = intransigence(np.diag(run["learned"]), best)
 
 
 def flat(node: Any, path: str = "") -> dict[str, Any]:

@@ -31,6 +31,7 @@ from core.seed import seed_all  # noqa: E402
 from core.strategy import TTAStrategy  # noqa: E402
 from core.stream import Batch, ShiftStream, SourceImages  # noqa: E402
 from streams.pipelines import Geometry  # noqa: E402
+from streams.store import ImageStore  # noqa: E402
 
 WARMUP = {
     "_target_": "tta.warmup.WarmUp",
@@ -190,7 +191,8 @@ def main() -> None:
         )
     cfg = complete(cfg)
     live = {"data_root": args.root, "on_error": "raise", "cache": args.cache, "workers": 0}
-    stream: ShiftStream = build(cfg.scenario, at="scenario", geometry=Geometry(), seed=0, **live)
+    live |= {"geometry": Geometry(), "store": ImageStore(), "seed": 0}
+    stream: ShiftStream = build(cfg.scenario, at="scenario", **live)
     assert stream.source is not None
     source = stored(stream.source())
     batches = [(s.name, b) for s in stream.segments for b in s.batches() if b is not None]

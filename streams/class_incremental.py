@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Literal
 
@@ -10,12 +9,12 @@ import numpy as np
 
 from core.errors import UserError
 from core.seed import derive
-from core.stream import Batch, Skipped, Task, TaskStream
+from core.stream import Skipped, Task, TaskStream
 from streams.datasets import cifar, existing_root, expected
 from streams.images import ImageSet, fingerprint, image_folder
 from streams.loading import Reader, Rows
-from streams.pipelines import Geometry, Name, Pipeline
-from streams.pipelines import pipeline as make_pipeline
+from streams.pipelines import Geometry, Name
+from streams.store import ImageStore, TaskImages
 
 
 def order_of_classes(
@@ -80,10 +79,6 @@ def _load(
     return cifar(path, dataset, train=True), cifar(path, dataset, train=False)
 
 
-def _present(batches: Iterator[Batch | None]) -> Iterator[Batch]:
-    return (b for b in batches if b is not None)
-
-
 def split_stream(
     *,
     label: str,
@@ -103,6 +98,7 @@ def split_stream(
     workers: int,
     seed: int,
     geometry: Geometry,
+    store: ImageStore,
 ) -> TaskStream:
     """A class-incremental stream (B0-IncN, Bm-IncN) with a fixed class order.
 
@@ -120,32 +116,22 @@ def split_stream(
     position = np.argsort(order)
     sizes = task_sizes(train.num_classes, base, increment)
     skipped = Skipped()
-    readers = {
-        split: Reader([images], skipped, workers=workers, on_error=on_error)
-        for split, images in (("train", train), ("test", test))
+    images = {
+        split: TaskImages(
+            split,
+            Reader([found], skipped, workers, on_error, store.device),
+            pipeline,
+            geometry,
+            dataset != "imagefolder",
+            store,
+        )
+        for split, found in (("train", train), ("test", test))
     }
-    is_cifar = dataset != "imagefolder"
 
     def rows(images: ImageSet, classes: range) -> Rows:
         label = position[images.labels]
         row = np.flatnonzero((label >= classes.start) & (label < classes.stop))
         return Rows(row, label[row], np.zeros(len(row), np.int64))
-
-    def change(train: bool) -> Pipeline:  # the geometry is known only once the backbone is loaded
-        return make_pipeline(pipeline, geometry, train=train, cifar=is_cifar)
-
-    def train_batches(task: int, pool: Rows, epoch: int, start: int = 0) -> Iterator[Batch | None]:
-        shuffle = np.random.default_rng(derive(seed, "shuffle", task, epoch))
-        return readers["train"].batches(
-            pool.take(shuffle.permutation(len(pool))),
-            batch_size,
-            change(True),
-            start=start,
-            seed=derive(seed, "augment", task, epoch),
-        )
-
-    def fixed_batches(split: str, pool: Rows) -> Iterator[Batch]:
-        return _present(readers[split].batches(pool, test_batch_size, change(False)))
 
     if shots is not None and shots < 1:
         raise UserError(f"scenario.shots must be at least 1, got {shots}")
@@ -166,9 +152,9 @@ def split_stream(
                 name=f"classes {classes.start}-{classes.stop - 1}",
                 classes=classes,
                 steps=-(-len(pool) // batch_size),
-                train=partial(train_batches, index, pool),
-                fit=partial(fixed_batches, "train", pool),
-                test=partial(fixed_batches, "test", rows(test, classes)),
+                train=partial(images["train"].shuffled, index, pool, batch_size, seed),
+                fit=partial(images["train"].fixed, index, pool, test_batch_size),
+                test=partial(images["test"].fixed, index, rows(test, classes), test_batch_size),
             )
         )
     facts: dict[str, object] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,14 +10,13 @@ import numpy as np
 from PIL import Image
 
 from core.errors import UserError, suggest
-from core.seed import derive
-from core.stream import Batch, Skipped, Task, TaskStream
+from core.stream import Skipped, Task, TaskStream
 from streams import corruptions as C
 from streams.datasets import existing_root, expected
 from streams.images import Derived, Files, ImageSet, fingerprint, image_folder
 from streams.loading import Reader, Rows
-from streams.pipelines import Geometry, Name, Pipeline
-from streams.pipelines import pipeline as make_pipeline
+from streams.pipelines import Geometry, Name
+from streams.store import ImageStore, TaskImages
 
 EMBEDDED_DOMAINS = ("clean", "contrast", "fog", "pixelate", "gaussian_noise")
 
@@ -56,6 +54,7 @@ def domain_stream(
     workers: int,
     seed: int,
     geometry: Geometry,
+    store: ImageStore,
 ) -> TaskStream:
     """One task per domain over a common list of classes.
 
@@ -89,31 +88,12 @@ def domain_stream(
             raise UserError(f"domain {name!r} has other classes than {names[0]!r}")
     skipped = Skipped()
 
-    def change(train: bool) -> Pipeline:
-        return make_pipeline(pipeline, geometry, train=train, cifar=False)
-
-    def reader(images: ImageSet) -> Reader:
-        return Reader([images], skipped, workers=workers, on_error=on_error)
+    def delivered(split: str, images: ImageSet) -> TaskImages:
+        reader = Reader([images], skipped, workers, on_error, store.device)
+        return TaskImages(split, reader, pipeline, geometry, False, store)
 
     def everything(images: ImageSet) -> Rows:
         return Rows.of(images, np.arange(len(images.labels)))
-
-    def train_batches(
-        index: int, images: ImageSet, epoch: int, start: int = 0
-    ) -> Iterator[Batch | None]:
-        pool = everything(images)
-        shuffle = np.random.default_rng(derive(seed, "shuffle", index, epoch))
-        return reader(images).batches(
-            pool.take(shuffle.permutation(len(pool))),
-            batch_size,
-            change(True),
-            start=start,
-            seed=derive(seed, "augment", index, epoch),
-        )
-
-    def fixed_batches(images: ImageSet) -> Iterator[Batch]:
-        batches = reader(images).batches(everything(images), test_batch_size, change(False))
-        return (b for b in batches if b is not None)
 
     tasks = [
         Task(
@@ -121,9 +101,11 @@ def domain_stream(
             name=name,
             classes=range(len(classes)),
             steps=-(-len(train.labels) // batch_size),
-            train=partial(train_batches, i, train),
-            fit=partial(fixed_batches, train),
-            test=partial(fixed_batches, test),
+            train=partial(
+                delivered("train", train).shuffled, i, everything(train), batch_size, seed
+            ),
+            fit=partial(delivered("train", train).fixed, i, everything(train), test_batch_size),
+            test=partial(delivered("test", test).fixed, i, everything(test), test_batch_size),
         )
         for i, (name, (train, test)) in enumerate(zip(names, found, strict=True))
     ]

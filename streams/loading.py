@@ -19,6 +19,8 @@ from core.stream import Batch, Skipped
 from streams.images import ImageError, ImageSet
 from streams.pipelines import Pipeline, seeded
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -87,6 +89,7 @@ class Reader:
     Args:
         workers: processes; 0 decodes in the main process.
         skipped: where images that are left out are counted.
+        device: where batches go, as uint8, to become floats there.
         on_error: `raise` stops at an unreadable image, `skip` leaves it out with a warning.
     """
 
@@ -94,6 +97,7 @@ class Reader:
     skipped: Skipped
     workers: int = 0
     on_error: Literal["raise", "skip"] = "raise"
+    device: torch.device = CPU
 
     def batches(
         self,
@@ -117,6 +121,33 @@ class Reader:
             ImageError: for an unreadable image under `on_error="raise"`, naming it.
             UserError: if the images of a batch differ in size.
         """
+        for found in self.pixels(rows, batch_size, change, start=start, seed=seed):
+            if found is None:
+                yield None
+                continue
+            pixels, at = found
+            yield Batch(
+                x=self._sent(pixels).to(torch.float32).div_(255),
+                y=self._sent(torch.from_numpy(rows.label[at])),
+                index=self._sent(torch.from_numpy(rows.row[at])),
+                domain=self._sent(torch.from_numpy(rows.domain[at])),
+            )
+
+    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def pixels(
+        self,
+        rows: Rows,
+        batch_size: int,
+        change: Pipeline,
+        *,
+        start: int = 0,
+        seed: int | None = None,
+    ) -> Iterator[tuple[torch.Tensor, np.ndarray] | None]:
+        """As `batches`: images uint8 [B, 3, H, W] on the host and their positions in `rows`."""
         items = _Items(self.sets, rows, change, seed)
         plan = [
             list(range(i, min(i + batch_size, len(rows))))
@@ -131,9 +162,11 @@ class Reader:
             generator=torch.Generator(),  # keeps the loader away from the global generator
         )
         for found in loader:
-            yield self._collate(found, rows)
+            yield self._collate(found)
 
-    def _collate(self, found: list[tuple[int, np.ndarray | str]], rows: Rows) -> Batch | None:
+    def _collate(
+        self, found: list[tuple[int, np.ndarray | str]]
+    ) -> tuple[torch.Tensor, np.ndarray] | None:
         good = [(i, p) for i, p in found if not isinstance(p, str)]
         for _, message in found:
             if not isinstance(message, str):
@@ -152,9 +185,4 @@ class Reader:
             )
         at = np.asarray([i for i, _ in good])
         pixels = torch.from_numpy(np.stack([p for _, p in good])).permute(0, 3, 1, 2)
-        return Batch(
-            x=pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255),
-            y=torch.from_numpy(rows.label[at]),
-            index=torch.from_numpy(rows.row[at]),
-            domain=torch.from_numpy(rows.domain[at]),
-        )
+        return pixels.contiguous(), at

@@ -16,6 +16,8 @@ from torchvision.transforms import InterpolationMode
 
 Name = Literal["raw", "plain", "pilot", "lae", "ranpac", "timm"]
 Pipeline = Callable[[Image.Image], Image.Image]
+# Pipelines whose training form is the test form, perhaps flipped: whether it is.
+FLIP_ONLY: dict[Name, bool] = {"raw": False, "plain": True}
 
 
 @dataclass

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from PIL import Image
 from torchvision import transforms as T
 
@@ -36,6 +37,7 @@ from streams.images import Derived, Files, ImageSet, fingerprint, image_folder
 from streams.loading import Reader, Rows
 from streams.orders import LABEL_ORDERS, SEQUENCES, Domain, Options, parse, plan
 from streams.pipelines import PHOTOMETRIC, Geometry, Pipeline, pipeline
+from streams.store import ImageStore
 
 Dataset = Literal["imagenet_c", "cifar10_c", "cifar100_c"]
 LABELS = {"imagenet_c": "imagenet1k", "cifar10_c": "cifar10", "cifar100_c": "cifar100"}
@@ -186,6 +188,7 @@ def corruption_stream(
     cache: str | None,
     workers: int,
     geometry: Geometry,
+    store: ImageStore,
 ) -> ShiftStream:
     """A stream of corrupted images for test-time adaptation.
 
@@ -247,7 +250,7 @@ def corruption_stream(
     skipped = Skipped()
 
     def reading(images: list[ImageSet]) -> Reader:
-        return Reader(images, skipped, workers=workers, on_error=on_error)
+        return Reader(images, skipped, workers, on_error, store.device)
 
     reader = reading(sets)
     probe_reader = reading([found.probe_sets[d] for d in domains])
@@ -257,6 +260,11 @@ def corruption_stream(
 
     def load(which: Reader, rows: Rows, start: int = 0) -> Iterator[Batch | None]:
         return which.batches(rows, batch_size, raw, start=start)
+
+    def again(key: str, which: Reader, rows: Rows) -> Iterator[Batch | None]:
+        """Images that are scored after every segment."""
+        found = store.fixed(key, which, rows, raw, batch_size)
+        return load(which, rows) if found is None else found
 
     def arranged(name: str, rows: Rows) -> Rows:
         if label_order is None:
@@ -290,7 +298,7 @@ def corruption_stream(
     ]
     hardest = max(s for _, s in domains)
     probes = {
-        d: partial(load, probe_reader, Rows.of(probe_reader.sets[d], found.probe, d))
+        d: partial(again, f"probe{d}", probe_reader, Rows.of(probe_reader.sets[d], found.probe, d))
         for d, (_, s) in enumerate(domains)
         if s == hardest and len(found.probe)
     }
@@ -305,7 +313,8 @@ def corruption_stream(
         if source_from == "held_out":
             clean_rows = clean_rows[~np.isin(clean_rows, held_out)]
         clean_rows = clean_rows[:clean_images]
-        holdout = partial(load, reading([found.clean]), Rows.of(found.clean, clean_rows))
+        clean = Rows.of(found.clean, clean_rows)
+        holdout = partial(again, "clean", reading([found.clean]), clean)
     classes = sets[0].num_classes
     facts: dict[str, object] = {
         "classes": classes,
@@ -339,6 +348,7 @@ def corruption_stream(
         source=partial(
             _source,
             root=data_root,
+            device=store.device,
             dataset=dataset,
             choice=source_from,
             count=source_images,
@@ -380,6 +390,7 @@ def _index_file(path: str, listed: np.ndarray) -> np.ndarray:
 def _source(
     *,
     root: str | None,
+    device: torch.device,
     dataset: Dataset,
     choice: str,
     count: int | None,
@@ -420,7 +431,7 @@ def _source(
             f"{len(rows)} images; ask for fewer, or leave some out of the stream (scenario.images)"
         )
     rows = np.random.default_rng(derive(seed, "source")).permutation(rows)[: count or len(rows)]
-    reader = Reader([images], Skipped(), workers=workers, on_error=on_error)
+    reader = Reader([images], Skipped(), workers, on_error, device)
 
     def batches(
         batch_size: int,

@@ -422,7 +422,7 @@ def test_what_is_not_finite_is_told():
     assert all(p.isfinite().all() for p in strategy.parameters())
     with torch.no_grad():
         strategy.bank.parameters_of("tuned")[0].fill_(torch.nan)
-    with pytest.raises(Diverged, match=r"class 0: lower strategy\.lr"):
+    with pytest.raises(Diverged, match=r"class 0: .*lower strategy\.lr"):
         strategy.end_task(t)
 
 

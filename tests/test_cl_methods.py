@@ -18,6 +18,7 @@ from backbones.heads import ExpandingLinear, PrototypeHead
 from cl.common import rate_factor, scope_columns
 from cl.joint import mixed
 from core.build import build
+from core.errors import Diverged
 from core.seed import generator
 from core.stream import Batch, Task
 
@@ -171,7 +172,7 @@ def test_prototypes_of_repeated_classes_are_exact_means():
     want = torch.stack([x[y == c].double().mean(0).float() for c in range(3)])
     assert torch.allclose(parts.weight[:3], want, rtol=1e-6) and not parts.weight[3].any()
     assert not parts(x)[:, 3].any()
-    with pytest.raises(ValueError, match="class 2"):
+    with pytest.raises(Diverged, match="class 2"):
         parts.update(torch.full((1, 5), torch.nan), torch.tensor([2]))
 
 

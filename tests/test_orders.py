@@ -15,6 +15,7 @@ from streams import corruptions as C
 from streams.orders import LABEL_ORDERS, SEQUENCES, Options, parse, plan
 from streams.pipelines import Geometry
 from streams.shifts import corruption_names
+from streams.store import ImageStore
 
 ONCE = ("shuffled", "correlated", "dirichlet_note", "dirichlet_rotta", "lame_grouped")
 OPTIONS = Options(delta=0.1, imbalance=100.0, zipf=2.0)
@@ -140,6 +141,7 @@ def make(configure, *more: str, workers: int = 0) -> ShiftStream:
         workers=workers,
         seed=0,
         geometry=Geometry(),
+        store=ImageStore(),
     )
 
 
@@ -244,6 +246,7 @@ def test_held_out_source_images_are_outside_stream_probe_and_clean(imagenet_clea
         workers=0,
         seed=0,
         geometry=Geometry(),
+        store=ImageStore(),
     )
     held = set(torch.cat([b.index for b in stream.source().batches(4)]).tolist())
     used = set(stream.order["row"].tolist())
@@ -253,7 +256,7 @@ def test_held_out_source_images_are_outside_stream_probe_and_clean(imagenet_clea
     cfg.scenario.source_from = "train"
     stream = build(
         cfg.scenario, at="scenario", data_root=cfg.data.root, on_error="raise", cache=None,
-        workers=0, seed=0, geometry=Geometry(),
+        workers=0, seed=0, geometry=Geometry(), store=ImageStore(),
     )  # fmt: skip
     with pytest.raises(UserError, match=r"source_from.*held_out"):
         stream.source()

@@ -363,7 +363,7 @@ def test_ctrl_c_and_kill_leave_a_run_that_the_same_command_completes(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_process_on_the_same_run_is_refused(tmp_path):
-    words = [*settings("cotta"), "scenario.images=400", "checkpoint.every=1"]
+    words = [*settings("cotta"), "scenario.images=1200", "checkpoint.every=1"]
     first = launch(tmp_path, *words)
     wait_for(tmp_path, "cotta/*/*/last.pt", first)
     second = launch(tmp_path, *words)

@@ -20,9 +20,10 @@ from streams.class_incremental import order_of_classes, task_sizes
 from streams.images import Derived, Files
 from streams.orders import plan
 from streams.pipelines import Geometry, pipeline, seeded
+from streams.store import ImageStore
 
 
-def make(cfg, size: int = 32, workers: int = 0):
+def make(cfg, size: int = 32, workers: int = 0, store: ImageStore | None = None):
     """The stream of a configuration."""
     cfg = complete(cfg)
     return build(
@@ -34,6 +35,7 @@ def make(cfg, size: int = 32, workers: int = 0):
         workers=workers,
         seed=cfg.seed,
         geometry=Geometry(size=size),
+        store=store or ImageStore(),
     )
 
 
@@ -400,7 +402,7 @@ def test_scenarios_build_without_unknown_options(configure):
 
     from core.build import locate
 
-    live = {"data_root", "on_error", "cache", "workers", "seed", "geometry"}
+    live = {"data_root", "on_error", "cache", "workers", "seed", "geometry", "store"}
     for path in sorted((ROOT / "conf" / "scenario").glob("*.yaml")):
         node = complete(configure(f"scenario={path.stem}")).scenario
         parameters = set(inspect.signature(locate(node._target_)).parameters)
@@ -410,7 +412,7 @@ def test_scenarios_build_without_unknown_options(configure):
 # ------------------------------------------------------------------------ further task protocols
 
 
-def task_stream(configure, *words: str):
+def task_stream(configure, *words: str, store: ImageStore | None = None):
     cfg = complete(configure(*words))
     return build(
         cfg.scenario,
@@ -420,6 +422,7 @@ def task_stream(configure, *words: str):
         workers=0,
         seed=0,
         geometry=Geometry(size=32),
+        store=store or ImageStore(),
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from core.experiment import run_experiment
 from scripts.make_tables import load_runs, tables
@@ -26,3 +29,25 @@ def test_settings_are_rows_seeds_are_averaged_and_keys_on_request(configure):
         if line.startswith("| source")
     )
     assert row.startswith("| source | 3 |") and "±" in row
+
+
+def test_transfer_between_domains_and_intransigence_against_joint_training(configure):
+    words = ["scenario=domains_imagefolder", "scenario.domains=[clean,contrast]"]
+    words += ["scenario.embedded_images=[4,2]"]
+    for strategy in ("linear_probe", "joint"):
+        cfg = configure(f"strategy={strategy}", *words, "strategy.epochs=1")
+        summary = run_experiment(cfg, [])
+        cells = {(c["after"], c["on"]): c["acc"] for c in rows_of_matrix(summary)}
+        assert len(cells) == 6  # all at the start, and the second domain before it is learned
+        expected = cells[0, "contrast"] - cells[-1, "contrast"]
+        assert summary["metrics"]["fwt"] == pytest.approx(expected)
+    runs = {r["run"]["strategy"]: r for r in load_runs(Path(cfg.root))}
+    probe, joint = (runs[k]["learned"] for k in ("linear_probe", "joint"))
+    gap = sum(j - p for j, p in zip(joint, probe, strict=True)) / 2
+    assert runs["linear_probe"]["metrics"]["intransigence"] == pytest.approx(gap)
+    assert runs["joint"]["metrics"]["intransigence"] == 0
+
+
+def rows_of_matrix(summary) -> list[dict]:
+    text = (Path(summary["run"]["folder"]) / "matrix.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]

@@ -1,0 +1,206 @@
+"""Images that a run reads again and again, kept on the device after their fixed pipeline."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.seed import derive
+from core.stream import Batch
+from streams.loading import Reader, Rows
+from streams.pipelines import FLIP_ONLY, Geometry, Name, Pipeline, pipeline
+
+READ = 256  # images at a time
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Images of some rows: uint8 [N, 3, H, W], and which rows could be read: bool [rows]."""
+
+    pixels: Tensor
+    readable: np.ndarray
+
+
+class ImageStore:
+    """Images as uint8 on the device, read and decoded once a run as long as they fit.
+
+    What it delivers equals what a `Reader` delivers, bit by bit.
+
+    Args:
+        device: where batches are wanted.
+        limit_mb: of all images kept, MiB; sets that were used longest ago make room. 0 keeps none.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", limit_mb: float = 0) -> None:
+        self.device = torch.device(device)
+        self.limit = int(limit_mb * 2**20)
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._refused: set[str] = set()
+
+    def fixed(
+        self, key: str, reader: Reader, rows: Rows, change: Pipeline, batch_size: int
+    ) -> Iterator[Batch | None] | None:
+        """Batches in the order of `rows`, or None if the images do not fit.
+
+        Args:
+            key: names these images after `change`, which must draw nothing.
+        """
+        kept = self._find(key, reader, rows, change)
+        if kept is None:
+            return None
+        return self._slices(kept, rows, np.arange(len(rows)), None, batch_size, 0)
+
+    def shuffled(
+        self,
+        key: str,
+        reader: Reader,
+        rows: Rows,
+        change: Pipeline,
+        batch_size: int,
+        order: np.ndarray,
+        *,
+        start: int = 0,
+        flip: int | None = None,
+    ) -> Iterator[Batch | None] | None:
+        """As `fixed`, in another order.
+
+        Args:
+            order: int64 [N], positions in `rows`.
+            start: number of the first batch.
+            flip: each image is flipped with probability 1/2, by the draws of a
+                `RandomHorizontalFlip` under `Reader.batches(..., seed=flip)`. None: no flips.
+        """
+        kept = self._find(key, reader, rows, change)
+        if kept is None:
+            return None
+        flips = None if flip is None else self._flips(rows, flip)
+        return self._slices(kept, rows, order, flips, batch_size, start)
+
+    def _flips(self, rows: Rows, seed: int) -> Tensor:
+        draws = torch.Generator()
+
+        def tossed(domain: int, row: int) -> bool:
+            draws.manual_seed(derive(seed, domain, row))
+            return bool(torch.rand(1, generator=draws) < 0.5)
+
+        pairs = zip(rows.domain.tolist(), rows.row.tolist(), strict=True)
+        return torch.tensor([tossed(*pair) for pair in pairs], device=self.device)
+
+    def _find(self, key: str, reader: Reader, rows: Rows, change: Pipeline) -> Kept | None:
+        if not self.limit or not len(rows) or key in self._refused:
+            return None
+        if key not in self._kept and not self._read(key, reader, rows, change):
+            self._refused.add(key)
+            return None
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _read(self, key: str, reader: Reader, rows: Rows, change: Pipeline) -> bool:
+        """Keep the images of `rows`; False if they are too many or differ in size."""
+        parts: list[Tensor] = []
+        read: list[np.ndarray] = []
+        for batch in reader.pixels(rows, READ, change):
+            if batch is None:
+                continue
+            pixels, at = batch
+            if pixels[0].nbytes * len(rows) > self.limit or pixels.shape[1:] != (
+                parts[0].shape[1:] if parts else pixels.shape[1:]
+            ):
+                return False
+            parts.append(pixels)
+            read.append(at)
+        if not parts:
+            return False
+        readable = np.zeros(len(rows), bool)
+        readable[np.concatenate(read)] = True
+        size = sum(p.nbytes for p in parts)
+        while self._kept and size + sum(k.pixels.nbytes for k in self._kept.values()) > self.limit:
+            self._kept.popitem(last=False)
+        self._kept[key] = Kept(torch.cat(parts).to(self.device), readable)
+        return True
+
+    def _slices(
+        self,
+        kept: Kept,
+        rows: Rows,
+        order: np.ndarray,
+        flips: Tensor | None,
+        batch_size: int,
+        start: int,
+    ) -> Iterator[Batch | None]:
+        place = torch.from_numpy(np.cumsum(kept.readable) - 1)  # of a row among those kept
+        ordered = rows.take(order)
+        columns = [torch.from_numpy(c) for c in (ordered.label, ordered.row, ordered.domain)]
+        positions = torch.from_numpy(order)
+        place, positions, *columns = (t.to(self.device) for t in (place, positions, *columns))
+        good = kept.readable[order]
+        for first in range(start * batch_size, len(rows), batch_size):
+            inside = np.arange(first, min(first + batch_size, len(rows)))
+            inside = inside[good[inside]]
+            if not len(inside):
+                yield None
+                continue
+            at = torch.from_numpy(inside).to(self.device)
+            x = kept.pixels[place[positions[at]]]
+            if flips is not None:
+                x = torch.where(flips[positions[at], None, None, None], x.flip(3), x)
+            y, index, domain = (c[at] for c in columns)
+            yield Batch(x.to(torch.float32).div_(255), y, index, domain)
+
+
+@dataclass(frozen=True)
+class TaskImages:
+    """Training or test images of a task stream, from the store where they fit.
+
+    Args:
+        split: `train` or `test`; part of the names in the store.
+        name: of the pipeline.
+        cifar: see `streams.pipelines.pipeline`.
+    """
+
+    split: str
+    reader: Reader
+    name: Name
+    geometry: Geometry  # known once the backbone is loaded
+    cifar: bool
+    store: ImageStore
+
+    def _change(self, train: bool) -> Pipeline:
+        return pipeline(self.name, self.geometry, train=train, cifar=self.cifar)
+
+    def fixed(self, task: int, rows: Rows, batch_size: int) -> Iterator[Batch]:
+        """Test pipeline, in the order of `rows`."""
+        key, change = f"{self.split}{task}", self._change(False)
+        found = self.store.fixed(key, self.reader, rows, change, batch_size)
+        if found is None:
+            found = self.reader.batches(rows, batch_size, change)
+        return (batch for batch in found if batch is not None)
+
+    def shuffled(
+        self, task: int, rows: Rows, batch_size: int, seed: int, epoch: int, start: int = 0
+    ) -> Iterator[Batch | None]:
+        """Training pipeline, in an order drawn for (seed, task, epoch), from batch `start` on."""
+        order = np.random.default_rng(derive(seed, "shuffle", task, epoch)).permutation(len(rows))
+        draws = derive(seed, "augment", task, epoch)
+        found = None
+        if self.name in FLIP_ONLY:
+            found = self.store.shuffled(
+                f"{self.split}{task}",
+                self.reader,
+                rows,
+                self._change(False),
+                batch_size,
+                order,
+                start=start,
+                flip=draws if FLIP_ONLY[self.name] else None,
+            )
+        if found is None:
+            found = self.reader.batches(
+                rows.take(order), batch_size, self._change(True), start=start, seed=draws
+            )
+        return found
