@@ -5,28 +5,31 @@ is attached (`blocks.3.mlp:parallel`) and by the method of that point:
 
 | point    | where it acts                                                   | method            |
 |----------|-----------------------------------------------------------------|-------------------|
-| parallel | beside an MLP: reads the residual stream u before norm2, joins  | `forward(u)`      |
-|          | after the block                                                 |                   |
+| parallel | beside an MLP: reads the residual stream u before norm2, joins  | `add(u, y)`       |
+|          | the block's output y                                            |                   |
 | out      | at a module: sees input and output, returns the new output      | `after(inp, out)` |
 | in       | before a module: returns the new input                          | `before(inp)`     |
 | keys     | in attention: rows put in after the class token                 | `rows()`          |
 | tokens   | around a block (or all): tokens appended behind the image's     | `tokens()`        |
 
+Products and additions are one operation, `kernels.adapter`, whose backend no method knows.
+
 Sources: AdaptFormer as in EASE/MOS/APER (sun-hailong/CVPR24-Ease 6d67508, LAMDA-PILOT 5240714),
-LAE's three modules (gqk/LAE 1680e49), SSF and VPT as in LAMDA-PILOT.
+LAE's three modules (gqk/LAE 1680e49), SSF and VPT as in LAMDA-PILOT; the others at their classes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+from kernels import adapter
+from kernels.dora import Kept, weight_norm
 
 
 def _kaiming(weight: Tensor, generator: torch.Generator | None) -> None:
@@ -43,18 +46,28 @@ class Adapter(nn.Module):
         """What is added, from the tokens [B, N, D] that are read."""
         raise NotImplementedError
 
+    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
+        """`base + weight * forward(x)`; without gradients `base` may be overwritten."""
+        added = self(x)
+        return base + (added if weight == 1 else weight * added)
+
     def after(self, inp: Tensor, out: Tensor) -> Tensor:
-        """New output of a module."""
-        return out + self(inp)
+        """New output of a module; without gradients `out` may be overwritten."""
+        return self.add(inp, out)
 
     def before(self, inp: Tensor) -> Tensor:
         """New input of a module."""
         return inp + self(inp)
 
     @staticmethod
-    def grouped(adapters: Sequence[Adapter], x: Tensor) -> Tensor:
-        """`forward` of T adapters on T chunks: x [T, B, N, D] -> [T, B, N, D_out]."""
-        return torch.stack([a(chunk) for a, chunk in zip(adapters, x, strict=True)])
+    def add_grouped(adapters: Sequence[Adapter], x: Tensor, base: Tensor) -> Tensor:
+        """`add` of T adapters on T chunks: x [T, B, N, D], base [T, B, N, D_out]."""
+        return torch.stack([a.add(i, o) for a, i, o in zip(adapters, x, base, strict=True)])
+
+    @staticmethod
+    def after_grouped(adapters: Sequence[Adapter], inp: Tensor, out: Tensor) -> Tensor:
+        """`after` of T adapters on T chunks, as in `add_grouped`."""
+        return torch.stack([a.after(i, o) for a, i, o in zip(adapters, inp, out, strict=True)])
 
 
 class Bottleneck(Adapter):
@@ -90,32 +103,87 @@ class Bottleneck(Adapter):
         self.act, self.dropout, self.placement = act, dropout, after
         self.scale = nn.Parameter(torch.ones(())) if scale is None else scale
 
+    def _keep(self, x: Tensor) -> Tensor | None:
+        """Dropout as factors of the hidden vectors, [..., rank]."""
+        if not (self.training and self.dropout):
+            return None
+        return F.dropout(x.new_ones(*x.shape[:-1], self.down.out_features), self.dropout)
+
+    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
+        return adapter(
+            x,
+            self.down.weight,
+            self.up.weight,
+            down_bias=self.down.bias,
+            up_bias=self.up.bias,
+            act=self.act,
+            scale=self.scale if weight == 1 else weight * self.scale,
+            keep=self._keep(x),
+            **residual,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        hidden = ACTIVATIONS[self.act](self.down(x))
-        hidden = F.dropout(hidden, self.dropout, self.training)
-        return self.up(hidden) * self.scale
+        return self._call(x)
+
+    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
+        return self._call(x, weight, base=base, in_place=True)
+
+    def before(self, inp: Tensor) -> Tensor:
+        return self._call(inp, add_input=True)
 
     def after(self, inp: Tensor, out: Tensor) -> Tensor:
         if self.placement == "parallel":
-            return out + self(inp)
-        return self(out) + (out if self.placement == "serial" else inp)
+            return self.add(inp, out)
+        if self.placement == "serial":
+            return self._call(out, add_input=True)
+        return self._call(out, base=inp)
 
     @staticmethod
-    def grouped(adapters: Sequence[Bottleneck], x: Tensor) -> Tensor:  # type: ignore[override]
-        first, (t, b, n, d) = adapters[0], x.shape
-        if first.training and first.dropout:
-            return Adapter.grouped(adapters, x)
-        down = torch.stack([a.down.weight for a in adapters]).mT
-        up = torch.stack([a.up.weight for a in adapters]).mT
-        bias_down = torch.stack([a.down.bias for a in adapters])[:, None]
-        bias_up = torch.stack([a.up.bias for a in adapters])[:, None]
-        hidden = ACTIVATIONS[first.act](torch.baddbmm(bias_down, x.reshape(t, b * n, d), down))
-        out = torch.baddbmm(bias_up, hidden, up).view(t, b, n, -1)
-        if isinstance(first.scale, Tensor):
-            return (
-                out * torch.stack([torch.as_tensor(a.scale) for a in adapters])[:, None, None, None]
-            )
-        return out * first.scale
+    def _stacked(adapters: Sequence[Bottleneck], x: Tensor, **more: Any) -> Tensor:
+        """One call for T adapters: chunks of x [T, B, N, D], or samples by `index`."""
+        first = adapters[0]
+        scale = first.scale
+        if isinstance(scale, Tensor):
+            scale = torch.stack([torch.as_tensor(a.scale) for a in adapters])
+        return adapter(
+            x,
+            torch.stack([a.down.weight for a in adapters]),
+            torch.stack([a.up.weight for a in adapters]),
+            down_bias=torch.stack([a.down.bias for a in adapters]),
+            up_bias=torch.stack([a.up.bias for a in adapters]),
+            act=first.act,
+            scale=scale,
+            **more,
+        )
+
+    @staticmethod
+    def add_grouped(  # type: ignore[override]
+        adapters: Sequence[Bottleneck], x: Tensor, base: Tensor
+    ) -> Tensor:
+        if any(a.training and a.dropout for a in adapters):
+            return Adapter.add_grouped(adapters, x, base)
+        return Bottleneck._stacked(adapters, x, base=base, in_place=True)
+
+    @staticmethod
+    def after_grouped(  # type: ignore[override]
+        adapters: Sequence[Bottleneck], inp: Tensor, out: Tensor
+    ) -> Tensor:
+        placement = adapters[0].placement
+        if placement == "parallel":
+            return Bottleneck.add_grouped(adapters, inp, out)
+        if any(a.training and a.dropout for a in adapters):
+            return Adapter.after_grouped(adapters, inp, out)
+        return Bottleneck._stacked(adapters, out, base=out if placement == "serial" else inp)
+
+    @staticmethod
+    def add_indexed(
+        adapters: Sequence[Bottleneck], index: Tensor, x: Tensor, base: Tensor
+    ) -> Tensor:
+        """`add` in evaluation mode, sample b [N, D] through adapter index[b], int64 [B].
+
+        Without gradients only.
+        """
+        return Bottleneck._stacked(adapters, x, index=index, base=base, in_place=True)
 
 
 class LoRA(Adapter):
@@ -150,13 +218,91 @@ class LoRA(Adapter):
         self.scales = nn.ParameterList(learned)
         self.scale = scale
 
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All blocks as one pair of rank R: [R, dim], [out, R]; learned scales by column [R]."""
+        rows = zip(self.rows, self.b, strict=True)
+        up = [F.pad(b, (0, 0, start, self.out - stop)) for (start, stop), b in rows]
+        scales = None
+        if self.scale is None:
+            ranks = zip(self.scales, self.a, strict=True)
+            scales = torch.cat([s.expand(len(a)) for s, a in ranks])
+        return torch.cat(list(self.a)), torch.cat(up, 1), scales
+
+    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
+        down, up, columns = self._factors()
+        scale = weight * (1.0 if self.scale is None else self.scale)
+        return adapter(x, down, up, scale=scale, rank_scale=columns, **residual)
+
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, torch.cat(list(self.a))).split(self.a[0].shape[0], -1)
-        scales = list(self.scales) or [self.scale] * len(self.rows)
-        found = x.new_zeros((*x.shape[:-1], self.out))
-        for (start, stop), h, b, s in zip(self.rows, hidden, self.b, scales, strict=True):
-            found[..., start:stop] = F.linear(h, b) * s
-        return found
+        return self._call(x)
+
+    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
+        return self._call(x, weight, base=base, in_place=True)
+
+    @staticmethod
+    def add_grouped(  # type: ignore[override]
+        adapters: Sequence[LoRA], x: Tensor, base: Tensor
+    ) -> Tensor:
+        down, up, columns = zip(*(a._factors() for a in adapters), strict=True)
+        return adapter(
+            x,
+            torch.stack(down),
+            torch.stack(up),
+            scale=1.0 if adapters[0].scale is None else adapters[0].scale,
+            rank_scale=None if adapters[0].scale is not None else torch.stack(columns),
+            base=base,
+            in_place=True,
+        )
+
+    @staticmethod
+    def after_grouped(  # type: ignore[override]
+        adapters: Sequence[LoRA], inp: Tensor, out: Tensor
+    ) -> Tensor:
+        return LoRA.add_grouped(adapters, inp, out)
+
+
+class DoRA(Adapter):
+    """Magnitude and direction of a linear layer, the direction with a low-rank update.
+
+    `m / n * (W + s B A) x + bias`, n_j the norm of row j of `W + s B A`, a constant in the backward
+    pass. From the layer's output y that is `m / n * (y + s B A x) + (1 - m / n) * bias`.
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, section 4.
+
+    Args:
+        linear: the frozen layer whose output is seen; not a submodule.
+        rank, scale: of the update.
+        generator: of the initial A; B starts at 0 and m at the norms of W.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        *,
+        scale: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self._linear, self._kept = [linear], Kept()
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
+        _kaiming(self.a, generator)
+        self.scale = scale
+        self.magnitude = nn.Parameter(self._norm().clone())
+
+    def _norm(self) -> Tensor:
+        parts = self._linear[0].weight, self.a, self.b, self.scale
+        if not torch.is_grad_enabled():
+            return self._kept.get(weight_norm, *parts)
+        with torch.no_grad():
+            return weight_norm(*parts)
+
+    def after(self, inp: Tensor, out: Tensor) -> Tensor:
+        factor, bias = self.magnitude / self._norm(), self._linear[0].bias
+        options = {"scale": self.scale, "column_scale": factor, "in_place": True}
+        y = adapter(inp, self.a, self.b, base=out, **options)
+        return y if bias is None else y + (1 - factor) * bias
 
 
 class DualRank(Adapter):
@@ -187,9 +333,35 @@ class DualRank(Adapter):
         self.up = nn.ParameterList(nn.Parameter(torch.zeros(out, r)) for r in (low, high))
         self.register_buffer("scales", torch.ones(2))
 
+    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
+        return dual_rank(x, list(self.down), list(self.up), self.scales, weight, **residual)
+
     def forward(self, x: Tensor) -> Tensor:
-        up = torch.cat([s * u for s, u in zip(self.scales.unbind(), self.up, strict=True)], 1)
-        return F.linear(F.linear(x, torch.cat(list(self.down))), up)
+        return self._call(x)
+
+    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
+        return self._call(x, weight, base=base, in_place=True)
+
+
+def dual_rank(
+    x: Tensor,
+    down: Sequence[Tensor],
+    up: Sequence[Tensor],
+    scales: Tensor,
+    weight: float = 1.0,
+    **residual: Any,
+) -> Tensor:
+    """`[base +] weight * sum_i scales[i] * up[i] down[i] x` as one pair of rank r1 + r2.
+
+    Args:
+        x: [..., dim].
+        down, up: [r_i, dim] and [out, r_i] each.
+        scales: [number of pairs], stays on its device.
+        residual: `base`, `in_place` of `kernels.adapter`.
+    """
+    columns = torch.cat([s.expand(len(d)) for s, d in zip(scales.unbind(), down, strict=True)])
+    pair = torch.cat(list(down)), torch.cat(list(up), 1)
+    return adapter(x, *pair, scale=weight, rank_scale=columns, **residual)
 
 
 class Prefix(Adapter):

@@ -5,6 +5,7 @@
     bank.features(x, "task0")                    # [B, D]
     bank.features(x, {"old": 1.0, "new": 1.0})   # sums of what both add
     bank.features_each(x, ["task0", "task1"])    # [2, B, D], one pass of the frozen weights
+    bank.features_indexed(x, ["task0", "task1"], index)    # [B, D], a set for each image
 
 A point is `<module>:<kind>`, see `backbones/adapters.py`; `bank.points()` lists what a network
 offers. The network keeps its class, its modules and its weights: adapters act through hooks that
@@ -17,13 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.adapters import Adapter, Prefix, Prompt
+from backbones.adapters import Adapter, Bottleneck, Prefix, Prompt
 from backbones.backbone import Backbone
 from core.errors import UserError, suggest
 
@@ -45,6 +46,7 @@ class AdapterBank(nn.Module):
         self._hooked: set[str] = set()
         self._active: list[tuple[str, float]] = []
         self._group: list[str] = []
+        self._index: Tensor | None = None  # the set of each image
         self._expanded = False
         self._residual: Tensor | None = None
 
@@ -91,7 +93,9 @@ class AdapterBank(nn.Module):
 
     def copy(self, name: str, new: str) -> list[nn.Parameter]:
         """A second set with the same values; returns its parameters."""
-        return self.add(new, {p: deepcopy(a) for p, a in self.adapters(name).items()})
+        shared = {id(m): m for m in self.backbone.modules()}  # layers that adapters refer to
+        adapters = self.adapters(name).items()
+        return self.add(new, {p: deepcopy(a, dict(shared)) for p, a in adapters})
 
     @torch.no_grad()
     def merge(
@@ -171,6 +175,26 @@ class AdapterBank(nn.Module):
         if not outside:  # each copy counts as a pass, although block 0 is shared
             self.backbone.passes.forward += len(x) * (len(names) - 1)
         return out.view(len(names), len(x), -1)
+
+    def features_indexed(self, x: Tensor, names: Sequence[str], index: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, D]: image b through set `names[index[b]]`, in one pass.
+
+        Without gradients.
+
+        Args:
+            index: int64 [B].
+
+        Raises:
+            ValueError: for sets that hold anything but `Bottleneck` at parallel points.
+        """
+        for point, adapter in self.adapters(names[0]).items():
+            if not (point.endswith(":parallel") and isinstance(adapter, Bottleneck)):
+                raise ValueError(f"a set for each image: {point} is no bottleneck beside an MLP")
+        self._group, self._index = list(names), index
+        try:
+            return self.backbone.features(x)
+        finally:
+            self._group, self._index, self._residual = [], None, None
 
     @contextmanager
     def using(self, use: Use) -> Generator[None]:
@@ -269,7 +293,8 @@ class AdapterBank(nn.Module):
         self._hooked.add(name)
 
         def expand(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return ((self._expand(args[0]), *args[1:]), kwargs) if self._group else None
+            several = self._group and self._index is None
+            return ((self._expand(args[0]), *args[1:]), kwargs) if several else None
 
         block.register_forward_pre_hook(expand, with_kwargs=True, prepend=True)
 
@@ -284,24 +309,30 @@ class AdapterBank(nn.Module):
         u = self._residual
         if adapters := self._grouped(point):
             assert u is not None
+            if self._index is not None:
+                members = cast(list[Bottleneck], adapters)
+                return Bottleneck.add_indexed(members, self._index, u, out)
             shared = not self._expanded
             chunks = u.expand(len(adapters), *u.shape) if shared else self._chunks(u)
-            return self._expand(out) + type(adapters[0]).grouped(adapters, chunks).flatten(0, 1)
+            base = self._chunks(self._expand(out))
+            return type(adapters[0]).add_grouped(adapters, chunks, base).flatten(0, 1)
         for adapter, weight in self._found(point):
             assert u is not None
-            out = out + (adapter(u) if weight == 1 else weight * adapter(u))
+            out = adapter.add(u, out, weight)
         self._residual = None
         return out
 
     def _out(self, point: str, inp: Tensor, out: Tensor) -> Tensor:
+        if out.data_ptr() == inp.data_ptr():
+            out = out.clone()  # adapters may write into a module's output, not into its input
         if adapters := self._grouped(point):
-            parts = zip(adapters, self._chunks(inp), self._chunks(out), strict=True)
-            return torch.cat([a.after(i, o) for a, i, o in parts])
+            chunks = self._chunks(inp), self._chunks(out)
+            return type(adapters[0]).after_grouped(adapters, *chunks).flatten(0, 1)
         found = self._found(point)
         if len(found) == 1 and found[0][1] == 1:
             return found[0][0].after(inp, out)
         for adapter, weight in found:  # sums are defined for adapters that only add
-            out = out + weight * adapter(inp)
+            out = adapter.add(inp, out, weight)
         return out
 
     def _in(self, point: str, inp: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ Deviations: the frozen network is in evaluation mode while adapters learn (the o
 training mode, which is the same for ViTs without dropout). Means are kept as sums and counts, so a
 class that comes back updates its mean; the official code overwrites it. Left out: the BatchNorm
 variant for ResNets, and the evaluation after every epoch (a side effect of which, other shuffles,
-disappears as well). `tuning=peft` (adapters of the peft library) is ours.
+disappears as well). `tuning=dora` and `tuning=peft` (adapters of
+the peft library) are ours.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.adapters import Adapter, Bottleneck, Prompt, ScaleShift
+from backbones.adapters import Adapter, Bottleneck, DoRA, Prompt, ScaleShift
 from backbones.backbone import Backbone, weights_hash
 from backbones.bank import AdapterBank
 from backbones.heads import CosineHead, PrototypeHead
@@ -37,7 +38,7 @@ from core.errors import Diverged, UserError
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
 
-Tuning = Literal["adapter", "ssf", "vpt_deep", "vpt_shallow", "finetune", "peft"]
+Tuning = Literal["adapter", "ssf", "vpt_deep", "vpt_shallow", "finetune", "dora", "peft"]
 NAME = "tuned"  # of the one set of adapters
 
 
@@ -47,12 +48,13 @@ class APER(CLStrategy):
     Args:
         tuning: what learns on the first task. `adapter`: a bottleneck beside every MLP. `ssf`:
             scale and shift after every linear layer and norm. `vpt_deep`, `vpt_shallow`: prompts
-            at every block, or at the first one. `finetune`: a copy of the whole network. `peft`:
-            an adapter of the peft library.
+            at every block, or at the first one. `finetune`: a copy of the whole network. `dora`:
+            every qkv layer (ours). `peft`: an adapter of the peft library.
         epochs: passes over the training images of the first task; the others need none.
         lr: initial rate, cosine schedule to 0 over the epochs.
         weight_decay: of everything that learns, biases and head included.
-        rank, dropout, scale: of `adapter`: hidden width, dropout on it, factor of its output.
+        rank, dropout, scale: of `adapter`: hidden width, dropout on it, factor of its output;
+            `dora` has the first and the last.
         prompt_length: tokens, of each block for `vpt_deep`.
         peft: options of the peft library's configuration (`peft_type`, lora by default, and e.g.
             r, lora_alpha, target_modules); needed for `tuning=peft`.
@@ -142,6 +144,12 @@ class APER(CLStrategy):
                     dim, self.rank, scale=self.scale, dropout=self.dropout, generator=draw
                 )
                 for i in blocks
+            }
+        if self.tuning == "dora":
+            layers = {f"blocks.{i}.attn.qkv": net.blocks[i].attn.qkv for i in blocks}
+            return {
+                f"{name}:out": DoRA(layer, self.rank, scale=self.scale, generator=draw)
+                for name, layer in layers.items()
             }
         if self.tuning == "vpt_shallow":
             return {"blocks:tokens": Prompt(dim, self.prompt_length)}

@@ -26,10 +26,11 @@ the head names a task, and so on until both agree.
 
 Deviations: covariances and means are computed in float64. The Cholesky factor of a class is
 computed once, not in every epoch (same draws, same samples). Retrieval is a table of next indices
-instead of a loop over images. A class of which no covariance can be had gets a diagonal one, with
-a warning; the official code stops there. Which task a class belongs to is a table, and a class
-that comes back belongs to its last task. `multi-centroid` statistics, used by no official setting,
-are left out.
+instead of a loop over images; past five tasks and without kept features, an image goes only
+through the sets that it is sent to, at most five passes. A class of which no covariance can be had
+gets a diagonal one, with a warning; the official code stops there. Which task a class belongs to
+is a table, and a class that comes back belongs to its last task. `multi-centroid` statistics, used
+by no official setting, are left out.
 """
 
 from __future__ import annotations
@@ -492,9 +493,7 @@ class Mos(CLStrategy):
         owner = self.owner[: similar.shape[1]]
         chosen = retrieve(scores, owner[similar.argmax(1)], owner)
         refined = scores[chosen, torch.arange(len(chosen), device=chosen.device)]
-        if not self.ensemble:
-            return refined
-        return refined.softmax(1) + (len(scores) * similar).softmax(1)
+        return self._joined(refined, similar, len(scores))
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -505,11 +504,36 @@ class Mos(CLStrategy):
         names = self.names[: int(self.finished)]
         if not names:
             return x.new_zeros(len(x), len(self.counts))
+        if self.mode == "functional" and len(names) > EVALUATIONS + 1:
+            return self._follow(x, names)
         with ExitStack() as stack:
             for task, name in enumerate(names):
                 stack.enter_context(self.merging(name, task))
             found = self.embed(x, names)
         return self.classify(dict(zip(names, found, strict=True)))
+
+    def _follow(self, x: Tensor, names: list[str]) -> Tensor:
+        """`predict` by the sets that an image asks for, at most 1 + `EVALUATIONS` of them."""
+        seen = self.stops[len(names) - 1]
+        owner = self.owner[:seen]
+        with evaluation_mode(self):
+            similar = self.prototypes(self.bank.features(x, names[0]))[:, :seen]
+            at, asking = owner[similar.argmax(1)], torch.arange(len(x), device=x.device)
+            scores = similar.new_zeros(similar.shape)
+            for _ in range(EVALUATIONS):
+                found = self.bank.features_indexed(x[asking], names, at)
+                scores[asking] = self.head(found)[:, :seen]
+                following = owner[scores[asking].argmax(1)]
+                asking, at = asking[following != at], following[following != at]
+                if not len(asking):
+                    break
+        return self._joined(scores, similar, len(names))
+
+    def _joined(self, scores: Tensor, similar: Tensor, tasks: int) -> Tensor:
+        """What the head says [B, C], with the prototypes' [B, C] if `ensemble`."""
+        if not self.ensemble:
+            return scores
+        return scores.softmax(1) + (tasks * similar).softmax(1)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)

@@ -47,6 +47,7 @@ from cl.common import (
 from core.errors import UserError
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
+from kernels import adapter
 
 MAPS = ("q", "v")
 
@@ -92,16 +93,21 @@ class StackedLoRA(Adapter):
         self.old_a, self.old_b = self.factors()
         self._start(generator)
 
+    def _both(self, x: Tensor) -> Tensor:
+        """The input of q's and of v's branch, [2, rows, d]."""
+        x = x.flatten(0, -2).expand(2, -1, -1)
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., 3d], zeros in the rows of k."""
-        a, b = self.factors()
-        shape, x = x.shape[:-1], x.flatten(0, -2)
-        if self.training and self.dropout:
-            hidden = F.dropout(x.expand(2, *x.shape), self.dropout) @ a.mT
-        else:
-            hidden = F.linear(x, a.flatten(0, 1)).unflatten(1, a.shape[:2]).transpose(0, 1)
-        q, v = (self.scale * (hidden @ b.mT)).unbind()
-        return torch.cat([q, torch.zeros_like(q), v], -1).view(*shape, 3 * self.dim)
+        q, v = adapter(self._both(x), *self.factors(), scale=self.scale).unbind()
+        return torch.cat([q, torch.zeros_like(q), v], -1).view(*x.shape[:-1], 3 * self.dim)
+
+    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
+        old = base.reshape(-1, 3, self.dim).transpose(0, 1)  # q, k, v
+        scale = weight * self.scale
+        q, v = adapter(self._both(x), *self.factors(), scale=scale, base=old[::2]).unbind()
+        return torch.cat([q, old[1], v], -1).view(base.shape)
 
     @torch.no_grad()
     def delta(self) -> Tensor:

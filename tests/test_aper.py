@@ -31,7 +31,7 @@ PEFT = pytest.param(
         importlib.util.find_spec("peft") is None, reason="the peft library is not installed"
     ),
 )
-ALL = (*RECORDED, "finetune", PEFT)
+ALL = (*RECORDED, "finetune", "dora", PEFT)
 LORA = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.1, "target_modules": ["qkv"]}
 
 

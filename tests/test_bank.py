@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from backbones.adapters import (
     Adapter,
     Bottleneck,
+    DoRA,
     DualRank,
     LoRA,
     Prefix,
@@ -136,6 +138,69 @@ def test_one_grouped_pass_equals_one_pass_per_set(key):
     assert torch.allclose(each, one, rtol=1e-4, atol=1e-5)
     assert net.passes.forward - before == 3 * len(X)
     assert not torch.allclose(one[0], one[1])
+
+
+def test_dora_is_the_identity_at_first_and_then_what_its_definition_says():
+    net = backbone(depth=1)
+    net.requires_grad_(False)
+    bank, layer = AdapterBank(net), net.net.blocks[0].attn.qkv
+    with torch.no_grad():
+        plain = net.features(X)
+    dora = DoRA(layer, 4, scale=0.5)
+    bank.add("d", {"blocks.0.attn.qkv:out": dora})
+    with torch.no_grad():
+        assert torch.equal(bank.features(X, "d"), plain)
+    wake(bank, "d")
+    x, weight = torch.rand(2, 5, net.dim), layer.weight + 0.5 * dora.b @ dora.a
+    want = F.linear(x, weight) * (dora.magnitude / weight.detach().norm(dim=1)) + layer.bias
+    g = torch.rand_like(want)
+    expected = torch.autograd.grad(want, [dora.a, dora.b, dora.magnitude], g)
+    got = dora.after(x, layer(x))
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(got, [dora.a, dora.b, dora.magnitude], g)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    bank.copy("d", "e")
+    assert bank.adapters("e")["blocks.0.attn.qkv:out"]._linear[0] is layer
+    with torch.no_grad():  # the kept norm follows the weights
+        assert torch.allclose(dora.after(x, layer(x)), want, rtol=1e-4, atol=1e-5)
+        dora.b.mul_(2)
+        assert not torch.allclose(dora.after(x, layer(x)), want, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_set_for_each_image_in_one_pass():
+    net = backbone()
+    bank = AdapterBank(net)
+    for i in range(3):
+        bank.add(f"t{i}", sets(net.dim, 3)["parallel"])
+        wake(bank, f"t{i}", seed=i)
+    index = torch.tensor([2, 0, 2, 1])[: len(X)]
+    names = ["t0", "t1", "t2"]
+    before = net.passes.forward
+    got = bank.features_indexed(X, names, index)
+    assert net.passes.forward - before == len(X)
+    want = torch.stack([bank.features(x[None], names[i])[0] for x, i in zip(X, index, strict=True)])
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got, bank.features(X, "t0"))
+    bank.add("lora", sets(net.dim, 3)["lora"])
+    with pytest.raises(ValueError, match="no bottleneck beside an MLP"):
+        bank.features_indexed(X, ["lora"], index * 0)
+
+
+@torch.no_grad()
+def test_no_adapter_writes_into_the_input_of_a_module():
+    net = backbone(depth=1)
+    bank = AdapterBank(net)
+    bank.add("a", {"blocks.0.drop_path1:out": Bottleneck(net.dim, 4)})  # returns its input
+    wake(bank, "a")
+    seen = []
+    handle = net.net.blocks[0].ls1.register_forward_hook(
+        lambda _, args, out: seen.extend([out, out.clone()])
+    )
+    bank.features(X, "a")
+    handle.remove()
+    assert torch.equal(*seen)
 
 
 @torch.no_grad()

@@ -466,12 +466,34 @@ def test_a_run_costs_one_pass_per_image_and_set(count, gain):
             kept += passes.forward - start
             start = passes.forward
             for (scores, y), batch in zip(scored, seen.test(), strict=True):
-                want = strategy.predict(batch.x)
+                names = strategy.names[: now.index + 1]
+                found = strategy.embed(batch.x, names)  # the official code asks every set
+                want = strategy.classify(dict(zip(names, found, strict=True)))
                 assert torch.equal(y, batch.y) and scores.shape == (2, now.index + 1)
                 assert torch.allclose(scores, want, rtol=0, atol=5e-6)
                 assert torch.equal(scores.argmax(1), want.argmax(1))
             plain += passes.forward - start
     assert kept == 2 * count * count == cache.computed and plain / kept >= gain
+
+
+def test_many_sets_are_asked_only_as_far_as_an_image_leads():
+    """Past 5 tasks `predict` follows each image: at most 5 passes, and the same scores."""
+    node = OmegaConf.load(CONF / "mos.yaml")
+    node.update({"rank": 4, "align_epochs": 1, "align_samples": 8, "statistics": "variance"})
+    strategy = build(node, at="strategy", backbone=tiny(), seed=3, num_classes=12)
+    for now in (task(i, range(i, i + 1), 3, tests=2) for i in range(12)):
+        strategy.grow(now)
+        wake(strategy, CURRENT, now.index)
+        strategy.end_task(now)
+    x = torch.rand(16, 3, 16, 16, generator=generator(1, "test"))
+    found = dict(zip(strategy.names, strategy.embed(x, strategy.names), strict=True))
+    passes = strategy.backbone.passes
+    start = passes.forward
+    got = strategy.predict(x)
+    assert 2 * len(x) <= passes.forward - start <= 5 * len(x)
+    assert torch.allclose(got, strategy.classify(found), rtol=0, atol=5e-6)
+    one = torch.cat([strategy.predict(image[None]) for image in x])
+    assert torch.allclose(got, one, rtol=0, atol=5e-6)
 
 
 def test_prediction_has_no_side_effect_and_ignores_batching():

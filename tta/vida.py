@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.adapters import dual_rank
 from backbones.backbone import Backbone
 from backbones.load import load_strict, load_tensors
 from backbones.surgery import evaluating, make_optimizer
@@ -89,10 +90,10 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        low, high = self.scales.unbind()
-        down = torch.cat([self.vida_down.weight, self.vida_down2.weight])
-        up = torch.cat([low * self.vida_up.weight, high * self.vida_up2.weight], 1)
-        return self.linear_vida(x) + F.linear(F.linear(x, down), up)
+        down = [self.vida_down.weight, self.vida_down2.weight]
+        up = [self.vida_up.weight, self.vida_up2.weight]
+        base = self.linear_vida(x)
+        return dual_rank(x, down, up, self.scales, base=base, in_place=True)
 
 
 def add_adapters(
