@@ -1,4 +1,7 @@
-"""Image corruptions: the reference's outputs, its statistics, and facts that need no data."""
+"""Image corruptions: the reference's outputs, its statistics, and facts that need no data.
+
+`C.corrupt` is `C.corrupt_batch` of one image, so what holds for one holds for the other.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from streams import corruptions as C
+from streams.corruption_ops import blur, common, digital, frost, noise, spatter, weather
 
 ALL = C.STANDARD + C.EXTRA
 PRESETS = {"imagenet": "imagenet224", "cifar": "cifar32"}
@@ -251,6 +256,190 @@ def test_closing_jpeg_step():
     buffer = io.BytesIO()
     Image.fromarray(C.corrupt(image, "contrast", 2)).save(buffer, "JPEG", quality=85, optimize=True)
     assert np.array_equal(own, np.array(Image.open(buffer)))
+    both = torch.from_numpy(np.stack([image, image])).permute(0, 3, 1, 2)
+    for one in C.corrupt_batch(both, "contrast", 2, [0, 0], jpeg_quality=85, chunk=1):
+        assert np.array_equal(own, one.permute(1, 2, 0).numpy())
+
+
+# ------------------------------------------------------------------ batches
+
+
+def batch(count: int, h: int = 48, w: int = 40) -> torch.Tensor:
+    """Different pictures, uint8 [count, 3, h, w]."""
+    return torch.stack([torch.from_numpy(picture(h, w, i)).permute(2, 0, 1) for i in range(count)])
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ALL)
+def test_an_image_does_not_depend_on_its_batch(name, preset, precision):
+    x, ids = batch(5), [7, 0, 3, 11, 2]
+    before = x.clone()
+
+    def make(rows: list[int], severity: int, **options: int) -> torch.Tensor:
+        return C.corrupt_batch(
+            x[rows],
+            name,
+            severity,
+            [ids[i] for i in rows],
+            preset=preset,
+            seed=4,
+            precision=precision,
+            **options,
+        )
+
+    for severity in (1, 3, 5):
+        whole = make([0, 1, 2, 3, 4], severity)
+        assert whole.dtype == torch.uint8 and whole.shape == x.shape
+        assert torch.equal(make([4, 3, 2, 1, 0], severity).flip(0), whole)
+        assert torch.equal(torch.cat([make([0, 1], severity), make([2, 3, 4], severity)]), whole)
+        for chunk in (1, 2, 5):
+            assert torch.equal(make([0, 1, 2, 3, 4], severity, chunk=chunk), whole)
+        if precision == "exact":
+            for i in range(5):
+                single = C.corrupt(
+                    x[i].permute(1, 2, 0).numpy(),
+                    name,
+                    severity,
+                    preset=preset,
+                    seed=4,
+                    index=ids[i],
+                )
+                assert np.array_equal(single, whole[i].permute(1, 2, 0).numpy())
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_image_does_not_depend_on_threads_or_memory_format(name):
+    x = batch(2, 230, 200)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(C.corrupt_batch(x, name, 4, [0, 1], chunk=2))
+    finally:
+        torch.set_num_threads(threads)
+    results.append(
+        C.corrupt_batch(x.contiguous(memory_format=torch.channels_last), name, 4, [0, 1])
+    )
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_float_images_are_levels_over_255(name):
+    x = batch(2)
+    expected = C.corrupt_batch(x, name, 3, [0, 1])
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        own = C.corrupt_batch(x.to(dtype) / 255, name, 3, torch.tensor([0, 1]))
+        assert own.dtype == dtype
+        assert torch.equal(own, expected.to(dtype) / 255)
+
+
+# Largest share of values that float32 may move by one level.
+FAST = {"saturate": 0.3, "defocus_blur": 0.03, "brightness": 0.03, "frost": 0.03}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fast_precision_stays_within_one_level(name):
+    x = batch(2, 96, 96)
+    for severity in (1, 3, 5):
+        exact = C.corrupt_batch(x, name, severity, [0, 1]).numpy()
+        fast = C.corrupt_batch(x, name, severity, [0, 1], precision="fast").numpy()
+        difference = levels(fast, exact)
+        assert difference.max() <= 1
+        assert np.mean(difference > 0) <= FAST.get(name, 0.005)
+
+
+@pytest.mark.parametrize(("h", "w"), [(32, 32), (33, 91), (512, 32), (300, 512), (90, 45)])
+def test_deterministic_operations_at_other_sizes(h, w):
+    """The integer arithmetic of defocus and pixelation, against its plain definition."""
+    ndimage = pytest.importorskip("scipy.ndimage")
+    image = picture(h, w)
+    for severity in (1, 4):
+        factor = C._PARAMETERS["cifar"]["pixelate"][severity - 1]
+        small = Image.fromarray(image).resize(
+            (int(w * factor), int(h * factor)), Image.Resampling.BOX
+        )
+        expected = np.array(small.resize((w, h), Image.Resampling.BOX))
+        assert np.array_equal(C.corrupt(image, "pixelate", severity, preset="cifar"), expected)
+        kernel = blur.disc_kernel(*C._PARAMETERS["cifar"]["defocus_blur"][severity - 1])
+        kernel = kernel.astype(np.float64)
+        sharp = ndimage.correlate(image[..., 1].astype(np.float64), kernel, mode="mirror")
+        own = C.corrupt(image, "defocus_blur", severity, preset="cifar")[..., 1]
+        # equal unless the exact value is an integer
+        near = np.abs(sharp - np.rint(sharp)) < 1e-6
+        assert np.array_equal(own[~near], np.clip(sharp, 0, 255).astype(np.uint8)[~near])
+
+
+def test_sums_of_the_defocus_transform_are_exact():
+    """The error of the transform before rounding is far below one half."""
+    image = torch.full((1, 3, 512, 512), 255, dtype=torch.uint8)
+    image[..., ::3, ::5] = 0
+    kernel = np.rint(blur.disc_kernel(10, 0.5) * 2.0**36)
+    h = w = 512
+    rows = common.reflect101(torch.arange(-10, h + 10), h)
+    padded = image[0, 0][rows][:, rows].to(torch.float64)
+    size = (blur._fft_length(h + 20), blur._fft_length(w + 20))
+    spectrum = torch.fft.rfft2(padded, s=size) * blur._disc_spectrum(10, 0.5, size, torch.float64)
+    sums = torch.fft.irfft2(spectrum, s=size)[20 : 20 + h, 20 : 20 + w]
+    assert (sums - sums.round()).abs().max() < 0.1
+    window = padded[:21, :21].numpy()
+    assert sums[0, 0].round() == (window.astype(np.int64) * kernel.astype(np.int64)).sum()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ALL)
+def test_gpu_images_equal_cpu_images(name):
+    x = batch(3, 224, 224)
+    for severity in (1, 5):
+        own = C.corrupt_batch(x.cuda(), name, severity, [0, 1, 2])
+        assert own.device.type == "cuda"
+        assert torch.equal(own.cpu(), C.corrupt_batch(x, name, severity, [0, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros((1, 1, 32, 32)), r"got \[1, 1, 32, 32\]; repeat the grey channel"),
+        (torch.zeros((1, 4, 32, 32), dtype=torch.uint8), r"\[1, 4, 32, 32\]; drop the alpha"),
+        (torch.zeros((3, 32, 32)), r"must be \[B, 3, H, W\], got \[3, 32, 32\]"),
+        (torch.zeros((1, 3, 31, 40)), "31 x 40 px; both sides must be from 32"),
+        (torch.zeros((1, 3, 40, 513)), "40 x 513 px"),
+        (torch.zeros((1, 3, 32, 32), dtype=torch.int64), "uint8 or float tensor.*torch.int64"),
+        (np.zeros((1, 3, 32, 32), np.uint8), "uint8 or float tensor.*got ndarray"),
+        (torch.full((1, 3, 32, 32), 1.01), r"must lie in \[0, 1\] without NaN"),
+        (torch.full((1, 3, 32, 32), -0.01), r"must lie in \[0, 1\]"),
+        (torch.full((1, 3, 32, 32), float("nan")), "without NaN"),
+    ],
+)
+def test_bad_batches(x, message):
+    with pytest.raises(ValueError, match=message):
+        C.corrupt_batch(x, "fog", 1, [0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "pixelete"}, "did you mean 'pixelate'"),
+        ({"severity": 0}, "severity must be from 1 to 5, got 0"),
+        ({"severity": 6}, "severity must be from 1 to 5, got 6"),
+        ({"indices": [0, 1, 2]}, "must number the 2 images of the batch, got 3"),
+        ({"indices": [0, -1]}, "index -1"),
+        ({"precision": "float16"}, "unknown precision 'float16'; allowed: exact, fast"),
+        ({"chunk": 0}, "chunk must be at least 1 image or None, got 0"),
+        ({"jpeg_quality": 96}, "jpeg_quality must be from 1 to 95"),
+    ],
+)
+def test_bad_settings_of_a_batch(change, message):
+    given = {"x": batch(2, 32, 32), "name": "fog", "severity": 1, "indices": [0, 1], **change}
+    with pytest.raises(ValueError, match=message):
+        C.corrupt_batch(**given)
+
+
+def test_empty_batch():
+    assert C.corrupt_batch(torch.zeros((0, 3, 32, 32)), "snow", 1, []).shape == (0, 3, 32, 32)
 
 
 # ------------------------------------------------------------------ errors
@@ -266,7 +455,8 @@ def test_closing_jpeg_step():
         ({"severity": 2.0}, "severity must be an integer from 1 to 5, got 2.0"),
         ({"preset": "tiny"}, "unknown preset 'tiny'; allowed: imagenet, cifar"),
         ({"image": np.zeros((32, 32, 3))}, r"uint8 \[H, W, 3\], got float64"),
-        ({"image": np.zeros((32, 32), np.uint8)}, r"got uint8 \[32, 32\]"),
+        ({"image": np.zeros((32, 32), np.uint8)}, r"got uint8 \[32, 32\]; repeat the grey"),
+        ({"image": np.zeros((32, 32, 4), np.uint8)}, r"got uint8 \[32, 32, 4\]; drop the alpha"),
         ({"image": np.zeros((3, 32, 32), np.uint8)}, r"got uint8 \[3, 32, 32\]"),
         ({"image": [[0]]}, "NumPy array"),
         ({"image": np.zeros((31, 64, 3), np.uint8)}, "31 x 64 px; both sides must be from 32 to"),
@@ -326,11 +516,12 @@ def test_brightness_and_saturation_of_grey():
 def test_hsv_against_the_standard_library():
     values = np.random.default_rng(0).integers(0, 256, (40, 3))
     values[:6] = [[0, 0, 0], [255, 255, 255], [9, 9, 9], [255, 0, 0], [0, 8, 8], [7, 0, 7]]
-    unit = values.reshape(-1, 1, 3) / 255
-    hsv = C._rgb_to_hsv(unit)
-    expected = np.array([colorsys.rgb_to_hsv(*row[0]) for row in unit])
-    np.testing.assert_allclose(np.stack(hsv, -1)[:, 0], expected, atol=1e-12)
-    np.testing.assert_allclose(C._hsv_to_rgb(*hsv), unit, atol=1e-12)
+    unit = torch.from_numpy(values.T.reshape(1, 3, 40, 1) / 255)
+    hsv = digital.rgb_to_hsv(unit)
+    expected = np.array([colorsys.rgb_to_hsv(*row) for row in values / 255])
+    np.testing.assert_allclose(torch.stack(hsv, -1)[0, :, 0], expected, atol=1e-12)
+    back = digital.hsv_to_levels(*hsv)[0, :, :, 0].T.numpy()
+    assert levels(back, values).max() <= 1  # truncated
 
 
 def test_contrast_by_hand():
@@ -357,30 +548,33 @@ def test_impulses_against_scikit_image():
         draws = C.draw("impulse_noise", severity, (64, 64), preset="imagenet", rng=rng)
         own = C.apply(image, "impulse_noise", severity, draws, preset="imagenet")
         noisy = util.random_noise(image / 255.0, mode="s&p", amount=amount, rng=severity)
-        assert np.array_equal(own, C._to_uint8(noisy))
+        assert np.array_equal(own, common.to_levels(torch.from_numpy(noisy)).numpy())
 
 
 @pytest.mark.parametrize("photons", [3, 60, 500])
 def test_poisson_counts(photons):
     stats = pytest.importorskip("scipy.stats")
-    table, start = C._poisson_table(photons)
-    uniform = np.random.default_rng(0).uniform(size=500)
+    uniform = np.random.default_rng(0).uniform(size=(1, 32, 50, 3))
+    uniform[0, 0, :3, 0] = [0.0, 1e-12, 1 - 1e-12]
     for level in (0, 1, 77, 255):
-        counts = np.searchsorted(table, level + uniform, side="right") - start[level]
-        expected = stats.poisson.ppf(uniform, photons * level / 255)
-        assert np.array_equal(counts, np.maximum(expected, 0))
+        image = torch.full((1, 3, 32, 50), level, dtype=torch.uint8)
+        draws = {"uniform": torch.from_numpy(uniform)}
+        own = noise.shot_noise(image, photons, draws, torch.float64)
+        counts = np.maximum(stats.poisson.ppf(uniform[0], photons * level / 255), 0)
+        expected = np.trunc(np.minimum(counts / photons, 1) * 255).astype(np.uint8)
+        assert np.array_equal(own[0].permute(1, 2, 0).numpy(), expected)
 
 
 def test_gaussian_filters_against_scipy():
     ndimage = pytest.importorskip("scipy.ndimage")
     values = np.random.default_rng(0).uniform(size=(37, 50))
     for sigma in (0.05, 0.4, 1.5, 6):
-        own = C._gaussian_blur_nearest(values, sigma)
+        own = common.gaussian_blur_nearest(torch.from_numpy(values)[None], sigma)[0].numpy()
         assert np.array_equal(own, ndimage.gaussian_filter(values, sigma, mode="nearest"))
     for sigma in (0.64, 2.44, 30):  # the last has a radius beyond the image
-        own = C._gaussian_matrix(37, sigma, 3.0) @ values @ C._gaussian_matrix(50, sigma, 3.0).T
+        left, right = (common.gaussian_matrix(n, sigma, 3.0).numpy() for n in (37, 50))
         expected = ndimage.gaussian_filter(values, sigma, mode="reflect", truncate=3.0)
-        np.testing.assert_allclose(own, expected, atol=1e-12)
+        np.testing.assert_allclose(left @ values @ right.T, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(32, 45), (224, 224)])
@@ -394,7 +588,8 @@ def test_central_zoom_against_scipy(shape):
         large = ndimage.zoom(inside, factor, order=1)
         trim = [(a - b) // 2 for a, b in zip(large.shape, shape, strict=True)]
         expected = large[trim[0] : trim[0] + shape[0], trim[1] : trim[1] + shape[1]]
-        np.testing.assert_allclose(C._central_zoom(values, factor), expected, atol=1e-12)
+        own = common.central_zoom(torch.from_numpy(values), factor).T
+        np.testing.assert_allclose(own, expected, atol=1e-12)
 
 
 def test_number_of_zoom_factors():
@@ -407,12 +602,13 @@ def test_number_of_zoom_factors():
 def test_defocus_is_the_direct_correlation(severity):
     ndimage = pytest.importorskip("scipy.ndimage")
     image = picture(48, 60)
-    kernel = C._disc_kernel(*C._PARAMETERS["imagenet"]["defocus_blur"][severity - 1])
+    kernel = blur.disc_kernel(*C._PARAMETERS["imagenet"]["defocus_blur"][severity - 1])
     assert kernel.sum() == pytest.approx(1.0108 if severity == 5 else 1, abs=1e-4)
     sharp = image / 255.0
     blurred = [ndimage.correlate(sharp[..., c], kernel, mode="mirror") for c in range(3)]
     own = C.corrupt(image, "defocus_blur", severity)
-    assert levels(own, C._to_uint8(np.stack(blurred, -1))).max() <= 1
+    expected = common.to_levels(torch.from_numpy(np.stack(blurred, -1))).numpy()
+    assert levels(own, expected).max() <= 1
 
 
 @pytest.mark.parametrize("reach", [1, 2, 4])
@@ -424,20 +620,24 @@ def test_glass_copies_equal_the_sequential_loop(reach):
     pixels = np.arange(h * w).reshape(h, w)
     for (y, x), (dx, dy) in zip(sites, shifts, strict=True):
         pixels[y, x] = pixels[y + dy, x + dx]  # one way: the partner keeps its value
-    assert np.array_equal(C._glass_sources(shifts, reach, h, w), pixels.ravel())
+    both = torch.from_numpy(np.stack([shifts, shifts])).to(torch.int8)
+    sources = blur.glass_sources(both, reach, h, w).view(2, -1)
+    assert np.array_equal(sources[0], pixels.ravel())
+    assert np.array_equal(sources[1] - h * w, pixels.ravel())
     assert len(np.unique(pixels)) < h * w
 
 
 def test_motion_by_hand():
-    image = np.zeros((40, 40, 3), np.uint8)
-    image[20, 20] = 255
-    own = C._motion(image, 2, 1.0, 0.0)[..., 0]  # reads to the right: the dot smears to the left
+    image = torch.zeros((2, 1, 40, 40), dtype=torch.uint8)
+    image[..., 20, 20] = 255
+    angles = torch.tensor([0.0, 90.0])
+    across, down = common.motion(image, 2, 1.0, angles, torch.float64)[:, 0].numpy()
     weights = np.exp(-(np.arange(5) ** 2) / 2)
     expected = 255 * weights / weights.sum()
-    assert np.allclose(own[20, 20:15:-1], expected, atol=1) and own[20, 21] == 0
-    assert np.count_nonzero(own) == np.count_nonzero(expected >= 1)
-    down = C._motion(image, 2, 1.0, 90.0)[..., 0]
-    assert np.array_equal(down, own.T)
+    # reads to the right: the dot smears to the left
+    assert np.allclose(across[20, 20:15:-1], expected, atol=1) and across[20, 21] == 0
+    assert np.count_nonzero(across) == np.count_nonzero(expected >= 1)
+    assert np.array_equal(down, across.T)
 
 
 def test_fog_surface():
@@ -445,7 +645,9 @@ def test_fog_surface():
     rng = np.random.default_rng(0)
     draws = C.draw("fog", 1, (224, 224), preset="imagenet", rng=rng)
     assert sum(v.size for v in draws.values()) == 3 * (4**8 - 1) // 3  # every point but the first
-    surface = C._height_map(256, params[1], draws)
+    batch = {key: torch.from_numpy(value)[None] for key, value in draws.items()}
+    surface = weather.height_map(256, params[1], batch, torch.float64, torch.device("cpu"))
+    surface = surface[0].numpy()
     assert surface.min() == 0 and surface.max() == 1
     # periodic: the seam is no rougher than the inside
     inside = np.abs(np.diff(surface, axis=0)).mean()
@@ -460,15 +662,15 @@ def test_fog_keeps_the_maximum():
 def test_edges_and_distances():
     step = np.zeros((32, 40), np.uint8)
     step[:, 20:] = 200
-    edges = C._canny(step, 50, 150)
+    edges = spatter.canny(step, 50, 150)
     assert edges.any(axis=1).all() and (edges.sum(axis=1) == 1).all()
     column = int(np.flatnonzero(edges[0])[0])
     assert column in (19, 20)
-    distance = C._edge_distance(edges, 20.0)
+    distance = spatter.edge_distance(edges, 20.0)
     assert np.array_equal(distance[5], np.minimum(np.abs(np.arange(40) - column), 20))
     dot = np.zeros((32, 32), bool)
     dot[10, 10] = True
-    distance = C._edge_distance(dot, 20.0)
+    distance = spatter.edge_distance(dot, 20.0)
     assert distance[12, 11] == pytest.approx(2.1969, abs=1e-4)
     assert distance[13, 13] == pytest.approx(4.2, abs=1e-4)
     assert distance[31, 31] == 20
@@ -487,8 +689,8 @@ def test_spatter_without_a_drop_changes_nothing():
 
 def test_frost_texture_is_an_image_of_ice():
     for index in range(5):
-        texture = C._frost_texture(index)
-        target, deviation, *_ = C._TEXTURES[index]
+        texture = frost.frost_texture(index)
+        target, deviation, *_ = frost.TEXTURES[index]
         assert np.abs(texture.mean((0, 1)) - target).max() < 5
         assert abs(texture.std((0, 1)).mean() - deviation) < 5
     assert C.frost_source(None) == "synthetic texture"
@@ -520,5 +722,5 @@ def test_frost_refuses_what_does_not_fit(photographs):
         C.corrupt(picture(120, 40), "frost", 1, frost_dir=photographs)
     (photographs / "frost4.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks frost4\.jpg"):
-        C._frost_photographs.cache_clear()
+        frost.frost_photographs.cache_clear()
         C.corrupt(picture(40, 40), "frost", 1, frost_dir=photographs)

@@ -1,0 +1,268 @@
+"""Speed of the corruptions against public code, in one process and interleaved.
+
+    python scripts/bench_corruptions.py          # writes results/corruptions/<machine>.json
+    python scripts/bench_corruptions.py --device cuda --batch 64
+
+Milliseconds of processor time an image, one core, severity 5, draws included. Every round runs all
+sides of a corruption one after the other; the table shows medians over the rounds, and ratios that
+are medians of the ratios within a round.
+
+`exact` and `fast` are `corrupt_batch` in its two precisions, `single` is `corrupt`. `public` is the
+package `imagecorruptions`, if it can be imported (`--packages` names a folder to look in; names
+that newer libraries have dropped are put back for it, which changes none of its arithmetic). Its
+frost decodes a photograph for every image and its elastic transform lacks the affine part. `steps`
+is scripts/reference_corruptions.py. Ratios are against `public`, else against `steps`.
+
+On a GPU the times are wall-clock, the draws stay on the host, and the last column is the share of a
+ResNet-50 forward (fp32, same batch) that the generation of the batch costs.
+"""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"  # before NumPy is loaded
+
+import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import io  # noqa: E402
+import re  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+import types  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from reference_corruptions import transcriptions  # noqa: E402
+
+from core.record import environment, write_json  # noqa: E402
+from streams import corruptions as C  # noqa: E402
+
+SEVERITY = 5
+Side = Callable[[], Any]
+
+
+def scene(side: int, seed: int) -> np.ndarray:
+    """Cloudy random colours with the 1/f spectrum of photographs, uint8 [side, side, 3]."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
+    frequency[0, 0] = np.inf
+    planes = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(3, side, side))) / frequency**1.3)
+    planes *= 50 / planes.std(axis=(1, 2), keepdims=True)
+    return np.clip(planes.transpose(1, 2, 0) + 120, 0, 255).astype(np.uint8)
+
+
+def public(packages: Path | None) -> tuple[Callable[..., Any] | None, str]:
+    """`imagecorruptions.corrupt` and its version, or None and the reason."""
+    if packages is not None:
+        sys.path.insert(0, str(packages))
+    try:
+        import cv2
+        import scipy.ndimage
+        import skimage.filters
+
+        cv2.setNumThreads(1)
+        interpolation = types.ModuleType("scipy.ndimage.interpolation")
+        interpolation.map_coordinates = scipy.ndimage.map_coordinates  # type: ignore
+        resources = types.ModuleType("pkg_resources")
+        resources.resource_filename = lambda name, path: str(  # type: ignore
+            Path(sys.modules[name].__file__ or "").parent / path
+        )
+        sys.modules[interpolation.__name__] = interpolation
+        sys.modules[resources.__name__] = resources
+        np.float_ = np.float64  # type: ignore
+        import imagecorruptions
+        import imagecorruptions.corruptions as module
+
+        def gaussian(image: np.ndarray, sigma: Any, multichannel: bool = False, **more: Any) -> Any:
+            axis = -1 if multichannel else None
+            return skimage.filters.gaussian(image, sigma, channel_axis=axis, **more)
+
+        module.gaussian = gaussian
+    except ImportError as error:
+        return None, f"not available ({error})"
+    from importlib.metadata import version
+
+    return imagecorruptions.corrupt, f"imagecorruptions {version('imagecorruptions')}"
+
+
+def clock(run: Side, images: int, cuda: bool) -> float:
+    """Milliseconds an image: processor time of this process, or wall-clock time on a GPU."""
+    now = time.perf_counter if cuda else time.process_time
+    if cuda:
+        torch.cuda.synchronize()
+    start = now()
+    with contextlib.redirect_stdout(io.StringIO()):  # the package prints
+        run()
+    if cuda:
+        torch.cuda.synchronize()
+    return (now() - start) * 1000 / images
+
+
+def forward_ms(batch: int, side: int, rounds: int, device: torch.device) -> float:
+    """Milliseconds an image of a ResNet-50 forward, fp32, channels-last."""
+    from torchvision.models import resnet50
+
+    net = resnet50().eval().to(device, memory_format=torch.channels_last)
+    x = torch.rand(batch, 3, side, side, device=device).to(memory_format=torch.channels_last)
+    cuda = device.type == "cuda"
+    with torch.inference_mode():
+        for _ in range(3):
+            net(x)
+        return float(np.median([clock(lambda: net(x), batch, cuda) for _ in range(rounds)]))
+
+
+def compare(
+    name: str, args: argparse.Namespace, other: Callable[..., Any] | None, files: list[Path]
+) -> dict[str, Any]:
+    """Medians and ratios of one corruption."""
+    cuda = args.device == "cuda"
+    scenes = [scene(args.side, i) for i in range(args.batch)]
+    x = torch.stack([torch.from_numpy(s).permute(2, 0, 1) for s in scenes]).contiguous()
+    x = x.to(args.device)
+    given = {"frost_dir": args.frost}
+    ids = range(args.batch)
+    sides: dict[str, tuple[Side, int]] = {
+        precision: (
+            partial(C.corrupt_batch, x, name, SEVERITY, ids, precision=precision, **given),
+            args.batch,
+        )
+        for precision in ("exact", "fast")
+    }
+    if not cuda:
+        sides["single"] = (partial(C.corrupt, scenes[0], name, SEVERITY, **given), 1)
+        if other is not None:
+            sides["public"] = (partial(other, scenes[0], SEVERITY, name), 1)
+        steps = transcriptions(files).get(name)
+        if steps is not None:
+            parameters = C._PARAMETERS["imagenet"][name][SEVERITY - 1]
+            rng = np.random.RandomState(0)
+            sides["steps"] = (partial(steps, scenes[0], parameters, rng), 1)
+    for run, _ in sides.values():
+        clock(run, 1, cuda)
+    times: dict[str, list[float]] = {key: [] for key in sides}
+    for _ in range(args.rounds):
+        for key, (run, images) in sides.items():
+            # single images are timed in groups, for a clock of limited resolution
+            slow = name == "glass_blur" and key in ("public", "steps")
+            repeats = 1 if images > 1 or slow else args.batch
+            times[key].append(np.mean([clock(run, images, cuda) for _ in range(repeats)]))
+    row: dict[str, Any] = {"name": name} | {k: float(np.median(v)) for k, v in times.items()}
+    rival = "public" if "public" in times else "steps" if "steps" in times else None
+    if rival:
+        row["against"] = rival
+        for key in ("exact", "fast"):
+            ratios = np.divide(times[rival], times[key])
+            row[f"{key}_ratio"] = float(np.median(ratios))
+            row[f"{key}_range"] = [float(ratios.min()), float(ratios.max())]
+    return row
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums and geometric means over the standard corruptions."""
+    chosen = [row for row in rows if row["name"] in C.STANDARD]
+    keys = [
+        k for k in ("exact", "fast", "single", "public", "steps") if all(k in r for r in chosen)
+    ]
+    out: dict[str, Any] = {"corruptions": len(chosen)}
+    out["sum_ms"] = {key: sum(row[key] for row in chosen) for key in keys}
+    if all("exact_ratio" in row for row in chosen):
+        for key in ("exact", "fast"):
+            ratios = [row[f"{key}_ratio"] for row in chosen]
+            out[f"{key}_geometric_mean"] = float(np.exp(np.mean(np.log(ratios))))
+            out[f"{key}_lowest"] = min(ratios)
+            rival = sum(row[row["against"]] for row in chosen)
+            out[f"{key}_sum_ratio"] = rival / out["sum_ms"][key]
+    return out
+
+
+def table(rows: list[dict[str, Any]], forward: float | None) -> str:
+    """Markdown."""
+    keys = [k for k in ("exact", "fast", "single", "public", "steps") if any(k in r for r in rows)]
+    heads = ["corruption", *(f"{k} ms" for k in keys), "exact ratio", "fast ratio"]
+    if forward is not None:
+        heads = [*heads[:-2], "share of a forward, %"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        cells = [row["name"], *(f"{row[k]:.2f}" if k in row else "" for k in keys)]
+        if forward is not None:
+            cells.append(f"{100 * row['exact'] / forward:.0f}")
+        else:
+            cells += [f"{row[k]:.1f}" if k in row else "" for k in ("exact_ratio", "fast_ratio")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--names", nargs="+", default=[*C.STANDARD, *C.EXTRA])
+    add("--side", type=int, default=224)
+    add("--batch", type=int, default=8)
+    add("--rounds", type=int, default=7)
+    add("--frost", type=Path, help="frost photographs; default: those of the package, if installed")
+    add("--packages", type=Path, help="folder with imagecorruptions and opencv-python-headless")
+    add("--out", type=Path, help="default: results/corruptions/<machine>.json")
+    args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in (*C.STANDARD, *C.EXTRA)]:
+        parser.error(f"unknown corruption {unknown}; there are {[*C.STANDARD, *C.EXTRA]}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device was found")
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    device = torch.device(args.device)
+    other, contender = public(args.packages)
+    if args.frost is None and other is not None:
+        args.frost = Path(sys.modules["imagecorruptions"].__file__ or "").parent / "frost"
+    files = [args.frost / name for name in C.FROST_FILES] if args.frost else []
+    before = os.getloadavg()[0]
+    facts = environment(device)
+    print(f"{facts['device']}; public: {contender}; frost: {C.frost_source(args.frost)}")
+    rows = []
+    for name in args.names:
+        rows.append(compare(name, args, other, files))
+        print(
+            {k: round(v, 2) for k, v in rows[-1].items() if isinstance(v, float)}, name, flush=True
+        )
+    forward = None
+    if args.device == "cuda":
+        forward = forward_ms(args.batch, args.side, args.rounds, device)
+    total = summary(rows)
+    print(table(rows, forward))
+    print(total)
+    machine = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    path = args.out or ROOT / "results" / "corruptions" / f"{machine}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = [Path(a).name if "/" in a else a for a in sys.argv[1:]]
+    write_json(
+        path,
+        {
+            "command": "python scripts/bench_corruptions.py " + " ".join(shown),
+            "environment": facts,
+            "public": contender,
+            "frost": C.frost_source(args.frost),
+            "severity": SEVERITY,
+            "side": args.side,
+            "batch": args.batch,
+            "rounds": args.rounds,
+            "load": [before, os.getloadavg()[0]],
+            "rows": rows,
+            "summary": total,
+            "forward_ms": forward,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Brightness, contrast, elastic transform, pixelation, JPEG and saturation."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streams.corruption_ops.common import (
+    Array,
+    Draws,
+    Rng,
+    field,
+    gaussian_matrix,
+    jpeg,
+    planes,
+    reflect,
+    reflect101,
+    to_levels,
+)
+
+
+def rgb_to_hsv(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hexcone model; hue in [0, 1), grey pixels get hue 0. [B, 3, H, W] -> three [B, H, W]."""
+    red, green, blue = (channel.contiguous() for channel in rgb.unbind(1))
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    grey = chroma == 0
+    divisor = chroma.masked_fill(grey, 1.0)
+    # The last of the largest channels decides, and a pure difference of the other two is divided.
+    from_blue, from_green = blue == value, green == value
+    difference = torch.where(
+        from_blue, red - green, torch.where(from_green, blue - red, green - blue)
+    )
+    sector = from_green.to(rgb.dtype).mul_(2).masked_fill_(from_blue, 4.0)
+    hue = difference.div_(divisor).add_(sector).div_(6.0)
+    hue += hue < 0
+    hue.masked_fill_(grey, 0.0)
+    saturation = chroma / value.masked_fill(value == 0, 1.0)
+    return hue, saturation, value
+
+
+def hsv_to_levels(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Inverse of `rgb_to_hsv`, truncated: three [B, H, W] in [0, 1] -> uint8 [B, 3, H, W]."""
+    position = hue * 6.0
+    sector = position.floor()
+    fraction = position.sub_(sector)
+    sector = sector.to(torch.uint8)
+    odd = sector.bitwise_and(1).bool()
+    # The middle channel falls within the odd sectors and rises within the even ones.
+    share = torch.where(odd, fraction, 1.0 - fraction).mul_(saturation)
+    middle = to_levels(value * (1.0 - share))
+    low = to_levels(value * (1.0 - saturation))
+    high = to_levels(value.clone())
+    sector.remainder_(6)
+    out = torch.empty((hue.shape[0], 3, *hue.shape[1:]), dtype=torch.uint8, device=hue.device)
+    for channel, (highs, middles) in enumerate(
+        (((0, 5), (1, 4)), ((1, 2), (0, 3)), ((3, 4), (2, 5)))
+    ):
+        is_high = (sector == highs[0]) | (sector == highs[1])
+        is_middle = (sector == middles[0]) | (sector == middles[1])
+        out[:, channel] = torch.where(is_high, high, torch.where(is_middle, middle, low))
+    return out
+
+
+def brightness(levels: Tensor, shift: float, draws: Draws, dtype: torch.dtype) -> Tensor:
+    """Adds `shift` to the HSV value."""
+    hue, saturation, value = rgb_to_hsv(planes(levels, dtype))
+    return hsv_to_levels(hue, saturation, (value + shift).clamp_(0, 1))
+
+
+def saturate(
+    levels: Tensor, params: tuple[float, float], draws: Draws, dtype: torch.dtype
+) -> Tensor:
+    """HSV saturation times params[0] plus params[1]; grey pixels turn reddish if params[1] > 0."""
+    hue, saturation, value = rgb_to_hsv(planes(levels, dtype))
+    saturation = saturation.mul_(params[0]).add_(params[1]).clamp_(0, 1)
+    return hsv_to_levels(hue, saturation, value)
+
+
+def contrast(levels: Tensor, factor: float, draws: Draws, dtype: torch.dtype) -> Tensor:
+    """Shrinks the deviation from each channel's spatial mean by `factor`."""
+    pixels = levels.shape[2] * levels.shape[3]
+    total = levels.sum((2, 3), keepdim=True, dtype=torch.int64)
+    mean = total.to(torch.float64).div_(255 * pixels).to(dtype)
+    return to_levels(planes(levels, dtype).sub_(mean).mul_(factor).add_(mean))
+
+
+def draw_elastic(params: tuple[float, float, float], h: int, w: int, rng: Rng) -> dict[str, Array]:
+    _, _, jitter = params
+    return {
+        "corners": rng.uniform(-jitter, jitter, size=(3, 2)),
+        "dx": rng.uniform(-1, 1, size=(h, w)),
+        "dy": rng.uniform(-1, 1, size=(h, w)),
+    }
+
+
+def _bilinear(
+    pixels: Tensor,
+    rows: tuple[Tensor, Tensor],
+    columns: tuple[Tensor, Tensor],
+    fy: Tensor,
+    fx: Tensor,
+) -> Tensor:
+    """Blend of the four neighbours; pixels [B, 3, H, W], indices and fractions [B, H, W]."""
+    b, c, h, w = pixels.shape
+    flat = pixels.view(b, c, h * w)
+    total = torch.zeros_like(flat)
+    for row, weight_y in zip(rows, (1 - fy, fy), strict=True):
+        for column, weight_x in zip(columns, (1 - fx, fx), strict=True):
+            index = (row * w + column).view(b, 1, h * w).expand(b, c, h * w)
+            total += flat.gather(2, index).mul_((weight_y * weight_x).view(b, 1, h * w))
+    return total.view(b, c, h, w)
+
+
+def _inverse_affine(h: int, w: int, moves: Array) -> tuple[tuple[float, float, float], ...]:
+    """The map from output to input (x, y) that moves three points round the centre by `moves`."""
+    centre = np.array([h // 2, w // 2], dtype=np.float32)
+    reach = np.float32(min(h, w) // 3)
+    old = centre + reach * np.array([[1, 1], [1, -1], [-1, -1]], dtype=np.float32)
+    new = (old + moves.astype(np.float32)).astype(np.float64)
+    # output position -> input position: solve for the forward map, then invert it
+    design = np.concatenate([old.astype(np.float64), np.ones((3, 1))], axis=1)
+    (a, b, tx), (c, d, ty) = np.linalg.solve(design, new).T.tolist()
+    determinant = a * d - b * c
+    scale = 1.0 / determinant if determinant != 0 else 0.0
+    a, b, c, d = d * scale, -b * scale, -c * scale, a * scale
+    return (a, b, -(a * tx + b * ty)), (c, d, -(c * tx + d * ty))
+
+
+def _affine_warp(image: Tensor, moves: Tensor) -> Tensor:
+    """Warps [B, 3, H, W] by the affine maps that move three points by `moves` [B, 3, 2].
+
+    As in OpenCV 4, positions are fixed-point numbers and the sampling fraction is a multiple of
+    1/32 pixel; border mirrored without edge.
+    """
+    h, w = image.shape[-2:]
+    device, dtype = image.device, image.dtype
+    maps = torch.tensor([_inverse_affine(h, w, m) for m in moves.numpy()], dtype=torch.float64)
+    columns, rows = torch.arange(w, dtype=torch.float64), torch.arange(h, dtype=torch.float64)
+    positions = []
+    for factor_x, factor_y, shift in maps.permute(1, 2, 0)[..., None]:
+        along = (factor_x * columns).mul_(1024).round_()
+        down = (factor_y * rows).add_(shift).mul_(1024).round_().add_(16)
+        fixed = (down.long()[:, :, None] + along.long()[:, None, :]).to(device)
+        positions.append(fixed >> 5)
+    x, y = positions
+    fx, fy = ((position & 31).to(dtype).div_(32) for position in (x, y))
+    x, y = x >> 5, y >> 5
+    return _bilinear(
+        image,
+        (reflect101(y, h), reflect101(y + 1, h)),
+        (reflect101(x, w), reflect101(x + 1, w)),
+        fy,
+        fx,
+    )
+
+
+def elastic_transform(
+    levels: Tensor, params: tuple[float, float, float], draws: Draws, dtype: torch.dtype
+) -> Tensor:
+    """Random affine warp, then a smooth displacement field; params (alpha, sigma, jitter) in px.
+
+    draws: "corners" [3, 2] in +-jitter, "dx" and "dy" [H, W] in +-1. The fields are smoothed with
+    standard deviation sigma (radius floor(3 sigma + 1/2), half-sample mirrored) and scaled by
+    alpha. The image is in float32 as in the reference, the smoothing in `dtype`.
+    """
+    alpha, sigma, _ = params
+    h, w = levels.shape[-2:]
+    device = levels.device
+    warped = _affine_warp(planes(levels, torch.float32), field(draws, "corners", (3, 2)))
+    positions = []
+    for key, n, shape in (("dx", w, (1, w)), ("dy", h, (h, 1))):
+        shift = field(draws, key, (h, w)).to(device, dtype)
+        if sigma > 0:
+            left, right = (gaussian_matrix(m, sigma, 3.0).to(device, dtype) for m in (h, w))
+            # One product per image: a library may sum in another order in another shape.
+            shift = torch.stack([left @ one @ right.T for one in shift])
+        shift = shift.mul(alpha).to(torch.float32).to(torch.float64)
+        positions.append(shift.add_(torch.arange(n, device=device).view(shape)))
+    x, y = positions
+    left, top = x.floor(), y.floor()
+    fx, fy = x.sub_(left).float(), y.sub_(top).float()
+    left, top = left.long(), top.long()
+    return to_levels(
+        _bilinear(
+            warped,
+            (reflect(top, h), reflect(top + 1, h)),
+            (reflect(left, w), reflect(left + 1, w)),
+            fy,
+            fx,
+        )
+    )
+
+
+@lru_cache(maxsize=32)
+def _box_windows(n: int, m: int) -> tuple[Tensor, Tensor]:
+    """Pillow's box filter from n to m < n samples: which samples each result averages.
+
+    Returns the membership matrix of zeros and ones, float32 [n, m], and the reciprocal number of
+    samples in fixed point (22 fractional bits), float64 [m].
+    """
+    scale = n / m
+    centre = (np.arange(m) + 0.5) * scale
+    sample = np.arange(n)[:, None]
+    inside = (sample >= np.trunc(centre - 0.5 * scale + 0.5)) & (
+        sample < np.trunc(centre + 0.5 * scale + 0.5)
+    )
+    offset = (sample - centre + 0.5) * (1.0 / scale)
+    member = inside & (offset > -0.5) & (offset <= 0.5)
+    weight = np.rint((1 << 22) / member.sum(0))
+    return torch.from_numpy(member.astype(np.float32)), torch.from_numpy(weight)
+
+
+def _shrink_columns(values: Tensor, m: int) -> Tensor:
+    """Box-filters the last dimension of integral float32 values to m samples, 8-bit rounding."""
+    member, weight = (t.to(values.device) for t in _box_windows(values.shape[-1], m))
+    sums = (values @ member).to(torch.float64)  # small integers: exact in any order
+    return sums.mul_(weight).add_(1 << 21).div_(1 << 22).floor_().to(torch.float32)
+
+
+def pixelate(levels: Tensor, factor: float, draws: Draws, dtype: torch.dtype) -> Tensor:
+    """Box-filter resize to floor(side * factor) and back, in the integer arithmetic of Pillow.
+
+    Each pass is rounded to 8 bits: columns first, then rows; rows first where the image is more
+    than twice as tall as wide. Enlarging by a box filter repeats the nearest sample.
+    """
+    h, w = levels.shape[-2:]
+    small_h, small_w = int(h * factor), int(w * factor)
+    small = levels.contiguous().to(torch.float32)
+    if h > 2 * w:
+        small = _shrink_columns(small.mT.contiguous(), small_h).mT.contiguous()
+        small = _shrink_columns(small, small_w)
+    else:
+        small = _shrink_columns(small, small_w).mT.contiguous()
+        small = _shrink_columns(small, small_h).mT
+    small = small.to(torch.uint8, memory_format=torch.contiguous_format)
+    rows, columns = (
+        torch.arange(n, dtype=torch.float64).add_(0.5).mul_(m / n).long().to(levels.device)
+        for n, m in ((h, small_h), (w, small_w))
+    )
+    return small.index_select(-1, columns).index_select(-2, rows)
+
+
+def jpeg_compression(levels: Tensor, quality: int, draws: Draws, dtype: torch.dtype) -> Tensor:
+    """Baseline JPEG of the given quality, by Pillow on the host."""
+    return jpeg(levels, quality)
