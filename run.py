@@ -5,10 +5,10 @@ torch is imported only once a run starts, so that --help, --cfg job and typos an
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +22,44 @@ from omegaconf.errors import OmegaConfBaseException
 from core.errors import UserError, suggest
 
 CONF = Path(__file__).parent / "conf"
-FAILED: list[str] = []  # runs of this sweep that ended with an error
+PLUGINS = {  # launcher -> the package that it needs, all in the extra `sweep`
+    "joblib": "hydra_joblib_launcher",
+    "slurm": "hydra_submitit_launcher",
+    "submitit_local": "hydra_submitit_launcher",
+}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def run(cfg: DictConfig) -> float | None:
     """One run; returns the headline number, which Hydra sweepers may optimise."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        from core.sweep import run_job
+
+        return run_job(cfg)
     from core.checkpoint import Stopped
     from core.experiment import run_experiment
 
-    overrides = list(HydraConfig.get().overrides.task)
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        metrics = run_experiment(cfg, overrides)["metrics"]
+        metrics = run_experiment(cfg, list(HydraConfig.get().overrides.task))["metrics"]
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from None
-    except Exception as error:
-        if not isinstance(error, UserError):
-            if not sweep:
-                raise
-            traceback.print_exc()
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        if not sweep:
-            raise SystemExit(2) from None
-        FAILED.append(" ".join(overrides))  # the other runs of a sweep go on
-        return None
+        raise SystemExit(2) from None
     return metrics.get("err_mean", metrics.get("acc_inc"))
 
 
 def explain(error: BaseException) -> str:
     """A Hydra or OmegaConf error in one short message, with the nearest valid name."""
     text = str(error)
-    found = re.search(r"Could not find '([^/']+)/([^']+)'", text)
+    found = re.search(r"Could not find '((?:hydra/)?[^/']+)/([^']+)'", text)
     if found and (CONF / found.group(1)).is_dir():
         group, given = found.groups()
         options = sorted(
             p.relative_to(CONF / group).with_suffix("").as_posix()
             for p in (CONF / group).rglob("*.yaml")
         )
+        options += ["basic"] if group == "hydra/launcher" else []
         return (
             f"{group}={given}: no such option{suggest(given, options)}\n"
             f"options of {group}: {', '.join(options)}"
@@ -115,11 +115,30 @@ def as_sweeps(words: list[str]) -> list[str]:
     return found
 
 
+def check_launcher(words: list[str]) -> str | None:
+    """What is wrong with the launcher asked for, if anything."""
+    asked = [w.split("=")[1] for w in words if w.lstrip("+").startswith("hydra/launcher=")]
+    if not asked:
+        return None
+    if not {"-m", "--multirun"} & set(words):
+        return f"hydra/launcher={asked[-1]} runs sweeps: add -m"
+    plugin = PLUGINS.get(asked[-1])
+    if plugin and importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
+        return (
+            f"hydra/launcher={asked[-1]} needs the package {plugin.replace('_', '-')}: "
+            'pip install -e ".[sweep]"'
+        )
+    return None
+
+
 def main() -> int:
     """Run and turn every expected failure into one message and an exit status."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
+    if trouble := check_launcher(sys.argv[1:]):
+        print(f"error: {trouble}", file=sys.stderr)
+        return 2
     if {"-m", "--multirun"} & set(sys.argv):
-        sys.argv[1:] = as_sweeps(sys.argv[1:])
+        return sweep()
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:
@@ -127,9 +146,34 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    for overrides in FAILED:
-        print(f"failed: {overrides}", file=sys.stderr)
-    return 1 if FAILED else 0
+    return 0
+
+
+def sweep() -> int:
+    """A multirun; whatever ends it, the last lines tell what became of each run."""
+    from core.sweep import Planned, report
+
+    sys.argv[1:] = as_sweeps(sys.argv[1:])
+    paths = [str(CONF.parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)  # for submitit's processes
+    status = 0
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except Exception as error:  # of the launcher: those of the runs are in the report
+        print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        status = 1
+    if Planned.folder is not None:
+        text, complete = report(Planned.folder)
+        print(text, file=sys.stdout if complete else sys.stderr)
+        status = status or (0 if complete else 1)
+    return status
 
 
 if __name__ == "__main__":

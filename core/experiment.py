@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ from core.record import (
 )
 from core.runner import Context, reference, run_shifts, run_tasks
 from core.seed import seed_all
-from core.sinks import WandbSink
+from core.sinks import About, Mirror, make_sinks
 from core.strategy import CLStrategy, Strategy, TTAStrategy
 from core.stream import ShiftStream, TaskStream
+from kernels import dispatch
 from streams.datasets import ORIGIN
 from streams.pipelines import Geometry
 from streams.store import ImageStore
@@ -101,24 +102,13 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
         Stopped: after a signal, with the state saved.
     """
     cfg = complete(cfg)
-    device = _device(cfg)
-    _runtime(cfg, device)
+    device = set_up(cfg)
     console = Console(cfg.scenario.label, quiet)
     if cfg.data.root is None:
         console.say(_how_to_real(cfg))
     geometry = Geometry()
-    stream: Stream = build(
-        cfg.scenario,
-        at="scenario",
-        data_root=cfg.data.root,
-        on_error=cfg.data.on_error,
-        cache=cfg.data.cache,
-        workers=_workers(cfg),
-        seed=cfg.seed,
-        geometry=geometry,
-        store=ImageStore(device, cfg.runtime.image_store_mb),
-    )
-    kind = _check_kind(cfg, stream)
+    stream = make_stream(cfg, geometry, device)
+    kind = check_kind(cfg, stream)
     if cfg.stage not in ("run", "prepare"):
         raise UserError(f"stage must be run or prepare, got {cfg.stage!r}")
     if cfg.stage == "prepare":
@@ -161,7 +151,8 @@ def _execute(
     source: dict[str, Any] | None,
     frozen: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    strategy, weights = _make(cfg, stream, geometry, device)
+    dispatch.use(cfg.kernel.backend)
+    strategy, weights = make_strategy(cfg, stream, geometry, device)
     prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
     if prepared is not None:
         seed_all(cfg.seed)  # whether the artefact was cached changes nothing
@@ -188,7 +179,7 @@ def _execute(
         (folder / "order.npz.tmp").rename(folder / "order.npz")
 
     console.say(f"{about['strategy']}, {about['backbone']}, seed {cfg.seed}, {device} -> {folder}")
-    log = RunLogger(folder, stream.name, _sinks(cfg, folder, about))
+    log = RunLogger(folder, stream.name, _sinks(cfg, folder, about, console.quiet))
     started = time.perf_counter()
     with Signals() as signals:
         checkpoint = Checkpointer(log, signals, every=cfg.checkpoint.every)
@@ -225,6 +216,7 @@ def _execute(
             "forgetting": cfg.forgetting,
             **{k: cfg.strategy[k] for k in ("loss_scope", "head", "mode") if k in cfg.strategy},
         },
+        "kernel": dispatch.chosen(),
         "skipped_images": len(stream.skipped.reasons),
         **result,
         "wall_seconds": time.perf_counter() - started,
@@ -243,6 +235,8 @@ def _execute(
             "metrics": frozen["metrics"],
             "gain": reference(result["metrics"], frozen["metrics"]),
         }
+    if "tuned" in cfg:  # by scripts/tune.py: what was chosen on which other stream
+        summary["tuned"] = OmegaConf.to_container(cfg.tuned, resolve=True)
     if cfg.reference is not None:
         summary["reference"] = _against_published(cfg, stream, overrides, summary)
     log.finish(summary)
@@ -253,7 +247,22 @@ def _execute(
     return summary
 
 
-def _make(
+def make_stream(cfg: DictConfig, geometry: Geometry, device: torch.device) -> Stream:
+    """The scenario's stream; `geometry` gets its size from the backbone later."""
+    return build(
+        cfg.scenario,
+        at="scenario",
+        data_root=cfg.data.root,
+        on_error=cfg.data.on_error,
+        cache=cfg.data.cache,
+        workers=_workers(cfg),
+        seed=cfg.seed,
+        geometry=geometry,
+        store=ImageStore(device, cfg.runtime.image_store_mb),
+    )
+
+
+def make_strategy(
     cfg: DictConfig, stream: Stream, geometry: Geometry, device: torch.device
 ) -> tuple[Strategy, dict[str, str]]:
     """A seeded strategy around a freshly loaded backbone, and the identity of the weights."""
@@ -289,7 +298,7 @@ def _prepare(
         return None
 
     def fresh() -> TTAStrategy:
-        made = _make(cfg, stream, geometry, device)[0]
+        made = make_strategy(cfg, stream, geometry, device)[0]
         assert isinstance(made, TTAStrategy)
         return made
 
@@ -311,7 +320,7 @@ def _prepare_only(
     cfg: DictConfig, stream: Stream, geometry: Geometry, device: torch.device, console: Console
 ) -> dict[str, Any]:
     """`stage=prepare`: the source phase alone."""
-    strategy, weights = _make(cfg, stream, geometry, device)
+    strategy, weights = make_strategy(cfg, stream, geometry, device)
     prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
     if prepared is None:
         raise UserError(
@@ -323,7 +332,8 @@ def _prepare_only(
 # ------------------------------------------------------------------------------ settings
 
 
-def _device(cfg: DictConfig) -> torch.device:
+def set_up(cfg: DictConfig) -> torch.device:
+    """The device that `runtime` names, with threads and precision set."""
     name = cfg.runtime.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -335,6 +345,7 @@ def _device(cfg: DictConfig) -> torch.device:
         raise UserError(
             f"runtime.device={name}, but torch sees no GPU here; use runtime.device=cpu"
         )
+    _runtime(cfg, device)
     return device
 
 
@@ -433,26 +444,31 @@ def _only_volatile(overrides: list[str]) -> bool:
     )
 
 
-def _sinks(cfg: DictConfig, folder: Path, about: dict[str, Any]) -> list[WandbSink]:
-    if cfg.logger.wandb is None:
-        return []
+def _sinks(
+    cfg: DictConfig, folder: Path, about: dict[str, Any], companion: bool
+) -> Sequence[Mirror]:
+    """The mirrors that `logger` names, told what makes a sweep of such runs read well."""
     names = [str(about[k]) for k in ("scenario", "strategy", "key")]
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    sink = WandbSink(
+    seedless = cfg.copy()
+    seedless.seed = None
+    told = About(
         folder,
         plain,
-        **cfg.logger.wandb,
         run_id="-".join(names).replace("[", "-").replace("]", ""),
-        group=f"{about['scenario']}/{about['strategy']}/{about['backbone']}",
-        job_type="run",
+        group="/".join(
+            [str(about[k]) for k in ("scenario", "strategy", "backbone")] + [identity(seedless)[:4]]
+        ),
+        job_type="companion" if companion else "run",
+        tags=tuple(f"{k}:{about[k]}" for k in ("scenario", "strategy", "backbone", "seed")),
     )
-    return [sink]
+    return make_sinks(plain["logger"], told)
 
 
 # ------------------------------------------------------------------------------ checks
 
 
-def _check_kind(cfg: DictConfig, stream: Stream) -> type[Strategy]:
+def check_kind(cfg: DictConfig, stream: Stream) -> type[Strategy]:
     """The strategy's class, if it fits the kind of stream.
 
     Raises:
@@ -556,6 +572,7 @@ def _beside(
     console.say(f"{text} (kept as a run of its own) ...")
     with open_dict(cfg := cfg.copy()):
         cfg.strategy, cfg.reference, cfg.on_exists = strategy, None, "skip"
+        cfg.pop("tuned", None)
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
         cfg.scenario.label = cfg.scenario.label.split("[")[0]
     return run_experiment(cfg, [override], quiet=True)

@@ -1,4 +1,4 @@
-"""Run folders: records that pandas reads, locks, identity, sinks that cannot stop a run."""
+"""Run folders: records that pandas reads, locks, identity."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from conftest import ROOT
 
 from core.errors import UserError
 from core.record import Lock, RunLogger, identity, write_json
-from core.sinks import WandbSink
 
 
 def test_rows_are_tidy_tables_and_carry_the_label(tmp_path):
@@ -99,47 +98,3 @@ def test_identity_ignores_what_cannot_change_a_number(configure, tmp_path):
     for change in ("seed=1", "scenario.severity=4", "precision=tf32", "deterministic=true"):
         assert identity(configure(change), "data") != base, change
     assert identity(configure(), "other data") != base
-
-
-OPTIONS = {
-    "mode": "offline",
-    "project": "driftline-test",
-    "entity": None,
-    "every": 2,
-    "run_id": "test-run",
-    "group": "g",
-    "job_type": "run",
-}
-
-
-@pytest.mark.slow
-def test_wandb_offline_needs_no_account_and_writes_into_the_run_folder(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    sink = WandbSink(tmp_path, {"seed": 0}, **OPTIONS)
-    log = RunLogger(tmp_path, "s", [sink])
-    for i in range(4):
-        log.log("batches", batch=i, wrong=1)
-    log.log("matrix", after=0, on="fog:5", acc=50.0)
-    log.finish({"err_mean": 1.0})
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def test_wandb_online_without_a_key_is_an_error_not_a_prompt(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(UserError, match="WANDB_API_KEY"):
-        WandbSink(tmp_path, {}, **{**OPTIONS, "mode": "online"})
-
-
-def test_a_failing_tracker_warns_once_and_the_run_goes_on(tmp_path, monkeypatch):
-    import wandb
-
-    def broken(**_):
-        raise RuntimeError("server on fire")
-
-    monkeypatch.setattr(wandb, "init", broken)
-    with pytest.warns(UserWarning, match="server on fire"):
-        sink = WandbSink(tmp_path, {}, **OPTIONS)
-    log = RunLogger(tmp_path, "s", [sink])
-    log.log("batches", batch=0)
-    log.finish({"a": 1})
-    assert (tmp_path / "summary.json").exists()

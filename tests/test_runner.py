@@ -89,7 +89,7 @@ def test_a_stream_of_single_images_runs_through_a_window(configure):
 @pytest.fixture
 def diverging(monkeypatch):
     """Every method's third batch returns NaN."""
-    real = experiment._make
+    real = experiment.make_strategy
 
     def make(*args):
         strategy, weights = real(*args)
@@ -103,7 +103,7 @@ def diverging(monkeypatch):
         return strategy, weights
 
     def switch(on: bool = True) -> None:
-        monkeypatch.setattr(experiment, "_make", make if on else real)
+        monkeypatch.setattr(experiment, "make_strategy", make if on else real)
 
     return switch
 
@@ -141,7 +141,7 @@ def test_rounds_are_reported(configure):
 def test_constant_images_and_a_stream_shorter_than_a_batch(configure, monkeypatch):
     words = [*TINY[1:], "scenario.images=3", "scenario.batch_size=8", "scenario.clean_images=0"]
     for strategy in ("bn_adapt", "tent", "cotta", "lame", "ecotta"):
-        real = experiment._make
+        real = experiment.make_strategy
 
         def make(*args, real=real):
             made, weights = real(*args)
@@ -150,6 +150,6 @@ def test_constant_images_and_a_stream_shorter_than_a_batch(configure, monkeypatc
             return made, weights
 
         with monkeypatch.context() as patch:
-            patch.setattr(experiment, "_make", make)
+            patch.setattr(experiment, "make_strategy", make)
             metrics = run_experiment(configure(f"strategy={strategy}", *words), [])["metrics"]
         assert metrics["nan"] == 0 and metrics["err_mean"] <= 100

@@ -1,0 +1,311 @@
+"""Sweeps: every run in a process of its own, and one report for any launcher.
+
+The folder of a sweep, `<root>/.sweeps/<time>/`, holds `sweep.json` (what was planned) and
+`<number>.json` for every run that was begun. Results lie in the run folders, as always.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
+Outcome = dict[str, Any]
+# Our launcher files are laid over the plugins' own of the same name, as intended.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against")
+
+
+class Planned(Callback):
+    """Hydra's callback: notes at the start of a sweep which runs it will have."""
+
+    folder: Path | None = None  # of the sweep that this process has begun
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if config.hydra.sweeper._target_ != BASIC:
+            return  # other sweepers choose their runs as they go
+        words = [f"{k}={v}" for k, v in (config.hydra.sweeper.params or {}).items()]
+        words += list(config.hydra.overrides.task)
+        folder = Path(config.hydra.sweep.dir)
+        plan(folder, expand(words), int(config.hydra.launcher.get("n_jobs") or 1))
+        Planned.folder = folder
+
+
+def expand(words: list[str]) -> list[list[str]]:
+    """The runs that sweep words stand for: `["seed=0,1"]` -> `[["seed=0"], ["seed=1"]]`."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)[0]
+
+
+def plan(folder: Path, runs: list[list[str]], at_once: int = 1) -> None:
+    """Begin a sweep: its folder and the list of its runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "sweep.json", {"runs": runs, "at_once": at_once, "command": sys.argv})
+
+
+def note(folder: Path, number: int, **outcome: Any) -> None:
+    """What became of one run: `state`, and `error` where it did not finish."""
+    _write(folder / f"{number}.json", outcome)
+
+
+def _write(path: Path, content: object) -> None:
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    part.replace(path)
+
+
+# ------------------------------------------------------------------------------ one run
+
+
+def run_job(cfg: DictConfig) -> float | None:
+    """One run of a sweep in a child process; returns its headline number, None without one.
+
+    A run that is killed, runs out of memory or crashes in native code takes nothing else with it,
+    and no state leaks into the next one. The child is forked after torch is imported, which costs
+    milliseconds. SIGINT, SIGTERM and the warning signal of a cluster reach the child as SIGTERM: it
+    saves its state first. Then the launcher's own handler goes on (submitit puts the job back into
+    the queue), and without one this process ends.
+    """
+    hydra = HydraConfig.get()
+    folder, number = Path(hydra.sweep.dir), int(hydra.job.num)
+    overrides = list(hydra.overrides.task)
+    with _slot(folder, hydra.launcher):
+        # Imported here once and inherited by every child: torch and timm take seconds.
+        import core.experiment  # noqa: F401
+
+        cfg = _threads(cfg, folder, hydra.launcher)
+        note(folder, number, state="running", overrides=overrides)
+        with warnings.catch_warnings():
+            # Some library's idle thread lives here already; the child does not depend on it.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = multiprocessing.get_context("fork").Process(
+                target=_child, args=(cfg, overrides, folder, number), daemon=False
+            )
+            child.start()
+        assert child.pid is not None
+        with _Forward(child.pid) as asked:
+            child.join()
+    done = json.loads((folder / f"{number}.json").read_text())
+    if done["state"] == "running":  # it could not say anything itself
+        done |= _sudden(child.exitcode, asked.number)
+        note(folder, number, **done)
+        print(f"error: {done['error']}: {' '.join(overrides)}", file=sys.stderr)
+    asked.pass_on()
+    return done.get("value")
+
+
+def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> None:
+    from core.checkpoint import Stopped
+    from core.errors import UserError
+    from core.experiment import run_experiment
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for quiet in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
+        signal.signal(quiet, signal.SIG_IGN)
+    end_with_parent()
+    outcome: Outcome = {"overrides": overrides, "pid": os.getpid()}
+    note(folder, number, **outcome, state="running")
+    started = time.time()
+    try:
+        summary = run_experiment(cfg, overrides)
+    except (Stopped, KeyboardInterrupt) as stop:
+        name = str(stop) or "SIGINT"
+        note(folder, number, **outcome, state="stopped", error=f"stopped by {name}, state saved")
+        return
+    except Exception as error:
+        text = str(error)
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {error}"
+        print(f"error: {text}", file=sys.stderr)
+        note(folder, number, **outcome, state="failed", error=text)
+        return
+    metrics = summary["metrics"]
+    place = summary.get("run", {}).get("folder")
+    before = place is not None and (Path(place) / "summary.json").stat().st_mtime < started
+    note(
+        folder,
+        number,
+        **outcome,
+        state="finished",
+        before=before,
+        run=place,
+        value=metrics.get("err_mean", metrics.get("acc_inc")),
+    )
+
+
+def end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies, so that no run is left without an owner."""
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _sudden(code: int | None, asked: int | None) -> Outcome:
+    """What an exit status without a word means."""
+    if asked is not None:
+        return {"state": "stopped", "error": f"stopped by {signal.Signals(asked).name}"}
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = ", which is also how a system out of memory ends a process" if code == -9 else ""
+        return {"state": "killed", "error": f"killed by {name}{hint}"}
+    return {"state": "failed", "error": f"ended with status {code} before it could say why"}
+
+
+class _Forward:
+    """While a child runs: signals to stop reach it as SIGTERM, SIGUSR1 as itself."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.number: int | None = None  # of the signal that asked to stop
+        self._before: dict[int, Any] = {}
+
+    def _handle(self, number: int, _: object) -> None:
+        if number == signal.SIGUSR1 and not callable(self._before[number]):
+            os.kill(self.pid, signal.SIGUSR1)  # save and go on
+            return
+        self.number = number
+        # Not SIGINT: a terminal has sent that to the child too, and a second one would not wait.
+        os.kill(self.pid, signal.SIGTERM)
+
+    def __enter__(self) -> _Forward:
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if callable(signal.getsignal(signal.SIGUSR2)):
+            numbers.append(signal.SIGUSR2)  # submitit's warning
+        for number in numbers:
+            self._before[number] = signal.getsignal(number)
+        for number in numbers:
+            signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def pass_on(self) -> None:
+        """Do what the signal would have done without a child."""
+        if self.number is None:
+            return
+        handler = self._before[self.number]
+        if callable(handler) and handler is not signal.default_int_handler:
+            handler(self.number, None)
+        else:
+            raise SystemExit(128 + self.number)
+
+
+def _threads(cfg: DictConfig, folder: Path, launcher: DictConfig) -> DictConfig:
+    """Share the cores among the runs that go on at once; no number depends on it."""
+    if cfg.runtime.threads is not None:
+        return cfg
+    if launcher.get("cpus_per_task"):
+        threads = int(launcher.cpus_per_task)
+    elif "n_jobs" in launcher:
+        jobs = len(json.loads((folder / "sweep.json").read_text())["runs"])
+        threads = max(1, cores() // min(processes(int(launcher.n_jobs)), jobs))
+    else:
+        return cfg
+    cfg = cfg.copy()
+    cfg.runtime.threads = 1 if cfg.data.root is None else threads
+    return cfg
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processes(n_jobs: int) -> int:
+    """joblib's count: -1 is one a core, -2 one less."""
+    return n_jobs if n_jobs > 0 else max(1, cores() + 1 + n_jobs)
+
+
+@contextmanager
+def _slot(folder: Path, launcher: DictConfig) -> Iterator[None]:
+    """Wait for a free place: submitit's local executor starts all jobs of a sweep at once."""
+    if launcher._target_ != LOCAL:
+        yield
+        return
+    places = max(1, cores() // int(launcher.cpus_per_task or 1))
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(folder / f".slot{i}", "w")) for i in range(places)]
+        while not any(_try_lock(file) for file in files):
+            time.sleep(0.2)
+        yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------ the end
+
+
+def outcomes(folder: Path) -> list[Outcome]:
+    """One entry a planned run; `state` is finished, failed, killed, stopped or not started."""
+    found = []
+    for number, overrides in enumerate(json.loads((folder / "sweep.json").read_text())["runs"]):
+        path = folder / f"{number}.json"
+        one = json.loads(path.read_text()) if path.exists() else {"state": "not started"}
+        if one["state"] == "running":
+            one |= {"state": "killed", "error": "its process was killed together with the launcher"}
+        found.append({**one, "overrides": overrides})
+    return found
+
+
+def report(folder: Path) -> tuple[str, bool]:
+    """The end of a sweep as text, and whether every run is finished."""
+    runs = outcomes(folder)
+    states: dict[str, list[Outcome]] = defaultdict(list)
+    for run in runs:
+        states[run["state"]].append(run)
+    finished = states.pop("finished", [])
+    before = sum(bool(r.get("before")) for r in finished)
+    counts = [f"{len(finished)} finished" + (f" ({before} of them before)" if before else "")]
+    counts += [f"{len(found)} {state}" for state, found in states.items()]
+    lines = [f"sweep of {len(runs)} runs: {', '.join(counts)} ({folder})"]
+    fixed = _common(runs)
+    for state in ("failed", "killed", "stopped"):
+        reasons: dict[str, list[str]] = defaultdict(list)
+        for run in states.get(state, []):
+            name = " ".join(o for o in run["overrides"] if o not in fixed) or "(no setting)"
+            reasons[str(run["error"])].append(name)
+        for reason, names in reasons.items():
+            lines += [f"{state}: {name}" for name in names]
+            lines.append(f"    because: {reason.splitlines()[0] if reason else 'no message'}")
+    failed = states.get("failed", [])
+    if len(runs) > 1 and len(failed) == len(runs):
+        same = len({r["error"] for r in runs}) == 1
+        lines.append("every run failed" + (", all for this one reason" if same else ""))
+    elif states:
+        lines.append("the same command skips what is finished and goes on with the rest")
+    return "\n".join(lines), not states
+
+
+def _common(runs: Sequence[Outcome]) -> set[str]:
+    """Overrides that all runs share; of a single run all are shown."""
+    if len(runs) < 2:
+        return set()
+    return set.intersection(*(set(r["overrides"]) for r in runs))
