@@ -749,7 +749,8 @@ def tuned_call(key: dict[str, Any], config: tuning.Config, data: Inputs, number:
     name = "row_config" if key["kernel"] == "backward_rows" else "weight_config"
     needs = {"x", "down", "up", "down_bias", "up_bias"}
     g = data.g[number].view(operands[0].shape)
-    return triton_adapter.backward(g, *operands, needs=needs, **settings, **{name: config})
+    settings[name] = config
+    return triton_adapter.backward(g, *operands, needs=needs, **settings)
 
 
 def _key_inputs(key: dict[str, Any], device: torch.device, batch: int, sets: int) -> Inputs:
