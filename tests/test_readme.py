@@ -29,7 +29,8 @@ def test_readme_opens_with_the_two_commands():
 @pytest.mark.slow
 def test_a_new_method_is_one_python_file_and_one_yaml_file(tmp_path):
     copy = tmp_path / "driftline"
-    for name in ("backbones", "cl", "conf", "core", "streams", "tta"):
+    packages = [init.parent.name for init in ROOT.glob("*/__init__.py")]
+    for name in ("conf", *packages):
         shutil.copytree(ROOT / name, copy / name)
     shutil.copy(ROOT / "run.py", copy)
     code = block("tta/prior_shift.py")
