@@ -25,13 +25,13 @@ from streams import corruptions as C  # noqa: E402
 from streams.embedded import SHIFT_CLASSES, EmbeddedImages  # noqa: E402
 
 SIDE = {"imagenet": 224, "cifar": 32}
-GAP, HEAD, LABEL = 3, 22, 122  # px
+GAP, HEAD, LABEL = 3, 22, 118  # px
 
 
 def clean_image(path: Path | None, side: int) -> Image.Image:
     """The square image to corrupt, RGB."""
     if path is None:
-        return EmbeddedImages(SHIFT_CLASSES, split="probe", per_class=1, size=side).image(1)
+        return EmbeddedImages(SHIFT_CLASSES, split="probe", per_class=1, size=side).image(6)
     with Image.open(path) as image:
         return ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
 
@@ -75,15 +75,14 @@ def main() -> None:
     add = parser.add_argument
     add("--image", type=Path, help="default: an embedded image")
     add("--preset", choices=C.PRESETS, default="imagenet")
-    add("--tile", type=int, default=112, help="side of a tile, px")
+    add("--tile", type=int, default=88, help="side of a tile, px")
     add("--frost", type=Path, help="folder of the frost photographs")
     add("--out", type=Path, default=Path("corruptions.png"))
     args = parser.parse_args()
     image = clean_image(args.image, SIDE[args.preset])
     canvas = sheet(image, args.preset, args.tile, args.frost)
     part = args.out.with_name(args.out.name + ".tmp")
-    # noise does not compress; a palette keeps the file to a third
-    canvas.quantize(256, dither=Image.Dither.NONE).save(part, "PNG", optimize=True)
+    canvas.save(part, "PNG", optimize=True)
     os.replace(part, args.out)
     print(
         f"{args.out}: {canvas.width} x {canvas.height} px, {args.out.stat().st_size / 1e6:.2f} MB"

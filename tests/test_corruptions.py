@@ -378,7 +378,7 @@ def test_sums_of_the_defocus_transform_are_exact():
     image[..., ::3, ::5] = 0
     kernel = np.rint(blur.disc_kernel(10, 0.5) * 2.0**36)
     h = w = 512
-    rows = common.reflect101(torch.arange(-10, h + 10), h)
+    rows = common.reflect101(torch.arange(-10, h + 10), h).long()
     padded = image[0, 0][rows][:, rows].to(torch.float64)
     size = (blur._fft_length(h + 20), blur._fft_length(w + 20))
     spectrum = torch.fft.rfft2(padded, s=size) * blur._disc_spectrum(10, 0.5, size, torch.float64)

@@ -87,12 +87,14 @@ def defocus_blur(
     """
     h, w = levels.shape[-2:]
     half = disc_kernel(*params).shape[0] // 2
+    size = (_fft_length(h + 2 * half), _fft_length(w + 2 * half))
+    # Mirrored on to the length of the transform; what lies beyond the padding is never used.
     rows, columns = (
-        reflect101(torch.arange(-half, n + half, device=levels.device), n) for n in (h, w)
+        reflect101(torch.arange(-half, length - half, device=levels.device), n).long()
+        for n, length in zip((h, w), size, strict=True)
     )
     padded = levels.contiguous().index_select(-2, rows).index_select(-1, columns).to(dtype)
-    size = (_fft_length(h + 2 * half), _fft_length(w + 2 * half))
-    spectrum = torch.fft.rfft2(padded, s=size)
+    spectrum = torch.fft.rfft2(padded)
     spectrum *= _disc_spectrum(*params, size, dtype).to(levels.device)
     blurred = torch.fft.irfft2(spectrum, s=size)
     blurred = blurred[..., 2 * half : 2 * half + h, 2 * half : 2 * half + w]
@@ -128,13 +130,13 @@ def glass_sources(shifts: Tensor, reach: int, h: int, w: int) -> Tensor:
     site = torch.zeros((batch, h, w), dtype=torch.bool, device=device)
     site[inner] = True
     source = after.view(batch, h, w)[inner] + steps
-    visited = (steps > 0) & site.take(source)
+    visited = (steps > 0) & site.view(-1).gather(0, source.view(-1)).view(source.shape)
     follow = original.clone()
     follow[inner] = source.add_(visited.logical_not_().long().mul_(pixels))
     follow = follow.view(-1)
     while follow.min() < pixels:
         after.copy_(follow)
-        follow = node.take(follow)
+        follow = node.index_select(0, follow)
     return follow.sub_(pixels)
 
 
@@ -154,8 +156,8 @@ def glass_blur(
     pixels = smooth.mul_(255).to(torch.uint8).transpose(0, 1).reshape(c, -1)
     source = glass_sources(shifts[:, 0], reach, h, w)
     for i in range(1, passes):
-        source = source.take(glass_sources(shifts[:, i], reach, h, w))
-    moved = torch.stack([channel.take(source) for channel in pixels]).view(c, b, h, w)
+        source = source.index_select(0, glass_sources(shifts[:, i], reach, h, w))
+    moved = torch.stack([channel.gather(0, source) for channel in pixels]).view(c, b, h, w)
     return to_levels(gaussian_blur_nearest(planes(moved.transpose(0, 1), dtype), sigma))
 
 

@@ -38,6 +38,20 @@ def to_levels(values: Tensor) -> Tensor:
     return values.clamp_(0, 1).mul_(255).to(torch.uint8)
 
 
+def select(rest: Tensor, *choices: tuple[Tensor, Tensor]) -> Tensor:
+    """uint8: the value of the choice (mask, value) whose mask is set, else `rest`; masks disjoint.
+
+    By bits, which is many times faster than `torch.where` on bytes.
+    """
+    taken = torch.zeros_like(rest)
+    result = torch.zeros_like(rest)
+    for mask, value in choices:
+        bits = mask.to(torch.uint8).neg_()  # 1 -> 255
+        result |= bits & value
+        taken |= bits
+    return result | (rest & ~taken)
+
+
 def field(draws: Draws, key: str, shape: tuple[int, ...]) -> Tensor:
     """One entry of `draws`, [B, *shape]; ValueError if missing or made for another image size."""
     if key not in draws:
@@ -58,17 +72,25 @@ def integers(rng: Rng, low: int, high: int, size: tuple[int, ...], dtype: type) 
     return np.asarray(rng.randint(low, high, size=size)).astype(dtype)
 
 
+def _modulo(index: Tensor, n: int) -> Tensor:
+    """Whole numbers modulo n, in float64: several times faster than `torch.remainder`."""
+    index = index.to(torch.float64)
+    return index - (index / n).floor_().mul_(n)
+
+
 def reflect(index: Tensor, n: int) -> Tensor:
-    """Fold integers into 0..n-1 by half-sample mirroring (... 1 0 | 0 1 ... n-1 | n-1 ...)."""
-    index = index.remainder(2 * n)
+    """Fold whole numbers into 0..n-1 by half-sample mirroring (... 1 0 | 0 1 ... n-1 | n-1 ...).
+
+    Any type in, float64 out.
+    """
+    index = _modulo(index, 2 * n)
     return torch.minimum(index, 2 * n - 1 - index)
 
 
 def reflect101(index: Tensor, n: int) -> Tensor:
-    """Fold integers into 0..n-1 by mirroring without repeating the edge (... 2 1 | 0 1 2 ...)."""
-    period = 2 * n - 2
-    index = index.remainder(period)
-    return torch.minimum(index, period - index)
+    """As `reflect`, mirroring without repeating the edge (... 2 1 | 0 1 2 ...)."""
+    index = _modulo(index, 2 * n - 2)
+    return torch.minimum(index, 2 * n - 2 - index)
 
 
 def repeat_edge(values: Tensor, dim: int, before: int, after: int) -> Tensor:
@@ -117,7 +139,7 @@ def gaussian_matrix(n: int, sigma: float, truncate: float) -> Tensor:
     matrix = torch.zeros((n, n), dtype=torch.float64)
     rows = torch.arange(n)
     for offset, weight in enumerate(gaussian_weights(sigma, radius), start=-radius):
-        matrix[rows, reflect(rows + offset, n)] += float(weight)
+        matrix[rows, reflect(rows + offset, n).long()] += float(weight)
     return matrix
 
 

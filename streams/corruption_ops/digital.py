@@ -18,6 +18,7 @@ from streams.corruption_ops.common import (
     planes,
     reflect,
     reflect101,
+    select,
     to_levels,
 )
 
@@ -55,14 +56,15 @@ def hsv_to_levels(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     low = to_levels(value * (1.0 - saturation))
     high = to_levels(value.clone())
     sector.remainder_(6)
-    out = torch.empty((hue.shape[0], 3, *hue.shape[1:]), dtype=torch.uint8, device=hue.device)
-    for channel, (highs, middles) in enumerate(
-        (((0, 5), (1, 4)), ((1, 2), (0, 3)), ((3, 4), (2, 5)))
-    ):
-        is_high = (sector == highs[0]) | (sector == highs[1])
-        is_middle = (sector == middles[0]) | (sector == middles[1])
-        out[:, channel] = torch.where(is_high, high, torch.where(is_middle, middle, low))
-    return out
+    within = [sector == i for i in range(6)]
+    highs, middles = ((0, 5), (1, 2), (3, 4)), ((1, 4), (0, 3), (2, 5))
+    return torch.stack(
+        [
+            select(low, (within[a] | within[b], high), (within[c] | within[d], middle))
+            for (a, b), (c, d) in zip(highs, middles, strict=True)
+        ],
+        dim=1,
+    )
 
 
 def brightness(levels: Tensor, shift: float, draws: Draws, dtype: torch.dtype) -> Tensor:
@@ -104,13 +106,14 @@ def _bilinear(
     fy: Tensor,
     fx: Tensor,
 ) -> Tensor:
-    """Blend of the four neighbours; pixels [B, 3, H, W], indices and fractions [B, H, W]."""
+    """Blend of the four neighbours; pixels [B, 3, H, W], indices (float64) and
+    fractions [B, H, W]."""
     b, c, h, w = pixels.shape
     flat = pixels.view(b, c, h * w)
     total = torch.zeros_like(flat)
     for row, weight_y in zip(rows, (1 - fy, fy), strict=True):
         for column, weight_x in zip(columns, (1 - fx, fx), strict=True):
-            index = (row * w + column).view(b, 1, h * w).expand(b, c, h * w)
+            index = (row * w + column).long().view(b, 1, h * w).expand(b, c, h * w)
             total += flat.gather(2, index).mul_((weight_y * weight_x).view(b, 1, h * w))
     return total.view(b, c, h, w)
 
@@ -183,7 +186,6 @@ def elastic_transform(
     x, y = positions
     left, top = x.floor(), y.floor()
     fx, fy = x.sub_(left).float(), y.sub_(top).float()
-    left, top = left.long(), top.long()
     return to_levels(
         _bilinear(
             warped,

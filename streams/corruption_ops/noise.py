@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streams.corruption_ops.common import Array, Draws, Rng, field, to_levels, unit
+from streams.corruption_ops.common import Array, Draws, Rng, field, select, to_levels, unit
 
 
 def _channels_last(levels: Tensor) -> Tensor:
@@ -99,14 +99,14 @@ def shot_noise(levels: Tensor, photons: int, draws: Draws, dtype: torch.dtype) -
     uniform = _noise(draws, "uniform", levels).view(-1)
     level = _channels_last(levels).reshape(-1)
     index = (uniform * _BINS).long().add_(level.long().mul_(_BINS))
-    position = guide.take(index)
-    active = (cumulative.take(position) <= uniform).nonzero().squeeze(1)
+    position = guide.index_select(0, index)  # faster than take
+    active = (cumulative.index_select(0, position) <= uniform).nonzero().squeeze(1)
     while len(active):
         reached = position[active] + 1
         position[active] = reached
         active = active[cumulative[reached] <= uniform[active]]
     b, c, h, w = levels.shape
-    return _channels_first(result.take(position).view(b, h, w, c))
+    return _channels_first(result.gather(0, position).view(b, h, w, c))
 
 
 def draw_impulse(params: Any, h: int, w: int, rng: Rng) -> dict[str, Array]:
@@ -120,5 +120,5 @@ def impulse_noise(levels: Tensor, amount: float, draws: Draws, dtype: torch.dtyp
     survive level / 255 * 255 and truncation.
     """
     hit = _noise(draws, "hit", levels) <= amount
-    extreme = (_noise(draws, "salt", levels) <= 0.5).to(torch.uint8).mul_(255)
-    return _channels_first(torch.where(hit, extreme, _channels_last(levels)))
+    salt = _noise(draws, "salt", levels) <= 0.5
+    return _channels_first(select(_channels_last(levels), (hit, salt.to(torch.uint8).neg_())))
