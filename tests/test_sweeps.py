@@ -1,0 +1,272 @@
+"""Sweeps: every run is its own process, the end tells what became of each, the repeat completes."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+import run
+from core import sweep
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import gpu_pool
+
+SMALL = [
+    "scenario=imagenet_c",
+    "scenario.corruptions=[contrast]",
+    "scenario.images=20",
+    "scenario.batch_size=10",
+    "scenario.probe_images=0",
+    "scenario.clean_images=0",
+]
+
+
+def start(root: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "run.py", *words, f"root={root}"]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def running(root: Path, word: str, process: subprocess.Popen[str]) -> int:
+    """Process id of the run with `word` among its settings, once it has a checkpoint."""
+    for _ in range(6000):
+        for path in root.glob(".sweeps/*/[0-9]*.json"):
+            one = json.loads(path.read_text())
+            name = word.split("=")[1]
+            begun = any(root.glob(f"*/{name}/*/*/last.pt"))
+            if one["state"] == "running" and "pid" in one and word in one["overrides"] and begun:
+                return one["pid"]
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"{word} never ran")
+
+
+def planned(folder: Path, *outcomes: dict[str, object]) -> None:
+    sweep.plan(folder, [["strategy=a", f"seed={i}"] for i in range(len(outcomes))])
+    for number, one in enumerate(outcomes):
+        if one:
+            sweep.note(folder, number, **one)
+
+
+# ------------------------------------------------------------------------ the report
+
+
+def test_the_report_counts_and_gives_each_reason_once(tmp_path):
+    bad = {"state": "failed", "error": "lr is too large\nmore"}
+    done = {"state": "finished", "before": True}
+    planned(tmp_path, done, bad, bad, {"state": "running"}, {}, {"state": "finished"})
+    text, complete = sweep.report(tmp_path)
+    assert not complete
+    assert "6 runs: 2 finished (1 of them before), 2 failed, 1 killed, 1 not started" in text
+    assert text.count("because: lr is too large") == 1 and "more" not in text.splitlines()[3]
+    assert "failed: seed=1\nfailed: seed=2\n" in text and "killed: seed=3" in text
+    assert text.endswith("the same command skips what is finished and goes on with the rest")
+
+
+def test_a_sweep_in_which_every_run_fails_says_so(tmp_path):
+    planned(tmp_path, *[{"state": "failed", "error": "no such folder"}] * 3)
+    text, complete = sweep.report(tmp_path)
+    assert not complete and text.endswith("every run failed, all for this one reason")
+    assert len(text.splitlines()) == 6
+
+
+def test_a_complete_sweep_is_one_line(tmp_path):
+    planned(tmp_path, {"state": "finished"}, {"state": "finished"})
+    assert sweep.report(tmp_path) == (f"sweep of 2 runs: 2 finished ({tmp_path})", True)
+
+
+def test_runs_are_expanded_as_hydra_does():
+    assert sweep.expand(["strategy=a,b", "seed=range(2)", "x=[1,2]"]) == [
+        ["strategy=a", "seed=0", "x=[1,2]"],
+        ["strategy=a", "seed=1", "x=[1,2]"],
+        ["strategy=b", "seed=0", "x=[1,2]"],
+        ["strategy=b", "seed=1", "x=[1,2]"],
+    ]
+
+
+def test_sudden_ends_have_a_cause():
+    assert "SIGKILL" in sweep._sudden(-9, None)["error"]
+    assert "memory" in sweep._sudden(-9, None)["error"]
+    assert sweep._sudden(-15, signal.SIGTERM)["state"] == "stopped"
+    assert sweep._sudden(3, None) == {
+        "state": "failed",
+        "error": "ended with status 3 before it could say why",
+    }
+
+
+# ------------------------------------------------------------------------ launchers
+
+
+@pytest.mark.parametrize(("n_jobs", "cores", "expected"), [(4, 16, 4), (-1, 16, 8), (64, 16, 8)])
+def test_joblib_runs_share_the_cores(tmp_path, monkeypatch, n_jobs, cores, expected):
+    """At most as many runs at once as there are runs: two here, on all cores together."""
+    monkeypatch.setattr(sweep, "cores", lambda: cores)
+    runs = 4 if n_jobs == 4 else 2
+    sweep.plan(tmp_path, [[f"seed={i}"] for i in range(runs)])
+    cfg = OmegaConf.create({"runtime": {"threads": None}, "data": {"root": "/data"}})
+    launcher = OmegaConf.create({"n_jobs": n_jobs})
+    assert sweep._threads(cfg, tmp_path, launcher).runtime.threads == expected
+    assert cfg.runtime.threads is None
+    cfg.runtime.threads = 3
+    assert sweep._threads(cfg, tmp_path, launcher).runtime.threads == 3
+
+
+def test_a_missing_plugin_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for launcher, package in (("joblib", "hydra-joblib"), ("slurm", "hydra-submitit")):
+        text = run.check_launcher(["-m", f"hydra/launcher={launcher}", "seed=0,1"])
+        assert package in text and 'pip install -e ".[sweep]"' in text
+    assert "add -m" in run.check_launcher(["hydra/launcher=joblib"])
+    assert run.check_launcher(["-m", "hydra/launcher=basic", "seed=0,1"]) is None
+
+
+def test_a_typo_in_a_launcher_gets_a_short_answer():
+    command = [sys.executable, "run.py", "-m", "hydra/launcher=jobib", "seed=0,1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "did you mean 'joblib'" in done.stderr
+    assert "slurm, submitit_local, basic" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_slurm_saves_and_requeues_on_its_warning(configure):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        words = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu"]
+        launcher = compose("config", words, return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher") and launcher.partition == "gpu"
+    assert launcher.max_num_timeout > 0 and launcher.signal_delay_s >= 60
+
+
+# ------------------------------------------------------------------------ real sweeps
+
+
+@pytest.mark.slow
+def test_a_killed_and_a_failed_run_stop_nothing_and_the_repeat_completes(tmp_path):
+    words = ["-m", *SMALL, "strategy=tent,finetune,bn_adapt", "checkpoint.every=1"]
+    words += ["scenario.images=200"]
+    first = start(tmp_path, *words)
+    os.kill(running(tmp_path, "strategy=tent", first), signal.SIGKILL)
+    out, _ = first.communicate(timeout=300)
+    assert first.returncode == 1
+    assert "sweep of 3 runs: 1 finished, 1 killed, 1 failed" in out, out
+    assert "killed: strategy=tent\n    because: killed by SIGKILL" in out
+    assert "failed: strategy=finetune\n    because: strategy=finetune does not fit" in out
+    second = start(tmp_path, *[w.replace("finetune,", "") for w in words])
+    out, _ = second.communicate(timeout=300)
+    assert second.returncode == 0 and "resuming in segment 0" in out, out
+    assert "sweep of 2 runs: 2 finished (1 of them before)" in out
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_run_and_reports(tmp_path):
+    words = ["-m", *SMALL, "strategy=tent,bn_adapt", "checkpoint.every=1", "scenario.images=600"]
+    process = start(tmp_path, *words)
+    running(tmp_path, "strategy=tent", process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, out
+    assert "sweep of 2 runs: 0 finished, 1 stopped, 1 not started" in out, out
+    assert "Traceback" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]],
+)
+def test_other_launchers_report_the_same_way(tmp_path, launcher):
+    plugin = run.PLUGINS[launcher[0]]
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    more = [f"hydra/launcher={launcher[0]}", *launcher[1:]]
+    process = start(tmp_path, "-m", *more, *SMALL, "strategy=source,finetune")
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 1
+    assert "sweep of 2 runs: 1 finished, 1 failed" in out and "Traceback" not in out, out
+    assert "failed: strategy=finetune" in out and "validated against" not in out
+
+
+# ------------------------------------------------------------------------ several GPUs
+
+
+def test_each_gpu_gets_one_run_at_a_time_and_sees_itself_only(tmp_path, monkeypatch, capsys):
+    stub = tmp_path / "stub.py"
+    stub.write_text(
+        "import os, sys, time\n"
+        "print('gpu', os.environ['CUDA_VISIBLE_DEVICES'], *sys.argv[1:], time.time())\n"
+        "time.sleep(0.2)\n"
+        "if 'seed=1' in sys.argv: sys.exit('error: seed 1 is broken')\n"
+        "if 'seed=2' in sys.argv: os.kill(os.getpid(), 9)\n"
+        "print(time.time())\n"
+    )
+    monkeypatch.setattr(gpu_pool, "COMMAND", [sys.executable, str(stub)])
+    words = ["--gpus", "3,5", "seed=range(4)", f"root={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["gpu_pool.py", *words])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert gpu_pool.main() == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    text = capsys.readouterr().err
+    assert "4 runs: 2 finished, 1 failed, 1 killed" in text
+    assert "because: seed 1 is broken" in text and "because: killed by SIGKILL" in text
+    logs = sorted(tmp_path.glob(".sweeps/*/*.log"))
+    used = [log.read_text().split()[1] for log in logs]
+    assert set(used) == {"3", "5"} and all("runtime.threads=" in p.read_text() for p in logs)
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for log in (logs[0], logs[3]):  # those that came to their end
+        first, last = log.read_text().splitlines()
+        spans.setdefault(first.split()[1], []).append((float(first.split()[-1]), float(last)))
+    for gpu in spans.values():
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(gpu))
+
+
+def test_no_gpu_names_the_alternatives(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_pool, "gpus", list)
+    monkeypatch.setattr(sys, "argv", ["gpu_pool.py", "seed=0,1"])
+    with pytest.raises(SystemExit):
+        gpu_pool.main()
+    assert "--gpus 0,1" in capsys.readouterr().err
+
+
+def test_the_array_script_saves_and_requeues(tmp_path, monkeypatch):
+    """Run by bash as SLURM would, with stand-ins for the run and for scontrol."""
+    stub = tmp_path / "stub.py"
+    stub.write_text(
+        "import signal, sys, time\n"
+        "def saved(*_):\n    print('saved', flush=True)\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, saved)\n"
+        "print('words', sys.argv[1:], flush=True)\ntime.sleep(60)\n"
+    )
+    control = tmp_path / "scontrol"
+    control.write_text("#!/bin/bash\necho scontrol $*\n")
+    control.chmod(0o755)
+    monkeypatch.setattr(gpu_pool, "COMMAND", [sys.executable, str(stub)])
+    script = gpu_pool.array_script([["seed=0"], ["x=[a, b]", "seed=1"]], 2)
+    assert "#SBATCH --array=0-1%2" in script and "--requeue" in script
+    names = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "77"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "s.sh").write_text(script)
+    process = subprocess.Popen(
+        ["bash", str(tmp_path / "s.sh")],
+        env=os.environ | names | path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "words ['x=[a, b]', 'seed=1']\n"
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=30)
+    assert out == "saved\nscontrol requeue 77_1\n" and process.returncode == 0
