@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -404,17 +404,21 @@ def _last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+_constants: dict[tuple[float, int, torch.device], Tensor] = {}
+
+
 def _constant(value: float, count: int, device: torch.device) -> Tensor:
-    """[count] of one value; kept, but for what belongs to the memory of a graph capture."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.full((count,), value, device=device)
-    return _kept_constant(value, count, device)
-
-
-@lru_cache(maxsize=256)
-def _kept_constant(value: float, count: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.full((count,), value, device=device)
+    """[count] of one value; kept, unless it belongs to the memory of a graph capture."""
+    key = (value, count, device)
+    found = _constants.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = torch.full((count,), value, device=device)
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            if len(_constants) >= 256:
+                _constants.clear()
+            _constants[key] = found
+    return found
 
 
 # ------------------------------------------------------------------ eager autograd

@@ -24,7 +24,10 @@ from torch import Tensor
 from core.errors import UserError, suggest
 
 BACKENDS = ("auto", "triton", "reference", "compile")
-NO_GPU = "kernel=triton needs a CUDA device (or TRITON_INTERPRET=1 for tests)"
+NO_GPU = (
+    "kernel=triton needs a CUDA device (or TRITON_INTERPRET=1 for tests): set kernel.backend=auto"
+)
+MAX_SEGMENTS = 65535  # of a launch grid's second and third dimension
 
 
 class BackendError(UserError, RuntimeError):
@@ -51,7 +54,9 @@ def use(backend: str) -> None:
         if not (torch.cuda.is_available() or interpreted()):
             raise BackendError(NO_GPU)
         if not _installed():
-            raise BackendError("kernel=triton: Triton is not installed (pip install triton)")
+            raise BackendError(
+                "kernel.backend=triton: Triton is not installed (pip install triton)"
+            )
     _State.requested, _State.used = backend, {}
     if backend == "compile" and not torch.cuda.is_available():
         warnings.warn(
@@ -92,10 +97,14 @@ def select(
         raise BackendError(NO_GPU)
     dtypes = (x.dtype, None if base is None else base.dtype, compute_dtype)
     reason = _unfit(x.device, dtypes, down.shape[-1], up.shape[-2], down.shape[-2])
+    if reason is None and x.dim() > 2 and x.shape[0] > MAX_SEGMENTS:
+        reason = f"more than {MAX_SEGMENTS} samples or groups in one call"
     if reason is None:
         return _record("triton", "asked for" if requested == "triton" else "CUDA device")
     if requested == "triton":
-        raise BackendError(f"kernel=triton cannot run this adapter: {reason}; use kernel=auto")
+        raise BackendError(
+            f"kernel.backend=triton cannot run this adapter: {reason}; set kernel.backend=auto"
+        )
     return _fall_back(reason)
 
 

@@ -31,13 +31,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import triton_device, tuning
+from kernels.dispatch import MAX_SEGMENTS
 from kernels.reference import Norm, output_dtype
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 MAX_RANK = 144  # two rank tiles, 128 + 16
 MAX_WIDTH = 4096
-MAX_SEGMENTS = 65535  # of a launch grid's second and third dimension
 SUM_BLOCK = 256  # columns of the partial sums that one program adds up
 SUM_CONFIG = tuning.Config(rows=16, columns=SUM_BLOCK, warps=4, stages=2)
 

@@ -12,9 +12,14 @@ import warnings
 from typing import Any, NamedTuple
 
 import pytest
+import timm
 import torch
+from test_kernels import GRADIENTS, assert_matches, error, learn, operands, oracle, wide
 from torch import Tensor
 
+from backbones.adapters import Bottleneck, LoRA
+from backbones.backbone import Backbone
+from backbones.bank import AdapterBank
 from kernels import adapter, dispatch, triton_adapter, tuning
 from kernels.reference import formula
 from kernels.triton_adapter import backward, forward, supported
@@ -462,41 +467,83 @@ def test_tuning_table():
     assert tuning.lookup("backward_rows", 40, 144, "ieee", 10, "S") == tuning.Config(32, 32, 4, 2)
 
 
-def test_training_follows_the_reference(monkeypatch):
-    """Two blocks with an adapter beside an MLP, dropout on the hidden columns, five steps."""
+@pytest.fixture
+def forced():
+    """kernel.backend=triton for the public call."""
+    dispatch.use("triton")
+    yield
+    assert dispatch.chosen()["used"] == "triton"
+    dispatch.use("auto")
+
+
+@pytest.mark.parametrize("form", "SPN")
+@pytest.mark.parametrize("act", ["none", "relu", "gelu"])
+def test_public_call_and_its_gradients(form, act, forced):
+    assert_matches(learn(operands((3, 11), 40, 5, form=form) | {"act": act}))
+    grouped = operands((2, 9), 40, 5, groups=3, form=form, rank_scale=act == "gelu")
+    assert_matches(learn(grouped | {"act": act}))
+
+
+def test_public_call_with_every_part(forced):
+    assert_matches(learn(operands((7,), out=67, form="N", scale=0.3, bias=False)))
+    samples = operands((3, 7), out=67, form="N") | {"rank_scale": torch.rand(3, 4)}
+    assert_matches(learn(samples))
+    strided = operands((3, 7)) | {"x": torch.randn(7, 3, 40).transpose(0, 1)}
+    assert_matches(learn(strided))
+    for groups in (None, 3):
+        lead = () if groups is None else (3,)
+        call = operands((2, 9), 40, 5, groups=groups, rank_scale=True) | {"act": "relu"}
+        call["keep"] = (torch.rand(*lead, 2, 9, 5) > 0.3) / 0.7
+        norm = (torch.rand(40), torch.rand(40), 1e-5)
+        call |= {"norm": norm, "column_scale": torch.rand(40)}
+        call = learn(call, (*GRADIENTS, "column_scale"))
+        truth = wide(call) | {"norm": (norm[0].double(), norm[1].double(), norm[2])}
+        y, expected = adapter(**call), oracle(truth)
+        assert error(y, expected) < LIMITS[FP32]
+        leaves = [n for n, v in call.items() if isinstance(v, Tensor) and v.requires_grad]
+        g = torch.randn(y.shape)
+        found = torch.autograd.grad(y, [call[n] for n in leaves], g)
+        right = torch.autograd.grad(expected, [truth[n] for n in leaves], g.double())
+        for name, a, b in zip(leaves, found, right, strict=True):
+            assert error(a, b) < 4 * LIMITS[FP32], name
+
+
+def test_public_call_by_index(forced):
+    call = operands((1, 9), 40, 5, groups=4, form="S") | {"act": "relu"}
+    call |= {"x": torch.randn(6, 9, 40), "base": torch.randn(6, 9, 40)}
+    index = torch.tensor([3, 0, 3, 2, 2, 0])
+    assert error(adapter(**call, index=index), oracle(wide(call) | {"index": index})) < LIMITS[FP32]
+
+
+def test_a_vit_trains_alike_with_both_backends():
+    """Twenty steps of a timm ViT with bottlenecks of learnt scale and a LoRA."""
 
     def train(backend: str) -> Tensor:
         dispatch.use(backend)
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-
-        x, target = draw(3, 7, 24) * 5, draw(3, 24) * 5
-        mlps = [draw(24, 24) for _ in range(2)]
-        blocks = [(draw(5, 24), torch.zeros(24, 5), torch.zeros(5), torch.zeros(24)) for _ in mlps]
-        scale = torch.ones(())
-        leaves = [t.requires_grad_() for t in (*blocks[0], *blocks[1], scale)]
+        torch.manual_seed(0)
+        net = timm.create_model(
+            "vit_tiny_patch16_224",
+            **{"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 0},
+        )
+        bank = AdapterBank(Backbone(net.eval()))
+        made = {f"blocks.{i}.mlp:parallel": Bottleneck(24, 5, scale=None) for i in range(2)}
+        lora = LoRA(24, [(0, 24), (48, 72)], 72, 4)
+        leaves = bank.add("task", {**made, "blocks.0.attn.qkv:out": lora})
+        images, target = torch.rand(3, 3, 32, 32), torch.randn(3, 24)
+        optimizer = torch.optim.SGD(leaves, lr=0.1, momentum=0.9)
         losses = []
-        for _ in range(5):
-            keep = [(torch.rand(3, 7, 5, generator=generator) > 0.1) / 0.9 for _ in mlps]
-            u = x
-            for mlp, (down, up, down_bias, up_bias), kept in zip(mlps, blocks, keep, strict=True):
-                u = adapter(
-                    u, down, up, down_bias=down_bias, up_bias=up_bias, act="gelu", scale=scale,
-                    base=torch.relu(u @ mlp), add_input=True, keep=kept,
-                )  # fmt: skip
-            loss = (u.mean(1) - target).square().mean()
-            grads = torch.autograd.grad(loss, leaves)
-            with torch.no_grad():
-                for leaf, grad in zip(leaves, grads, strict=True):
-                    leaf -= grad
+        for _ in range(20):
+            loss = (bank.features(images, "task") - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             losses.append(loss.detach())
+        assert dispatch.chosen()["used"] == backend
         return torch.stack(losses)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found, expected = train("triton"), train("reference")
     dispatch.use("auto")
-    assert expected[-1] < 0.9 * expected[0]
+    assert expected[-1] < 0.8 * expected[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -611,7 +611,7 @@ def test_fall_back_warns_once(monkeypatch):
     monkeypatch.setattr(dispatch, "interpreted", lambda: True)
     monkeypatch.setattr(dispatch, "_unfit", lambda *_: "rank 300 > 144")
     use("triton")
-    with pytest.raises(RuntimeError, match=r"rank 300 > 144; use kernel=auto"):
+    with pytest.raises(RuntimeError, match=r"rank 300 > 144; set kernel.backend=auto"):
         adapter(**operands())
     use("auto")
     monkeypatch.setattr(dispatch, "_on_cpu", lambda _: False)
@@ -622,6 +622,15 @@ def test_fall_back_warns_once(monkeypatch):
         adapter(**operands())
     assert chosen()["used"] == "reference"
     assert "rank 300 > 144" in chosen()["reason"]
+
+
+def test_too_many_segments_fall_back(monkeypatch):
+    monkeypatch.setattr(dispatch, "_unfit", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_on_cpu", lambda _: False)
+    call = operands((), 2, 1, groups=dispatch.MAX_SEGMENTS + 1, form="N")
+    call |= {"x": call["x"][:, None], "scale": 1.0}
+    with pytest.warns(UserWarning, match="more than 65535 samples or groups"):
+        assert adapter(**call).shape == (dispatch.MAX_SEGMENTS + 1, 1, 2)
 
 
 def test_compile_backend(monkeypatch):
