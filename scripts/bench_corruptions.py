@@ -3,6 +3,9 @@
     python scripts/bench_corruptions.py          # writes results/corruptions/<machine>.json
     python scripts/bench_corruptions.py --device cuda --batch 64
 
+Standard output is the Markdown of the section "Speed" in docs/corruptions.md; progress goes to the
+standard error.
+
 Milliseconds of processor time an image, one core, severity 5, draws included. Every round runs all
 sides of a corruption one after the other; the table shows medians over the rounds, and ratios that
 are medians of the ratios within a round.
@@ -49,6 +52,8 @@ from core.record import environment, write_json  # noqa: E402
 from streams import corruptions as C  # noqa: E402
 
 SEVERITY = 5
+# Sum of the 15 in ms, geometric mean of the ratios, lowest ratio: a core, 224 px, draws included.
+TARGETS = {"exact": (66.0, 3.0, 0.9)}
 Side = Callable[[], Any]
 
 
@@ -168,6 +173,10 @@ def compare(
     return row
 
 
+def geometric_mean(values: list[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums and geometric means over the standard corruptions."""
     chosen = [row for row in rows if row["name"] in C.STANDARD]
@@ -179,7 +188,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if all("exact_ratio" in row for row in chosen):
         for key in ("exact", "fast"):
             ratios = [row[f"{key}_ratio"] for row in chosen]
-            out[f"{key}_geometric_mean"] = float(np.exp(np.mean(np.log(ratios))))
+            out[f"{key}_geometric_mean"] = geometric_mean(ratios)
             out[f"{key}_lowest"] = min(ratios)
             rival = sum(row[row["against"]] for row in chosen)
             out[f"{key}_sum_ratio"] = rival / out["sum_ms"][key]
@@ -200,6 +209,37 @@ def table(rows: list[dict[str, Any]], forward: float | None) -> str:
         else:
             cells += [f"{row[k]:.1f}" if k in row else "" for k in ("exact_ratio", "fast_ratio")]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def listed(values: dict[str, float], unit: str = "") -> str:
+    """`exact 1.2, fast 1.0` with units."""
+    return ", ".join(f"{key} {value:.1f}{unit}" for key, value in values.items())
+
+
+def words(rows: list[dict[str, Any]], total: dict[str, Any]) -> str:
+    """The summary as a Markdown list."""
+    lines = [f"- Sum of the {total['corruptions']} standard: {listed(total['sum_ms'], ' ms')}."]
+    for key in ("exact", "fast"):
+        if f"{key}_geometric_mean" not in total:
+            continue
+        ratios = {r["name"]: r[f"{key}_ratio"] for r in rows if r["name"] in C.STANDARD}
+        least = min(ratios, key=lambda name: ratios[name])
+        without = [ratio for name, ratio in ratios.items() if name != "glass_blur"]
+        lines.append(
+            f"- `{key}`: geometric mean of the ratios {total[f'{key}_geometric_mean']:.2f} "
+            f"({geometric_mean(without):.2f} without `glass_blur`), ratio of the sums "
+            f"{total[f'{key}_sum_ratio']:.1f}, lowest {ratios[least]:.2f} (`{least}`)."
+        )
+    if all(f"{key}_geometric_mean" in total for key in TARGETS) and len(ratios) == len(C.STANDARD):
+        for key, (limit, mean, lowest) in TARGETS.items():
+            met = {
+                f"sum at most {limit:.0f} ms": total["sum_ms"][key] <= limit,
+                f"geometric mean at least {mean:.0f}": total[f"{key}_geometric_mean"] >= mean,
+                f"no ratio below {lowest}": total[f"{key}_lowest"] >= lowest,
+            }
+            verdicts = (f"{text}: {'met' if ok else 'NOT met'}" for text, ok in met.items())
+            lines.append(f"- Targets of `{key}` (224 px): {'; '.join(verdicts)}.")
     return "\n".join(lines)
 
 
@@ -228,19 +268,22 @@ def main() -> None:
     files = [args.frost / name for name in C.FROST_FILES] if args.frost else []
     before = os.getloadavg()[0]
     facts = environment(device)
-    print(f"{facts['device']}; public: {contender}; frost: {C.frost_source(args.frost)}")
     rows = []
     for name in args.names:
+        print(name, file=sys.stderr, flush=True)
         rows.append(compare(name, args, other, files))
-        print(
-            {k: round(v, 2) for k, v in rows[-1].items() if isinstance(v, float)}, name, flush=True
-        )
     forward = None
     if args.device == "cuda":
         forward = forward_ms(args.batch, args.side, args.rounds, device)
     total = summary(rows)
+    print(
+        f"{facts['device']}, torch {torch.__version__.split('+')[0]}, one thread, {args.side} px, "
+        f"severity {SEVERITY}; medians of {args.rounds} rounds, load {before:.1f} before; "
+        f"public: {contender}; frost: {C.frost_source(args.frost)}.\n"
+    )
     print(table(rows, forward))
-    print(total)
+    if any(row["name"] in C.STANDARD for row in rows):
+        print("\n" + words(rows, total))
     machine = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     path = args.out or ROOT / "results" / "corruptions" / f"{machine}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from streams.corruption_ops import OPERATIONS
-from streams.corruption_ops.common import Array, Rng, jpeg
+from streams.corruption_ops.common import Array, Rng, jpeg, keep_freed_memory
 from streams.corruption_ops.frost import FROST_FILES, FROST_NOTE, frost_source
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "draw",
     "frost_source",
     "generator",
+    "parameters",
 ]
 
 #: Bumped whenever any output changes; belongs into the key of every cache of corrupted images.
@@ -187,6 +188,11 @@ def _parameters(name: str, severity: int, preset: str) -> Any:
     return _PARAMETERS[preset][name][severity - 1]
 
 
+def parameters(name: str, preset: Preset) -> tuple[Any, ...]:
+    """The parameters of severities 1..5; ValueError for an unknown name or preset."""
+    return tuple(_parameters(name, severity, preset) for severity in range(1, 6))
+
+
 def _check_size(h: int, w: int) -> None:
     if not (MIN_SIDE <= h <= MAX_SIDE and MIN_SIDE <= w <= MAX_SIDE):
         raise ValueError(
@@ -253,6 +259,7 @@ def draw(
     preset: Preset,
     rng: Rng,
     frost_dir: str | Path | None = None,
+    parameters: Any = None,
 ) -> dict[str, Array]:
     """All random numbers of one corrupted image.
 
@@ -263,6 +270,7 @@ def draw(
         preset: parameter table, "imagenet" or "cifar".
         rng: Generator or legacy RandomState; the order of the draws equals the reference's.
         frost_dir: as for `corrupt`; the photographs' sizes limit the drawn window of frost.
+        parameters: as for `corrupt_batch`.
 
     Returns:
         Named arrays as described by each corruption; empty for the deterministic ones.
@@ -273,6 +281,7 @@ def draw(
         FileNotFoundError: frost photographs are missing from `frost_dir`.
     """
     params = _parameters(name, severity, preset)
+    params = params if parameters is None else parameters
     h, w = shape
     _check_size(h, w)
     function = OPERATIONS[name].draw
@@ -367,6 +376,7 @@ def corrupt_batch(
     frost_dir: str | Path | None = None,
     precision: Precision = "exact",
     chunk: int | None = None,
+    parameters: Any = None,
 ) -> Tensor:
     """A batch under one corruption; image i depends on (seed, name, severity, indices[i]) alone.
 
@@ -386,6 +396,7 @@ def corrupt_batch(
             moves up to a few per cent of the values by one level (docs/corruptions.md).
         chunk: images worked on at once, which bounds the memory; None chooses by image size and
             device. Changes no image.
+        parameters: instead of those of the severity (`streams.severities`), whose draws are used.
 
     Returns:
         A new tensor like x: levels for uint8, levels / 255 for floats.
@@ -395,6 +406,7 @@ def corrupt_batch(
         FileNotFoundError: frost photographs are missing from `frost_dir`.
     """
     params = _parameters(name, severity, preset)
+    params = params if parameters is None else parameters
     dtype = _dtype(precision)
     levels = _levels(x)
     batch, _, h, w = levels.shape
@@ -410,12 +422,15 @@ def corrupt_batch(
         raise ValueError(f"chunk must be at least 1 image or None, got {chunk}")
     for index in numbers:
         _check_key(seed, index)
+    keep_freed_memory()
 
     def drawn(index: int) -> Draws:
         if OPERATIONS[name].draw is None:
             return {}
         rng = generator(seed, name, severity, index)
-        return draw(name, severity, (h, w), preset=preset, rng=rng, frost_dir=frost_dir)
+        return draw(
+            name, severity, (h, w), preset=preset, rng=rng, frost_dir=frost_dir, parameters=params
+        )
 
     out = torch.empty_like(x)
     for start in range(0, batch, chunk):

@@ -382,7 +382,7 @@ def test_sums_of_the_defocus_transform_are_exact():
     padded = image[0, 0][rows][:, rows].to(torch.float64)
     size = (blur._fft_length(h + 20), blur._fft_length(w + 20))
     spectrum = torch.fft.rfft2(padded, s=size) * blur._disc_spectrum(10, 0.5, size, torch.float64)
-    sums = torch.fft.irfft2(spectrum, s=size)[20 : 20 + h, 20 : 20 + w]
+    sums = torch.fft.irfft2(spectrum, s=size)[20 : 20 + h, 20 : 20 + w] * 2.0**36
     assert (sums - sums.round()).abs().max() < 0.1
     window = padded[:21, :21].numpy()
     assert sums[0, 0].round() == (window.astype(np.int64) * kernel.astype(np.int64)).sum()
@@ -572,9 +572,25 @@ def test_gaussian_filters_against_scipy():
         own = common.gaussian_blur_nearest(torch.from_numpy(values)[None], sigma)[0].numpy()
         assert np.array_equal(own, ndimage.gaussian_filter(values, sigma, mode="nearest"))
     for sigma in (0.64, 2.44, 30):  # the last has a radius beyond the image
-        left, right = (common.gaussian_matrix(n, sigma, 3.0).numpy() for n in (37, 50))
+        own = common.smooth_rows(torch.from_numpy(values), sigma, 3.0)
+        own = common.smooth_rows(own.T, sigma, 3.0).T.numpy()
         expected = ndimage.gaussian_filter(values, sigma, mode="reflect", truncate=3.0)
-        np.testing.assert_allclose(left @ values @ right.T, expected, atol=1e-12)
+        np.testing.assert_allclose(own, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("repeats_edge", [True, False])
+def test_bilinear_samples_against_scipy(repeats_edge):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    rng = np.random.default_rng(0)
+    image = rng.uniform(size=(2, 3, 33, 40))
+    places = rng.uniform(-200, 200, size=(2, 2, 33, 40))  # several widths beyond the border
+    places[0, 0] = np.rint(places[0, 0])
+    own = digital._bilinear(torch.from_numpy(image), *torch.tensor(places), repeats_edge)
+    mode = "reflect" if repeats_edge else "mirror"
+    for i in range(2):
+        for c in range(3):
+            expected = ndimage.map_coordinates(image[i, c], places[:, i], order=1, mode=mode)
+            np.testing.assert_allclose(own[i, c].numpy(), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(32, 45), (224, 224)])

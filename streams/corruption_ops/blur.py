@@ -21,7 +21,6 @@ from streams.corruption_ops.common import (
     integers,
     motion,
     planes,
-    reflect101,
     to_levels,
 )
 
@@ -73,7 +72,7 @@ def _disc_spectrum(
     radius: float, sigma: float, size: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     kernel = torch.from_numpy(np.rint(disc_kernel(radius, sigma) * np.float64(_SCALE)))
-    return torch.fft.rfft2(kernel.flip(0, 1), s=size).to(dtype.to_complex())
+    return torch.fft.rfft2(kernel.flip(0, 1), s=size).div_(_SCALE).to(dtype.to_complex())
 
 
 def defocus_blur(
@@ -81,26 +80,22 @@ def defocus_blur(
 ) -> Tensor:
     """Correlation with a disc (radius, sigma of its anti-aliasing), border mirrored without edge.
 
-    By FFT; the circular wrap falls outside the part that is kept. In float64 levels and kernel are
-    integers (the kernel in units of 2^-36) and the result is rounded to the nearest integer, which
-    makes the sum exact: no round-off of the FFT, hence no device or batch, shows in the result.
+    By FFT; the circular wrap falls outside the part that is kept. In float64 levels are integers
+    and the kernel is in units of 2^-36: so are the sums, and half a unit is added before they are
+    truncated. No round-off of the FFT, hence no device or batch, shows in the result.
     """
     h, w = levels.shape[-2:]
     half = disc_kernel(*params).shape[0] // 2
     size = (_fft_length(h + 2 * half), _fft_length(w + 2 * half))
     # Mirrored on to the length of the transform; what lies beyond the padding is never used.
-    rows, columns = (
-        reflect101(torch.arange(-half, length - half, device=levels.device), n).long()
-        for n, length in zip((h, w), size, strict=True)
-    )
-    padded = levels.contiguous().index_select(-2, rows).index_select(-1, columns).to(dtype)
+    below, right = (length - n - half for n, length in zip((h, w), size, strict=True))
+    values = levels.contiguous().to(dtype)
+    padded = torch.nn.functional.pad(values, (half, right, half, below), mode="reflect")
     spectrum = torch.fft.rfft2(padded)
     spectrum *= _disc_spectrum(*params, size, dtype).to(levels.device)
     blurred = torch.fft.irfft2(spectrum, s=size)
     blurred = blurred[..., 2 * half : 2 * half + h, 2 * half : 2 * half + w]
-    if dtype == torch.float64:
-        blurred = blurred.round()
-    return blurred.div(_SCALE).clamp_(0, 255).to(torch.uint8)
+    return blurred.add(0.5 / _SCALE).clamp_(0, 255).to(torch.uint8)
 
 
 def draw_glass(params: tuple[float, int, int], h: int, w: int, rng: Rng) -> dict[str, Array]:
@@ -119,20 +114,21 @@ def glass_sources(shifts: Tensor, reach: int, h: int, w: int) -> Tensor:
     pointer doubling. `shifts` [B, sites, 2] holds (dx, dy) in visiting order.
     """
     batch, device = shifts.shape[0], shifts.device
-    grid = shifts.view(batch, h - 2 * reach, w - 2 * reach, 2).flip(1, 2)
-    steps = grid[..., 1].long().mul_(w).add_(grid[..., 0])
+    dx, dy = shifts.to(torch.int32).unbind(-1)
+    # The visiting order is the raster order backwards.
+    steps = (dy * w).add_(dx).flip(1).view(batch, h - 2 * reach, w - 2 * reach)
     inner = (slice(None), slice(reach + 1, h - reach + 1), slice(reach + 1, w - reach + 1))
     pixels = batch * h * w
     # Nodes 0..pixels-1 are values after the pass; node pixels + i, its own successor, is the
     # original value of pixel i.
-    node = torch.arange(2 * pixels, device=device)
+    node = torch.arange(2 * pixels, dtype=torch.int32, device=device)
     after, original = node[:pixels], node[pixels:].view(batch, h, w)
     site = torch.zeros((batch, h, w), dtype=torch.bool, device=device)
     site[inner] = True
     source = after.view(batch, h, w)[inner] + steps
-    visited = (steps > 0) & site.view(-1).gather(0, source.view(-1)).view(source.shape)
+    visited = (steps > 0) & site.view(-1).index_select(0, source.view(-1)).view(source.shape)
     follow = original.clone()
-    follow[inner] = source.add_(visited.logical_not_().long().mul_(pixels))
+    follow[inner] = source.add_(visited.logical_not_(), alpha=pixels)
     follow = follow.view(-1)
     while follow.min() < pixels:
         after.copy_(follow)
@@ -157,7 +153,7 @@ def glass_blur(
     source = glass_sources(shifts[:, 0], reach, h, w)
     for i in range(1, passes):
         source = source.index_select(0, glass_sources(shifts[:, i], reach, h, w))
-    moved = torch.stack([channel.gather(0, source) for channel in pixels]).view(c, b, h, w)
+    moved = torch.stack([channel.index_select(0, source) for channel in pixels]).view(c, b, h, w)
     return to_levels(gaussian_blur_nearest(planes(moved.transpose(0, 1), dtype), sigma))
 
 

@@ -43,13 +43,11 @@ def select(rest: Tensor, *choices: tuple[Tensor, Tensor]) -> Tensor:
 
     By bits, which is many times faster than `torch.where` on bytes.
     """
-    taken = torch.zeros_like(rest)
-    result = torch.zeros_like(rest)
+    result = rest
     for mask, value in choices:
         bits = mask.to(torch.uint8).neg_()  # 1 -> 255
-        result |= bits & value
-        taken |= bits
-    return result | (rest & ~taken)
+        result = (result ^ value).bitwise_and_(bits).bitwise_xor_(result)
+    return result
 
 
 def field(draws: Draws, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -72,7 +70,7 @@ def integers(rng: Rng, low: int, high: int, size: tuple[int, ...], dtype: type) 
     return np.asarray(rng.randint(low, high, size=size)).astype(dtype)
 
 
-def _modulo(index: Tensor, n: int) -> Tensor:
+def modulo(index: Tensor, n: int) -> Tensor:
     """Whole numbers modulo n, in float64: several times faster than `torch.remainder`."""
     index = index.to(torch.float64)
     return index - (index / n).floor_().mul_(n)
@@ -83,13 +81,13 @@ def reflect(index: Tensor, n: int) -> Tensor:
 
     Any type in, float64 out.
     """
-    index = _modulo(index, 2 * n)
+    index = modulo(index, 2 * n)
     return torch.minimum(index, 2 * n - 1 - index)
 
 
 def reflect101(index: Tensor, n: int) -> Tensor:
     """As `reflect`, mirroring without repeating the edge (... 2 1 | 0 1 2 ...)."""
-    index = _modulo(index, 2 * n - 2)
+    index = modulo(index, 2 * n - 2)
     return torch.minimum(index, 2 * n - 2 - index)
 
 
@@ -108,6 +106,16 @@ def repeat_edge(values: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 
 _PIECE = 2**16  # values of a plane or group of planes that stay in a CPU core's cache
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> None:
+    """Lets the C library of Linux reuse the memory of temporary images.
+
+    It gives larger blocks back to the system when they are freed and then faults their pages in
+    again, for every temporary tensor. Freeing one block raises that limit to the block's size.
+    """
+    torch.empty(2**24, dtype=torch.uint8)
 
 
 def by_planes(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
@@ -141,6 +149,23 @@ def gaussian_matrix(n: int, sigma: float, truncate: float) -> Tensor:
     for offset, weight in enumerate(gaussian_weights(sigma, radius), start=-radius):
         matrix[rows, reflect(rows + offset, n).long()] += float(weight)
     return matrix
+
+
+_BAND = 32  # rows of a banded matrix that are multiplied at once
+
+
+def smooth_rows(values: Tensor, sigma: float, truncate: float) -> Tensor:
+    """`gaussian_matrix` times [N, W], without the blocks of the matrix that are zero."""
+    n = len(values)
+    radius = int(truncate * sigma + 0.5)
+    matrix = gaussian_matrix(n, sigma, truncate).to(values.device, values.dtype)
+    if values.dtype == torch.float32:
+        return matrix @ values  # blocks gain little here, and would be summed in another order
+    blocks = []
+    for start in range(0, n, _BAND):
+        near = slice(max(0, start - radius), start + _BAND + radius)
+        blocks.append(matrix[start : start + _BAND, near] @ values[near])
+    return torch.cat(blocks)
 
 
 def gaussian_blur_nearest(values: Tensor, sigma: float) -> Tensor:
@@ -191,8 +216,9 @@ def motion(levels: Tensor, radius: int, sigma: float, angles: Tensor, dtype: tor
         padded = repeat_edge(padded, -1, left, int(dx.max()))
         total = torch.zeros(piece.shape, dtype=dtype, device=piece.device)
         # Fused multiply-adds are fine here: the rounding to 16 bits hides the last bits.
-        for y, x, weight in zip(top + dy, left + dx, weights.tolist(), strict=True):
-            total.add_(padded[:, y : y + h, x : x + w], alpha=weight)
+        places = (top + dy).tolist(), (left + dx).tolist()
+        for y, x, weight in zip(*places, weights.tolist(), strict=True):
+            total.add_(padded.narrow(-2, y, h).narrow(-1, x, w), alpha=weight)
         sixteen_bit = total.mul_(257).add_(0.5).floor_()
         # 1/2 keeps the quotients away from the integers
         return sixteen_bit.add_(0.5).mul_(1 / 257).to(torch.uint8)
@@ -206,11 +232,13 @@ def motion(levels: Tensor, radius: int, sigma: float, angles: Tensor, dtype: tor
 
 
 @lru_cache(maxsize=128)
-def _zoom_taps(n: int, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+def _zoom_taps(
+    n: int, factor: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Linear interpolation of the central part of n samples, enlarged by `factor`, n kept.
 
     The central ceil(n / factor) samples are stretched corner-aligned to round(ceil(.) * factor)
-    and the central n are kept. Returns (lower index, upper index, upper weight), each [n].
+    and the central n are kept. Returns lower index [n], upper index [n] and upper weight [n, 1].
     """
     crop = math.ceil(n / factor)
     enlarged = round(crop * factor)
@@ -218,16 +246,20 @@ def _zoom_taps(n: int, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     lower = np.clip(np.floor(position).astype(np.int64), 0, crop - 1)
     upper = np.minimum(lower + 1, crop - 1)
     first = (n - crop) // 2
-    taps = (first + lower, first + upper, position - lower)
-    return torch.from_numpy(taps[0]), torch.from_numpy(taps[1]), torch.from_numpy(taps[2])
+    weight = torch.from_numpy(position - lower).to(device, dtype)[:, None]
+    return (
+        torch.from_numpy(first + lower).to(device),
+        torch.from_numpy(first + upper).to(device),
+        weight,
+    )
 
 
 def zoom_rows(values: Tensor, factor: float) -> Tensor:
     """Enlarges the central rows of [..., H, W] by `factor`, size and dtype kept."""
-    lower, upper, weight = (tap.to(values.device) for tap in _zoom_taps(values.shape[-2], factor))
+    rows = values.shape[-2]
+    lower, upper, weight = _zoom_taps(rows, factor, values.dtype, values.device)
     start = values.index_select(-2, lower)
-    step = values.index_select(-2, upper).sub_(start).mul_(weight.to(values.dtype)[:, None])
-    return start.add_(step)
+    return start.add_(values.index_select(-2, upper).sub_(start).mul_(weight))
 
 
 def central_zoom(values: Tensor, factor: float) -> Tensor:

@@ -13,12 +13,13 @@ from streams.corruption_ops.common import (
     Draws,
     Rng,
     field,
-    gaussian_matrix,
     jpeg,
+    modulo,
     planes,
     reflect,
     reflect101,
     select,
+    smooth_rows,
     to_levels,
 )
 
@@ -99,23 +100,41 @@ def draw_elastic(params: tuple[float, float, float], h: int, w: int, rng: Rng) -
     }
 
 
-def _bilinear(
-    pixels: Tensor,
-    rows: tuple[Tensor, Tensor],
-    columns: tuple[Tensor, Tensor],
-    fy: Tensor,
-    fx: Tensor,
-) -> Tensor:
-    """Blend of the four neighbours; pixels [B, 3, H, W], indices (float64) and
-    fractions [B, H, W]."""
-    b, c, h, w = pixels.shape
-    flat = pixels.view(b, c, h * w)
-    total = torch.zeros_like(flat)
-    for row, weight_y in zip(rows, (1 - fy, fy), strict=True):
-        for column, weight_x in zip(columns, (1 - fx, fx), strict=True):
-            index = (row * w + column).long().view(b, 1, h * w).expand(b, c, h * w)
-            total += flat.gather(2, index).mul_((weight_y * weight_x).view(b, 1, h * w))
-    return total.view(b, c, h, w)
+def _neighbours(whole: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries `whole` and `whole + 1` of a periodic table, each [N]; whole numbers in float64."""
+    place = modulo(whole.view(-1), len(table)).to(torch.int32)
+    return table.index_select(0, place), table.roll(-1).index_select(0, place)
+
+
+def _bilinear(image: Tensor, y: Tensor, x: Tensor, repeats_edge: bool) -> Tensor:
+    """Samples [B, 3, H, W] at the positions y, x (float64 [B, H, W], overwritten) in px.
+
+    The border is mirrored, with or without repeating the edge.
+    """
+    b, _, h, w = image.shape
+    fold, ends = (reflect, 0) if repeats_edge else (reflect101, 2)
+    indices, fractions = [], []
+    for position, n, stride in ((y, h, w), (x, w, 1)):
+        # One period of the mirrored indices: neighbours are then read instead of computed.
+        table = fold(torch.arange(2 * n - ends, device=image.device), n).mul_(stride)
+        whole = position.floor()
+        indices.append(_neighbours(whole, table.to(torch.int32)))
+        fractions.append(position.sub_(whole).to(image.dtype).view(-1))
+    (upper, lower), columns = indices
+    first = torch.arange(b, dtype=torch.int32, device=image.device).mul_(h * w)[:, None]
+    rows = [(row.view(b, h * w) + first).view(-1) for row in (upper, lower)]
+    fy, fx = fractions
+    corners = [
+        (row + column, weight_y * weight_x)
+        for row, weight_y in zip(rows, (1 - fy, fy), strict=True)
+        for column, weight_x in zip(columns, (1 - fx, fx), strict=True)
+    ]
+    blended = []
+    for channel in image.unbind(1):  # picking from one plane is the fastest form of a gather
+        plane = channel.reshape(-1)
+        parts = [plane.index_select(0, index).mul_(weight) for index, weight in corners]
+        blended.append(parts[0].add_(parts[1]).add_(parts[2]).add_(parts[3]).view(b, h, w))
+    return torch.stack(blended, dim=1)
 
 
 def _inverse_affine(h: int, w: int, moves: Array) -> tuple[tuple[float, float, float], ...]:
@@ -140,25 +159,16 @@ def _affine_warp(image: Tensor, moves: Tensor) -> Tensor:
     1/32 pixel; border mirrored without edge.
     """
     h, w = image.shape[-2:]
-    device, dtype = image.device, image.dtype
     maps = torch.tensor([_inverse_affine(h, w, m) for m in moves.numpy()], dtype=torch.float64)
     columns, rows = torch.arange(w, dtype=torch.float64), torch.arange(h, dtype=torch.float64)
     positions = []
     for factor_x, factor_y, shift in maps.permute(1, 2, 0)[..., None]:
         along = (factor_x * columns).mul_(1024).round_()
         down = (factor_y * rows).add_(shift).mul_(1024).round_().add_(16)
-        fixed = (down.long()[:, :, None] + along.long()[:, None, :]).to(device)
-        positions.append(fixed >> 5)
+        fixed = down.to(image.device)[:, :, None] + along.to(image.device)[:, None, :]
+        positions.append(fixed.mul_(1 / 32).floor_().mul_(1 / 32))  # whole numbers: exact
     x, y = positions
-    fx, fy = ((position & 31).to(dtype).div_(32) for position in (x, y))
-    x, y = x >> 5, y >> 5
-    return _bilinear(
-        image,
-        (reflect101(y, h), reflect101(y + 1, h)),
-        (reflect101(x, w), reflect101(x + 1, w)),
-        fy,
-        fx,
-    )
+    return _bilinear(image, y, x, repeats_edge=False)
 
 
 def elastic_transform(
@@ -178,23 +188,14 @@ def elastic_transform(
     for key, n, shape in (("dx", w, (1, w)), ("dy", h, (h, 1))):
         shift = field(draws, key, (h, w)).to(device, dtype)
         if sigma > 0:
-            left, right = (gaussian_matrix(m, sigma, 3.0).to(device, dtype) for m in (h, w))
             # One product per image: a library may sum in another order in another shape.
-            shift = torch.stack([left @ one @ right.T for one in shift])
+            shift = torch.stack(
+                [smooth_rows(smooth_rows(one, sigma, 3.0).T, sigma, 3.0).T for one in shift]
+            )
         shift = shift.mul(alpha).to(torch.float32).to(torch.float64)
         positions.append(shift.add_(torch.arange(n, device=device).view(shape)))
     x, y = positions
-    left, top = x.floor(), y.floor()
-    fx, fy = x.sub_(left).float(), y.sub_(top).float()
-    return to_levels(
-        _bilinear(
-            warped,
-            (reflect(top, h), reflect(top + 1, h)),
-            (reflect(left, w), reflect(left + 1, w)),
-            fy,
-            fx,
-        )
-    )
+    return to_levels(_bilinear(warped, y, x, repeats_edge=True))
 
 
 @lru_cache(maxsize=32)
@@ -202,7 +203,7 @@ def _box_windows(n: int, m: int) -> tuple[Tensor, Tensor]:
     """Pillow's box filter from n to m < n samples: which samples each result averages.
 
     Returns the membership matrix of zeros and ones, float32 [n, m], and the reciprocal number of
-    samples in fixed point (22 fractional bits), float64 [m].
+    samples, float64 [m], rounded to the 22 fractional bits of Pillow's fixed point.
     """
     scale = n / m
     centre = (np.arange(m) + 0.5) * scale
@@ -212,7 +213,7 @@ def _box_windows(n: int, m: int) -> tuple[Tensor, Tensor]:
     )
     offset = (sample - centre + 0.5) * (1.0 / scale)
     member = inside & (offset > -0.5) & (offset <= 0.5)
-    weight = np.rint((1 << 22) / member.sum(0))
+    weight = np.rint((1 << 22) / member.sum(0)) / (1 << 22)
     return torch.from_numpy(member.astype(np.float32)), torch.from_numpy(weight)
 
 
@@ -220,7 +221,13 @@ def _shrink_columns(values: Tensor, m: int) -> Tensor:
     """Box-filters the last dimension of integral float32 values to m samples, 8-bit rounding."""
     member, weight = (t.to(values.device) for t in _box_windows(values.shape[-1], m))
     sums = (values @ member).to(torch.float64)  # small integers: exact in any order
-    return sums.mul_(weight).add_(1 << 21).div_(1 << 22).floor_().to(torch.float32)
+    return sums.mul_(weight).add_(0.5).floor_().to(torch.float32)  # exact but for the floor
+
+
+@lru_cache(maxsize=32)
+def _nearest(n: int, m: int, device: torch.device) -> Tensor:
+    """Which of m samples each of n results repeats."""
+    return torch.arange(n, dtype=torch.float64).add_(0.5).mul_(m / n).long().to(device)
 
 
 def pixelate(levels: Tensor, factor: float, draws: Draws, dtype: torch.dtype) -> Tensor:
@@ -239,10 +246,7 @@ def pixelate(levels: Tensor, factor: float, draws: Draws, dtype: torch.dtype) ->
         small = _shrink_columns(small, small_w).mT.contiguous()
         small = _shrink_columns(small, small_h).mT
     small = small.to(torch.uint8, memory_format=torch.contiguous_format)
-    rows, columns = (
-        torch.arange(n, dtype=torch.float64).add_(0.5).mul_(m / n).long().to(levels.device)
-        for n, m in ((h, small_h), (w, small_w))
-    )
+    rows, columns = (_nearest(n, m, levels.device) for n, m in ((h, small_h), (w, small_w)))
     return small.index_select(-1, columns).index_select(-2, rows)
 
 

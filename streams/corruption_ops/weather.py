@@ -97,8 +97,7 @@ def height_map(
         corners = woven.view(batch, 2 * cells, 2 * cells)
         step //= 2
         amplitude /= decay
-    low, high = corners.view(batch, -1).aminmax(dim=1)
-    low, high = low.view(batch, 1, 1), high.view(batch, 1, 1)
+    low, high = corners.amin((1, 2), keepdim=True), corners.amax((1, 2), keepdim=True)
     return corners.sub_(low).div_(high - low)
 
 
