@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check docs setup clean
 
 demo: $(READY)
 	$(BIN)/python run.py strategy=cotta scenario=imagenet_c
@@ -19,6 +19,11 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu and not realdata"
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html"
 
 setup: $(READY)
 

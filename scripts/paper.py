@@ -1,14 +1,17 @@
 """The rows of a paper: what is published, with which certainty, and what we measured.
 
-    python scripts/paper.py                                 # papers and how many rows each has
+    python scripts/paper.py                                 # methods and how many rows each has
     python scripts/paper.py cotta                           # its presets and figures, ours beside
     python scripts/paper.py cotta --run data.root=/data     # runs every preset, then the same table
     python scripts/paper.py cotta/cifar10_c --run data.root=/data seed=0,1,2
+    python scripts/paper.py ease --run data.root=/sets/{data}    # {data}: the row's data set
 
 `ours` is read from finished runs of the preset under --results: the mean over seeds or orders, with
 the standard deviation and count. It stands in brackets where the run is no equal of the published
-one (stand-in images, changed settings, one order of ten). Status of a figure: `seen` in the
-authors' code or logs, `quoted` from a paper's table, `unverified` from memory of others.
+one (stand-in images, changed settings, one order of ten), and says which data a row needs where
+there is no run of it. Status of a figure: `seen` in logs, README or issues of the code that made
+it; `quoted` from a table or thread that repeats it; `unverified`: repeated elsewhere, its source
+not read by us.
 """
 
 from __future__ import annotations
@@ -20,20 +23,28 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+from methods_table import facts
+
 from core.console import table
 from core.errors import suggest
+from streams.datasets import LAYOUT, ORIGIN
 
-PRESETS = Path(__file__).parents[1] / "conf" / "experiment"
+CONF = Path(__file__).parents[1] / "conf"
+PRESETS = CONF / "experiment"
+CIFAR = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # their folders have other names
 Figure = dict[str, Any]
 Found = dict[tuple[str, str, str], list[Figure]]  # preset, strategy, metric -> one a run
 
 
+@cache
 def presets(paper: str) -> dict[str, list[Figure]]:
     """Published figures of each preset of `paper` (a folder of conf/experiment, or one preset)."""
     one = PRESETS / f"{paper}.yaml"
@@ -43,6 +54,37 @@ def presets(paper: str) -> dict[str, list[Figure]]:
         rows: Any = OmegaConf.to_container(OmegaConf.load(path))
         found[path.relative_to(PRESETS).with_suffix("").as_posix()] = rows["reference"]
     return found
+
+
+def dataset(scenario: str) -> str:
+    """The data set that an option of conf/scenario reads, its own or that of its base."""
+    node: Any = OmegaConf.load(CONF / "scenario" / f"{scenario}.yaml")
+    return node.dataset if "dataset" in node else dataset(node.defaults[0])
+
+
+@cache
+def needs(preset: str) -> tuple[str, str]:
+    """Name and expected place of a preset's images: "CIFAR-10-C", "<data.root>/CIFAR-10-C/..."."""
+    node: Any = OmegaConf.load(PRESETS / f"{preset}.yaml")
+    chosen = {k: v for option in node.defaults for k, v in option.items()}
+    source = dataset(chosen["override /scenario"])
+    if label := node.get("scenario", {}).get("label"):
+        return label.removeprefix("split_"), f"{LAYOUT[source]}, see the head of the preset"
+    name = CIFAR.get(source) or LAYOUT[source].split("/")[1]
+    return name, f"{LAYOUT[source]}, published at {ORIGIN[source]}"
+
+
+def methods_in(preset: str) -> list[str]:
+    """Methods to run for the figures of a preset: all of them, unless it sets options of its own.
+
+    The source model is measured beside each of them.
+    """
+    node: Any = OmegaConf.load(PRESETS / f"{preset}.yaml")
+    own = next(o["override /strategy"] for o in node.defaults if "override /strategy" in o)
+    if "strategy" in node:
+        return [own]
+    named = dict.fromkeys(row.strategy for row in node.reference if row.strategy != "source")
+    return list(named) or [own]
 
 
 def measured(results: Path) -> Found:
@@ -64,14 +106,14 @@ def measured(results: Path) -> Found:
     return found
 
 
-def ours(runs: list[Figure]) -> str:
+def ours(runs: list[Figure], data: str) -> str:
     """Mean, spread and count of our runs, in brackets where they are no equals."""
     if any(r["own"] for r in runs):  # a run of its own rather than the source beside others
         runs = [r for r in runs if r["own"]]
     equal = [r for r in runs if r["comparable"]]
     kept = equal or runs
     if not kept:
-        return "-"
+        return f"needs {data}"
     values = [r["value"] for r in kept]
     text = f"{statistics.mean(values):.2f}"
     if len(values) > 1:
@@ -84,8 +126,10 @@ def ours(runs: list[Figure]) -> str:
 
 def listing(rows: dict[str, list[Figure]], found: Found) -> str:
     """One line a published figure."""
+    width = max(len(figure["source"]) for figures in rows.values() for figure in figures)
     body = []
     for preset, figures in rows.items():
+        data, _ = needs(preset)
         for figure in figures:
             runs = found.get((preset, figure["strategy"], figure["metric"]), [])
             same = "" if figure["comparable"] else ", not comparable"
@@ -95,20 +139,43 @@ def listing(rows: dict[str, list[Figure]], found: Found) -> str:
                     figure["strategy"],
                     figure["metric"],
                     str(figure["value"]),
-                    ours(runs),
+                    ours(runs, data),
                     f"{figure['status']}{same}",
-                    figure["source"],
+                    figure["source"].ljust(width),
                 )
             )
-    head = ("preset", "strategy", "metric", "published", "ours", "status", "source")
+    head = ("preset", "strategy", "metric", "published", "ours", "status", "source".ljust(width))
     return table(head, body)
 
 
+def heading(method: str) -> str:
+    """Title, publication and code of a method."""
+    fact = facts()[method]
+    parts = [fact.get("title", fact.get("about"))]
+    if "paper" in fact:
+        parts.append(f"{fact['paper']} {fact['year']}, arXiv {fact['arxiv']}")
+    if fact.get("code"):
+        parts.append(f"code: {', '.join(fact['code'])}")
+    return f"{method}: {'; '.join(parts)}"
+
+
+def places(rows: dict[str, list[Figure]], found: Found) -> list[str]:
+    """Where the images of rows without a run belong."""
+    done = {preset for preset, _, _ in found}
+    where: dict[str, list[str]] = defaultdict(list)
+    for name, place in dict(needs(p) for p in rows if p not in done).items():
+        where[place].append(name)
+    return [f"needs {', '.join(names)}: {place}" for place, names in where.items()]
+
+
 def run(rows: dict[str, list[Figure]], words: list[str]) -> list[str]:
-    """Run every preset as a sweep of its own; returns those that did not come to their end."""
+    """Run every preset as a sweep over its methods; returns those that did not come to an end."""
     broken = []
     for number, preset in enumerate(rows, 1):
-        command = [sys.executable, "run.py", "-m", f"experiment={preset}", *words]
+        given = [word.replace("{data}", needs(preset)[0]) for word in words]
+        if not any(word.startswith("strategy=") for word in words):
+            given.append(f"strategy={','.join(methods_in(preset))}")
+        command = [sys.executable, "run.py", "-m", f"experiment={preset}", *given]
         print(f"[{number}/{len(rows)}] {shlex.join(['python', *command[1:]])}", flush=True)
         code = subprocess.run(command, cwd=PRESETS.parents[1], check=False).returncode
         if code in (130, 143):
@@ -127,18 +194,25 @@ def main() -> int:
     parser.add_argument("--run", action="store_true", help="run the rows first")
     parser.add_argument("--results", type=Path, default=Path("results"))
     given = parser.parse_intermixed_args()
-    papers = sorted(p.name for p in PRESETS.iterdir() if p.is_dir())
+    methods = facts()
     if given.paper is None:
-        counts = [(p, presets(p)) for p in papers]
-        body = [(p, str(len(r)), str(sum(map(len, r.values())))) for p, r in counts]
-        print(table(("paper", "presets", "figures"), body))
+        body = []
+        for method, fact in methods.items():
+            rows = presets(method)
+            paper = f"{fact['paper']} {fact['year']}" if "paper" in fact else fact["about"]
+            body.append((method, paper, str(len(rows)), str(sum(map(len, rows.values())))))
+        print(table(("method", "paper", "presets", "figures"), body))
         return 0
     rows = presets(given.paper)
+    if not rows and given.paper in methods:
+        print(f"{heading(given.paper)}\nno row of it: {methods[given.paper]['no_rows']}")
+        return 0
     if not rows:
-        every = [*papers, *(name for p in papers for name in presets(p))]
+        files = (path.relative_to(PRESETS).with_suffix("") for path in PRESETS.rglob("*.yaml"))
+        every = [*methods, *(path.as_posix() for path in files)]
         print(
             f"error: no preset of {given.paper}{suggest(given.paper, every)}\n"
-            f"papers: {', '.join(papers)}",
+            f"methods: {', '.join(methods)}",
             file=sys.stderr,
         )
         return 2
@@ -150,11 +224,14 @@ def main() -> int:
         if word.startswith("root="):
             results = Path(word.removeprefix("root="))
     broken = run(rows, given.words) if given.run else []
-    print(listing(rows, measured(results)))
+    found = measured(results)
+    print(heading(given.paper.split("/")[0]) + "\n")
+    print(listing(rows, found))
+    print("", *places(rows, found), sep="\n")
     for preset in broken:
         print(f"not finished: {preset} (its report is above)", file=sys.stderr)
     if not given.run:
-        print(f"\nrun them: python scripts/paper.py {given.paper} --run data.root=/path/to/data")
+        print(f"run them: python scripts/paper.py {given.paper} --run data.root=/path/to/data")
     return 1 if broken else 0
 
 

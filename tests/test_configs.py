@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 import time
 
 import pytest
+import timm
+import torchvision
 from conftest import ROOT
 from omegaconf import OmegaConf
 
+from backbones.load import ROBUSTBENCH_FILES
 from core.build import locate
 from core.errors import UserError
 from core.experiment import run_experiment
@@ -48,19 +52,24 @@ def test_backbone_yaml_fits_its_loader(name):
         assert {k for k in node if k != "_target_"} <= set(parameters)
 
 
-@pytest.mark.parametrize(
-    "preset",
-    sorted(
-        p.relative_to(CONF / "experiment").with_suffix("").as_posix()
-        for p in (CONF / "experiment").rglob("*.yaml")
-    ),
+PRESETS = sorted(
+    p.relative_to(CONF / "experiment").with_suffix("").as_posix()
+    for p in (CONF / "experiment").rglob("*.yaml")
 )
-def test_presets_compose_and_state_their_figures(configure, preset):
+PUBLISHED = re.compile(r"arXiv \d{4}\.\d{5}|[\w-]+/[\w-]+")  # a paper, or owner/repository
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_complete_and_its_figures_have_sources(configure, preset):
+    """Settings fit; scenario, backbone and weights exist; every figure says where it is from."""
     cfg = configure(f"experiment={preset}")
     for row in cfg.reference:
-        assert row.status in ("seen", "quoted", "unverified") and row.source and row.value
+        assert row.status in ("seen", "quoted", "unverified") and row.value
+        assert PUBLISHED.search(row.source), row.source
         assert row.strategy in STRATEGIES and "comparable" in row
-        assert row.metric.startswith(("err", "acc"))
+        assert row.metric in ("err_mean", "acc_inc", "acc_last")
+    own = [row for row in cfg.reference if row.strategy == cfg.strategy.name]
+    assert own or preset == "vida/imagenet_c_vit_b16_normalized"  # a row of the source model alone
     if "order" in cfg.scenario:
         parse(cfg.scenario.order)
     kind = locate(cfg.strategy._target_)
@@ -69,6 +78,33 @@ def test_presets_compose_and_state_their_figures(configure, preset):
     ) - LIVE
     scenario = set(inspect.signature(locate(cfg.scenario._target_)).parameters)
     assert set(cfg.scenario) - {"_target_", "name", "backbones", "real", "embedded"} <= scenario
+
+    assert (CONF / "scenario" / f"{cfg.scenario.name}.yaml").is_file()
+    backbone = cfg.backbone
+    if backbone.name == "auto":
+        vit = cfg.strategy.name in ("vida", "aper", "ease", "mos", "lae", "olora")
+        real = cfg.scenario.backbones
+        named = (real.get("real_vit") or real.real) if vit else real.real
+        backbone = OmegaConf.load(CONF / "backbone" / f"{named}.yaml")
+    parameters = inspect.signature(locate(backbone._target_)).parameters
+    assert {k for k in backbone if k != "_target_"} <= set(parameters)
+    if "tag" in backbone:
+        assert backbone.tag in timm.list_models(pretrained=True)
+    elif "weights" in backbone:
+        assert backbone.weights in torchvision.models.get_model_weights(backbone.arch).__members__
+    else:
+        assert (backbone.dataset, backbone.model) in ROBUSTBENCH_FILES
+        assert backbone.dataset == cfg.scenario.dataset.removesuffix("_c")
+
+
+def test_presets_differ():
+    """No row twice under two names: what is typed differs, comments and figures aside."""
+    seen = {}
+    for preset in PRESETS:
+        node = OmegaConf.load(CONF / "experiment" / f"{preset}.yaml")
+        node.pop("reference")
+        seen.setdefault(OmegaConf.to_yaml(node), []).append(preset)
+    assert [same for same in seen.values() if len(same) > 1] == []
 
 
 def test_recipes_hold_the_official_cifar_settings(configure):

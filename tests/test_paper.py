@@ -11,7 +11,10 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import methods_table
 import paper
+
+METHODS = methods_table.facts()
 
 
 def finished(
@@ -30,39 +33,109 @@ def cli(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
-def test_every_preset_belongs_to_a_paper_and_holds_figures():
+def test_every_preset_belongs_to_a_method_and_holds_figures():
     folders = [p.name for p in paper.PRESETS.iterdir() if p.is_dir()]
+    assert set(folders) <= set(METHODS)
     rows = {name: figures for p in folders for name, figures in paper.presets(p).items()}
     assert len(rows) == len(list(paper.PRESETS.rglob("*.yaml")))
     assert all(rows.values())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_every_method_are_listed_without_data(method, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["paper.py", method, "--results", str(tmp_path)])
+    assert paper.main() == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith(f"{method}: ")
+    rows = paper.presets(method)
+    if not rows:
+        assert lines[0] == f"no row of it: {METHODS[method]['no_rows']}"
+        return
+    figures = [line for line in lines if line.startswith(f"{method}/")]
+    assert len(figures) == sum(map(len, rows.values()))
+    assert all(f"needs {paper.needs(line.split()[0])[0]}" in line for line in figures)
+    needed = [line for line in lines if line.startswith("needs ")]
+    assert needed and all("<data.root>" in line for line in needed)
+    assert lines[-1] == f"run them: python scripts/paper.py {method} --run data.root=/path/to/data"
+
+
+def test_a_method_says_why_it_has_no_row_and_only_then():
+    for method, fact in METHODS.items():
+        assert ("no_rows" in fact) == (not paper.presets(method)), method
+
+
+def test_needs_names_the_data_set_and_its_place():
+    name, place = paper.needs("cotta/cifar10_c")
+    assert name == "CIFAR-10-C" and "zenodo.org" in place
+    assert paper.needs("ease/imagenet_r_b0_inc20_in21k")[0] == "imagenet_r"
+    assert paper.needs("lae/cifar100_b0_inc10")[0] == "CIFAR-100"
+
+
 def test_ours_is_a_mean_over_equal_runs_and_in_brackets_otherwise(tmp_path):
     preset = "cotta/cifar10_c"
-    assert "-" in paper.ours([])
+    assert paper.ours([], "CIFAR-10-C") == "needs CIFAR-10-C"
     finished(tmp_path, preset, 0, 40.0, False, "cifar10_c[embedded]")
     key = (preset, "cotta", "err_mean")
-    assert paper.ours(paper.measured(tmp_path)[key]) == "(40.00 [embedded])"
+    assert paper.ours(paper.measured(tmp_path)[key], "") == "(40.00 [embedded])"
     finished(tmp_path, preset, 1, 16.0, True, "cifar10_c")
     finished(tmp_path, preset, 2, 17.0, True, "cifar10_c")
-    assert paper.ours(paper.measured(tmp_path)[key]) == "16.50 ± 0.71, n=2"
+    assert paper.ours(paper.measured(tmp_path)[key], "") == "16.50 ± 0.71, n=2"
     text = paper.listing(paper.presets(preset), paper.measured(tmp_path))
     line = next(li for li in text.splitlines() if " cotta " in li)
     assert "16.2 " in line and "16.50 ± 0.71, n=2" in line and "unverified" in line
-    source = next(li for li in text.splitlines() if " source " in li)
-    assert "43.5" in source and "seen" in source and " - " in source
+    source = next(li for li in text.splitlines() if " source " in li and "needs" in li)
+    assert "43.5" in source and "seen" in source and "needs CIFAR-10-C" in source
 
 
-def test_a_typo_in_a_paper_gets_the_nearest_name():
-    done = cli("cota")
-    assert done.returncode == 2 and "did you mean 'cotta'" in done.stderr
-    assert cli("cotta", "seed=1").returncode == 2  # settings without --run
+def test_each_row_is_run_on_its_data_set_with_its_methods(monkeypatch):
+    calls = []
+
+    def fake(command, **_):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(paper.subprocess, "run", fake)
+    rows = {"ease/vtab_b0_inc10_in1k": [], "cotta/cifar10_c": []}
+    assert paper.run(rows, ["data.root=/sets/{data}"]) == []
+    assert [c[-2:] for c in calls] == [
+        ["data.root=/sets/vtab", "strategy=ease"],
+        ["data.root=/sets/CIFAR-10-C", "strategy=bn_adapt,tent,cotta"],
+    ]
+    calls.clear()
+    paper.run({"cotta/cifar10_c": []}, ["strategy=cotta"])
+    assert calls[0][-1] == "strategy=cotta"
+
+
+def test_options_of_a_preset_are_for_its_own_method():
+    assert paper.methods_in("mos/cifar100_b0_inc5_in21k") == ["mos"]  # mode=official is MOS's
+    assert paper.methods_in("finetune/cifar100_b0_inc5_in21k") == ["finetune", "lwf"]
+    assert paper.methods_in("vida/imagenet_c_vit_b16_normalized") == ["vida"]
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["cota"], "did you mean 'cotta'"),
+        (["ease/cifar100_b0_inc5_in21"], "did you mean 'ease/cifar100_b0_inc5_in21k'"),
+        (["cotta", "seed=1"], "settings are for --run"),
+    ],
+)
+def test_wrong_words_get_one_error(words, answer, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["paper.py", *words])
+    assert paper.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and answer in error and len(error.splitlines()) <= 2
 
 
 @pytest.mark.slow
 def test_a_row_is_run_and_listed(tmp_path):
     small = ["scenario.corruptions=[fog]", "scenario.images=20", "scenario.probe_images=0"]
-    small += ["scenario.clean_images=0", "scenario.batch_size=10", "strategy.views=2"]
+    small += [
+        "scenario.clean_images=0",
+        "scenario.batch_size=10",
+        "strategy.views=2",
+        "strategy=cotta",
+    ]
     done = cli("cotta/cifar10_c", "--run", *small, f"root={tmp_path}")
     assert done.returncode == 0, done.stderr
     lines = [li for li in done.stdout.splitlines() if li.startswith("cotta/cifar10_c ")]

@@ -1,0 +1,233 @@
+"""The documentation is true: tutorials run, links lead somewhere, commands name what exists.
+
+A block whose first line is a comment with a path is written into a copy of the project; a bash
+block after `<!-- run -->` is executed there, with `<!-- run if MODULE -->` where MODULE can be
+imported, and `<!-- run: fails with TEXT -->` must end with status 2 and TEXT.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+from core.sweep import expand
+from run import as_sweeps
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import methods_table
+import readme_figure
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
+PAGES += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "results").glob("reference/*.md")]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+FILE = re.compile(r"```\w+\n# (?P<path>[\w/]+\.\w+)\n.*?```", re.S)
+BLOCK = re.compile(
+    r"```(?:python|yaml)\n(?P<text># (?P<path>[\w/]+\.\w+)\n.*?)```"
+    r"|<!-- run(?P<how>[^>]*) -->\n```bash\n(?P<commands>.*?)```",
+    re.S,
+)
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The project as a newcomer has it, without its results and tests."""
+    found = tmp_path / "driftline"
+    found.mkdir()
+    packages = [init.parent.name for init in ROOT.glob("*/__init__.py")]
+    for name in ("conf", "scripts", *packages):
+        shutil.copytree(ROOT / name, found / name)
+    shutil.copy(ROOT / "run.py", found)
+    return found
+
+
+def shell(commands: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """`commands` in bash with this Python first on the path and one torch thread."""
+    here = Path(sys.executable).parent
+    env = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = ["bash", "-euo", "pipefail", "-c", commands]
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+Runs = dict[tuple[str, str], list[dict[str, Any]]]
+
+
+def measured(folder: Path) -> Runs:
+    """Summaries of the finished runs by strategy and scenario."""
+    found: Runs = {}
+    for path in sorted(folder.glob("results/**/summary.json")):
+        summary = json.loads(path.read_text())
+        about = summary["run"]["strategy"], summary["run"]["scenario"]
+        found.setdefault(about, []).append(summary)
+    return found
+
+
+def adapted(runs: Runs) -> None:
+    (run,) = runs["class_bias", "imagenet_c[embedded]"]
+    assert run["metrics"]["err_mean"] < run["source"]["metrics"]["err_mean"] - 1
+
+
+def learned(runs: Runs) -> None:
+    assert runs["ridge", "split_cifar10[embedded]"][0]["metrics"]["acc_last"] > 50
+
+
+def read_images(runs: Runs) -> None:
+    assert {("simplecil", "split_mine"), ("simplecil", "domains_imagefolder")} <= set(runs)
+    assert ("bn_adapt", "photos[on_the_fly]") in runs
+
+
+def swept(runs: Runs) -> None:
+    if importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is not None:
+        assert len(runs["bn_adapt", "imagenet_c[embedded]"]) == 2
+
+
+CHECKS = {  # what a tutorial must leave behind
+    "tta_method": adapted,
+    "cl_method": learned,
+    "your_data": read_images,
+    "cluster": swept,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_runs(page, copy):
+    executed = 0
+    for block in BLOCK.finditer(page.read_text()):
+        if block["path"]:
+            path = copy / block["path"]
+            assert not path.exists(), f"{page.name} overwrites {block['path']}"
+            path.write_text(block["text"])
+            continue
+        how = block["how"].strip()
+        if how.startswith("if "):
+            module = how.removeprefix("if ")
+            if importlib.util.find_spec(module) is None:
+                continue
+        done = shell(block["commands"], copy)
+        executed += 1
+        if how.startswith(": fails with "):
+            assert done.returncode == 2
+            assert how.removeprefix(": fails with ") in done.stderr, done.stderr
+        else:
+            assert done.returncode == 0, f"{block['commands']}\n{done.stdout}\n{done.stderr}"
+    assert executed
+    CHECKS[page.stem](measured(copy))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
+    targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", text)
+    broken = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not broken
+
+
+def test_files_that_are_named_exist():
+    folders = "analysis|backbones|cl|conf|core|docs|kernels|results|scripts|streams|tests|tta"
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = page.read_text()
+        made = {block["path"] for block in FILE.finditer(text)}
+        named = set(re.findall(rf"`((?:{folders})/[\w/]+\.(?:py|yaml|md|json))`", text))
+        missing = [name for name in named - made if not (ROOT / name).exists()]
+        assert not missing, f"{page.name}: {missing}"
+
+
+def commands() -> list[str]:
+    """Every `python run.py ...` and `python scripts/...` of README and docs, one line each."""
+    found = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(
+            r"^\s*((?:torchrun\b.*)?(?:python )?(?:run|scripts/\w+)\.py .*)$", text, re.M
+        ):
+            found.append(line.partition(" #")[0].strip())
+    return found
+
+
+def test_commands_name_scripts_and_settings_that_exist(configure):
+    own = ("class_bias", "prior_shift", "ridge")  # made by the pages themselves
+    checked = 0
+    for line in commands():
+        program, *words = shlex.split(line.removeprefix("python "), comments=True)
+        if program.startswith("scripts/"):
+            assert (ROOT / program).is_file(), line
+        words = [w for w in words if "=" in w and not w.startswith(("hydra", "-"))]
+        if "run.py" not in line or any(name in line for name in own) or "..." in line:
+            continue
+        for overrides in expand(as_sweeps(words))[:1]:
+            configure(*overrides)
+            checked += 1
+    assert checked > 15
+
+
+def test_the_picture_is_small_and_says_what_it_shows(tmp_path):
+    picture = (ROOT / "docs" / "result.svg").read_text()
+    assert len(picture) < 150_000
+    assert "imagenet_c[embedded]" in picture and "embedded stand-in data" in picture
+    for strategy in readme_figure.ORDER:
+        folder = tmp_path / strategy
+        folder.mkdir()
+        run = {"strategy": strategy, "scenario": "imagenet_c", "backbone": "net"}
+        (folder / "summary.json").write_text(json.dumps({"run": run}))
+        rows = [{"name": "fog:5", "err": 40.0}, {"name": "snow:5", "err": 60.0}]
+        (folder / "experiences.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    drawn = readme_figure.svg(*readme_figure.read(tmp_path))
+    ElementTree.fromstring(drawn)
+    assert drawn.count("mean 50.0") == 3 and "stand-in" not in drawn
+    shutil.rmtree(tmp_path / "tent")
+    with pytest.raises(SystemExit, match="tent"):
+        readme_figure.read(tmp_path)
+
+
+def test_method_tables_are_current():
+    for page, docs in methods_table.PAGES.items():
+        text = page.read_text()
+        assert methods_table.filled(text, docs) == text, "run python scripts/methods_table.py"
+
+
+def test_every_strategy_says_what_is_behind_it():
+    told = set(OmegaConf.load(methods_table.FACTS))
+    there = {path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml")}
+    assert told == there, "complete docs/methods.yaml"
+
+
+def test_every_scenario_and_backbone_is_described():
+    page = (ROOT / "docs" / "scenarios.md").read_text()
+    for group in ("scenario", "backbone"):
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            assert f"`{path.stem}" in page, path.stem
+
+
+def test_every_golden_case_of_a_method_counts_in_the_table():
+    counted = [fact["golden"] for fact in methods_table.facts().values() if "golden" in fact]
+    matched = {p for patterns in counted for g in patterns for p in methods_table.GOLDEN.glob(g)}
+    rest = {p.stem for p in methods_table.GOLDEN.rglob("*.json")} - {p.stem for p in matched}
+    assert rest == {
+        "cl_metrics",
+        "lists",
+        *(f"00_model_check_{n}" for n in ("effnet", "resnet", "vit")),
+    }
+
+
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs", reason='mkdocs is missing: pip install -e ".[docs]"')
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    front = (tmp_path / "index.html").read_text()
+    assert 'href="presets.html"' in front and 'src="result.svg"' in front
