@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import UserError, suggest
+from core.torchrun import requested, speaks
 
 CONF = Path(__file__).parent / "conf"
 PLUGINS = {  # launcher -> the package that it needs, all in the extra `sweep`
@@ -36,6 +37,7 @@ def run(cfg: DictConfig) -> float | None:
         from core.sweep import run_job
 
         return run_job(cfg)
+    from core import distributed
     from core.checkpoint import Stopped
     from core.experiment import run_experiment
 
@@ -44,8 +46,14 @@ def run(cfg: DictConfig) -> float | None:
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from None
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if distributed.is_news(error):
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception as error:
+        if distributed.is_news(error):
+            raise
+        raise SystemExit(1) from None
+    distributed.leave()
     return metrics.get("err_mean", metrics.get("acc_inc"))
 
 
@@ -117,6 +125,12 @@ def as_sweeps(words: list[str]) -> list[str]:
 
 def check_launcher(words: list[str]) -> str | None:
     """What is wrong with the launcher asked for, if anything."""
+    if {"-m", "--multirun"} & set(words) and requested() > 1:
+        return (
+            "torchrun takes one run, not a sweep (-m): leave -m out, or sweep without torchrun, "
+            "a process a run (python run.py -m ..., or python scripts/gpu_pool.py ... with a GPU "
+            "each)"
+        )
     asked = [w.split("=")[1] for w in words if w.lstrip("+").startswith("hydra/launcher=")]
     if not asked:
         return None
@@ -135,14 +149,16 @@ def main() -> int:
     """Run and turn every expected failure into one message and an exit status."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
     if trouble := check_launcher(sys.argv[1:]):
-        print(f"error: {trouble}", file=sys.stderr)
+        if speaks():
+            print(f"error: {trouble}", file=sys.stderr)
         return 2
     if {"-m", "--multirun"} & set(sys.argv):
         return sweep()
     try:
         run()
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        if speaks():
+            print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.distributed import dropout
 from kernels import adapter
 from kernels.dora import Kept, weight_norm
 
@@ -107,7 +108,7 @@ class Bottleneck(Adapter):
         """Dropout as factors of the hidden vectors, [..., rank]."""
         if not (self.training and self.dropout):
             return None
-        return F.dropout(x.new_ones(*x.shape[:-1], self.down.out_features), self.dropout)
+        return dropout(x.new_ones(*x.shape[:-1], self.down.out_features), self.dropout)
 
     def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
         return adapter(

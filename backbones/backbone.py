@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core import distributed
+
 
 class Passes:
     """Images that went forward and backward; copies of a backbone count into the same one."""
@@ -21,6 +23,7 @@ class Passes:
         return self
 
     def count(self, images: int, out: Tensor) -> Tensor:
+        images = distributed.whole(images)
         self.forward += images
         if out.requires_grad:
             out.register_hook(lambda grad: self._backward(images))
@@ -116,6 +119,7 @@ class Backbone(nn.Module):
             return x
         return (x - self.mean) / self.std
 
+    @distributed.shared()
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, D], what the pretrained head reads."""
         images, x = len(x), self.normalize(x)
@@ -133,6 +137,7 @@ class Backbone(nn.Module):
             handle.remove()
         return self.passes.count(images, seen[0])
 
+    @distributed.shared()
     def logits(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, C], scores of the pretrained head."""
         return self.passes.count(len(x), self.net(self.normalize(x)))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from backbones.adapters import Adapter, Bottleneck, Prefix, Prompt
 from backbones.backbone import Backbone
+from core import distributed
 from core.errors import UserError, suggest
 
 Use = str | Mapping[str, float] | None
@@ -152,6 +153,7 @@ class AdapterBank(nn.Module):
         with self.using(use):
             return self.backbone.features(x)
 
+    @distributed.shared(dim=1)
     def features_each(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """[B, 3, H, W] -> [T, B, D]: each set by itself, frozen weights once for all of them.
 
@@ -173,9 +175,10 @@ class AdapterBank(nn.Module):
         finally:
             self._group, self._residual = [], None
         if not outside:  # each copy counts as a pass, although block 0 is shared
-            self.backbone.passes.forward += len(x) * (len(names) - 1)
+            self.backbone.passes.forward += distributed.whole(len(x)) * (len(names) - 1)
         return out.view(len(names), len(x), -1)
 
+    @distributed.shared()
     def features_indexed(self, x: Tensor, names: Sequence[str], index: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, D]: image b through set `names[index[b]]`, in one pass.
 

@@ -30,7 +30,6 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.adapters import Adapter
@@ -44,6 +43,7 @@ from cl.common import (
     scope_columns,
     scoped_cross_entropy,
 )
+from core.distributed import average_gradients, dropout
 from core.errors import UserError
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
@@ -96,7 +96,7 @@ class StackedLoRA(Adapter):
     def _both(self, x: Tensor) -> Tensor:
         """The input of q's and of v's branch, [2, rows, d]."""
         x = x.flatten(0, -2).expand(2, -1, -1)
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        return dropout(x, self.dropout, dim=1) if self.training and self.dropout else x
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., 3d], zeros in the rows of k."""
@@ -287,6 +287,7 @@ class OLoRA(CLStrategy):
         self.optimizer.zero_grad()
         loss.backward()
         if self.clip_norm is not None:
+            average_gradients(self.optimizer)
             nn.utils.clip_grad_norm_(list(self.updated_parameters()), self.clip_norm)
         self.optimizer.step()
         right = scores.detach().argmax(1) == batch.y

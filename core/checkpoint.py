@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from core import distributed
 from core.errors import UserError
 from core.record import RunLogger
 from core.seed import rng_state, set_rng_state
@@ -81,6 +82,9 @@ class Checkpointer:
         Raises:
             UserError: if the file is damaged or of another version.
         """
+        return distributed.from_first(self._load)
+
+    def _load(self) -> dict[str, Any] | None:
         if not self.path.exists():
             self.log.rewind({})
             return None
@@ -114,7 +118,8 @@ class Checkpointer:
         """
         self._since += 1
         due = bool(self.every) and self._since >= self.every
-        if due or self.signals.save or self.signals.stop is not None:
+        save, stop = self._asked()
+        if due or save or stop:
             self.save(strategy, meters, **cursor)
 
     def save(self, strategy: Strategy, meters: Mapping[str, Snapshots], **cursor: int) -> None:
@@ -123,10 +128,23 @@ class Checkpointer:
         Raises:
             Stopped: after saving, if a signal asked to stop.
         """
+        if distributed.first():
+            self._write(strategy, meters, cursor)
+        self._since, self.signals.save = 0, False
+        if stop := self._asked()[1]:
+            raise Stopped(stop)
+
+    def _asked(self) -> list[int]:
+        """Whether to save, and the number of the signal to stop (0: none), in any process."""
+        return distributed.largest(self.signals.save, self.signals.stop or 0)
+
+    def _write(
+        self, strategy: Strategy, meters: Mapping[str, Snapshots], cursor: Mapping[str, int]
+    ) -> None:
         self.log.flush()
         state = {
             "format": FORMAT,
-            "cursor": cursor,
+            "cursor": dict(cursor),
             "strategy": strategy.snapshot(),
             "meters": {name: meter.snapshot() for name, meter in meters.items()},
             "rng": rng_state(),
@@ -135,9 +153,6 @@ class Checkpointer:
         part = self.path.with_name(self.path.name + ".tmp")
         torch.save(state, part)
         os.replace(part, self.path)
-        self._since, self.signals.save = 0, False
-        if self.signals.stop is not None:
-            raise Stopped(self.signals.stop)
 
     def remove(self) -> None:
         """Delete the checkpoint of a finished run."""

@@ -13,15 +13,16 @@ class Console:
 
     Args:
         quiet: a run inside another one; it shows its progress bar and no lines.
+        mute: nothing at all is shown.
     """
 
-    def __init__(self, label: str, quiet: bool = False) -> None:
-        self.label, self.quiet = label, quiet
+    def __init__(self, label: str, quiet: bool = False, mute: bool = False) -> None:
+        self.label, self.quiet, self.mute = label, quiet, mute
         self._bar: tqdm | None = None
 
     def say(self, text: str, *, always: bool = False) -> None:
         """Print one message, every line with the label; `always`: on a quiet console too."""
-        if self.quiet and not always:
+        if self.mute or (self.quiet and not always):
             return
         for line in text.splitlines():
             tqdm.write(f"{self.label} | {line}", file=sys.stdout)
@@ -34,7 +35,7 @@ class Console:
             initial=done,
             desc=f"{self.label} | {what}",
             unit="batch",
-            disable=None,
+            disable=self.mute or None,
             dynamic_ncols=True,
             leave=False,
         )

@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from backbones.backbone import Backbone, weights_hash
+from core import distributed
 from core.build import build, locate
 from core.checkpoint import Checkpointer, Signals, Stopped
 from core.console import Console, table
@@ -26,6 +27,7 @@ from core.prepare import prepare
 from core.record import (
     VOLATILE,
     Lock,
+    NoRecords,
     RunLogger,
     environment,
     git_state,
@@ -103,12 +105,15 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
     """
     cfg = complete(cfg)
     device = set_up(cfg)
-    console = Console(cfg.scenario.label, quiet)
+    distributed.join(device)
+    console = Console(cfg.scenario.label, quiet, mute=not distributed.first())
     if cfg.data.root is None:
         console.say(_how_to_real(cfg))
     geometry = Geometry()
     stream = make_stream(cfg, geometry, device)
     kind = check_kind(cfg, stream)
+    if distributed.size() > 1 and issubclass(kind, TTAStrategy):
+        raise UserError(_one_process(cfg.strategy.name))
     if cfg.stage not in ("run", "prepare"):
         raise UserError(f"stage must be run or prepare, got {cfg.stage!r}")
     if cfg.stage == "prepare":
@@ -120,12 +125,23 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
         *_source_facts(cfg, kind, stream),
     )
     place = Path(cfg.root) / stream.name / cfg.strategy.name / cfg.backbone.name
-    folder, finished = _folder(place, f"s{cfg.seed}-{key}", cfg.on_exists)
+    name = f"s{cfg.seed}-{key}"
+    told, folder, finished = distributed.from_first(
+        lambda: (key, *_folder(place, name, cfg.on_exists))
+    )
+    if told != key:
+        raise UserError(
+            f"the processes disagree on what is run ({told} and {key}): data, weights or code "
+            "differ between the machines"
+        )
     if finished is not None:
-        console.say(f"already done: {folder} (on_exists=rerun runs it again)")
-        _warn_commit(folder, console)
-        console.say(_table(finished))
+        if distributed.first():
+            console.say(f"already done: {folder} (on_exists=rerun runs it again)")
+            _warn_commit(folder, console)
+            console.say(_table(finished))
         return finished
+    if not distributed.first():  # the folder belongs to the first process
+        return _execute(cfg, stream, geometry, device, folder, key, overrides, console, None, None)
     with _locked(folder, wait=quiet) as wait_result:
         if wait_result is not None:
             return wait_result
@@ -137,6 +153,17 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
         return _execute(
             cfg, stream, geometry, device, folder, key, overrides, console, source, frozen
         )
+
+
+def _one_process(strategy: str) -> str:
+    """Why an adaptation stream does not run under torchrun, and what to do instead."""
+    return (
+        f"strategy={strategy} adapts to a stream in which every batch depends on the one before: "
+        "such a run takes one process. Several GPUs serve several runs, by seed or by domain: "
+        f"python scripts/gpu_pool.py strategy={strategy} seed=0,1,2 "
+        "'scenario.corruptions=[fog],[snow]' (a GPU each; on a cluster with --slurm, or python "
+        "run.py -m hydra/launcher=slurm ...)"
+    )
 
 
 def _execute(
@@ -165,21 +192,15 @@ def _execute(
         "seed": cfg.seed,
         "key": key,
     }
-    OmegaConf.save(cfg, folder / "config.yaml.tmp", resolve=True)
-    (folder / "config.yaml.tmp").rename(folder / "config.yaml")
-    write_text(folder / "overrides.txt", "\n".join(overrides) + "\n")
-    known = {**about, **environment(device), "git": git, "weights": weights, "data": stream.facts}
-    known["prepared"] = prepared
-    write_json(folder / "environment.json", known)
-    if patch:
-        write_text(folder / "patch.diff", patch)
-    if stream.order:
-        with open(folder / "order.npz.tmp", "wb") as file:
-            np.savez_compressed(file, **dict(stream.order))  # type: ignore[arg-type]
-        (folder / "order.npz.tmp").rename(folder / "order.npz")
-
-    console.say(f"{about['strategy']}, {about['backbone']}, seed {cfg.seed}, {device} -> {folder}")
-    log = RunLogger(folder, stream.name, _sinks(cfg, folder, about, console.quiet))
+    if distributed.first():
+        known = {**about, **environment(device), "git": git, "weights": weights}
+        known |= {"data": stream.facts, "prepared": prepared}
+        _describe(cfg, folder, overrides, known, patch, stream)
+        log = RunLogger(folder, stream.name, _sinks(cfg, folder, about, console.quiet))
+    else:
+        log = NoRecords(folder, stream.name)
+    where = f"{n} x {device.type}" if (n := distributed.size()) > 1 else str(device)
+    console.say(f"{about['strategy']}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
     started = time.perf_counter()
     with Signals() as signals:
         checkpoint = Checkpointer(log, signals, every=cfg.checkpoint.every)
@@ -206,7 +227,7 @@ def _execute(
             raise stop
         except Exception as error:
             console.stop()
-            log.fail(error)
+            log.fail(distributed.cause(error))
             raise
     summary = {
         "run": {**about, "folder": str(folder), "git": git["commit"]},
@@ -240,11 +261,32 @@ def _execute(
     if cfg.reference is not None:
         summary["reference"] = _against_published(cfg, stream, overrides, summary)
     log.finish(summary)
-    if not cfg.checkpoint.keep:
+    if distributed.first() and not cfg.checkpoint.keep:
         checkpoint.remove()
     console.say(_table(summary))
     console.say(f"results: {folder}")
     return summary
+
+
+def _describe(
+    cfg: DictConfig,
+    folder: Path,
+    overrides: list[str],
+    known: dict[str, Any],
+    patch: str,
+    stream: Stream,
+) -> None:
+    """The files of a run folder that say what is run: settings, environment, order of images."""
+    OmegaConf.save(cfg, folder / "config.yaml.tmp", resolve=True)
+    (folder / "config.yaml.tmp").rename(folder / "config.yaml")
+    write_text(folder / "overrides.txt", "\n".join(overrides) + "\n")
+    write_json(folder / "environment.json", known)
+    if patch:
+        write_text(folder / "patch.diff", patch)
+    if stream.order:
+        with open(folder / "order.npz.tmp", "wb") as file:
+            np.savez_compressed(file, **dict(stream.order))  # type: ignore[arg-type]
+        (folder / "order.npz.tmp").rename(folder / "order.npz")
 
 
 def make_stream(cfg: DictConfig, geometry: Geometry, device: torch.device) -> Stream:
@@ -338,7 +380,7 @@ def set_up(cfg: DictConfig) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = distributed.own_device(name)
     except RuntimeError as error:
         raise UserError(f"runtime.device={name} is no device; use auto, cpu or cuda[:n]") from error
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -20,6 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from core import distributed
 from core.errors import UserError
 
 TABLES = ("batches", "experiences", "matrix")
@@ -95,6 +96,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({_cpu()})",
         "driver": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
+        "processes": distributed.size(),
     }
 
 
@@ -222,3 +224,22 @@ class RunLogger:
         self.flush()
         for sink in self.sinks:
             sink.finish(None)
+
+
+class NoRecords(RunLogger):
+    """Of a process that leaves the run folder to another one."""
+
+    def log(self, table: str, **values: float | int | str | Tensor | None) -> None:
+        pass
+
+    def rewind(self, offsets: Mapping[str, int]) -> None:
+        pass
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        return []
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        pass
+
+    def fail(self, error: BaseException) -> None:
+        pass

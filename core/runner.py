@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from core import distributed
 from core.checkpoint import Checkpointer, Snapshots
 from core.console import Console
 from core.cost import Costs, reset_peak_memory
@@ -115,7 +116,8 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         "skipped": stream.skipped,
         **({"ahead": ahead} if ahead else {}),
     }
-    cache = FeatureCache(run.log.folder, run.feature_cache_mb) if run.feature_cache_mb else None
+    place = run.log.folder if distributed.first() else None
+    cache = FeatureCache(place, run.feature_cache_mb) if run.feature_cache_mb else None
     per_class: dict[int, float] = {}
     at = {"task": 0, "begun": 0, "epoch": 0, "step": 0}
     if state := run.checkpoint.load():
@@ -174,6 +176,9 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
             at["step"] = 0
         with costs.end_of_task():
             strategy.end_task(task)
+        distributed.require_equal(
+            strategy.parameters(), f"of {type(strategy).__name__} after task {task.index}"
+        )
         per_class = score(stream.tasks[: task.index + 1], task.index, task.name)
         if task.index + 1 in known:
             score([stream.tasks[task.index + 1]], task.index, task.name)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from core import distributed
+
 
 def derive(seed: int, *path: str | int) -> int:
     """A 63-bit seed that depends on `seed` and every element of `path`, stable across processes."""
@@ -53,4 +55,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        if distributed.size() > 1:  # all draw alike, each on a device of its own
+            torch.cuda.set_rng_state(state["cuda"][0])
+        else:
+            torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
