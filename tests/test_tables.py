@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from analysis import load_runs, select
+from analysis.tables import with_intransigence
 from core.experiment import run_experiment
-from scripts.make_tables import load_runs, tables
+from scripts.make_tables import tables
 
 TINY = ["scenario.images=20", "scenario.corruptions=[contrast,fog]", "scenario.probe_images=0",
         "scenario.clean_images=0", "strategy=source"]  # fmt: skip
@@ -21,9 +23,10 @@ def test_settings_are_rows_seeds_are_averaged_and_keys_on_request(configure):
         run_experiment(cfg, [])
     runs = load_runs(Path(cfg.root))
     rows = [line for line in tables(runs).splitlines() if line.startswith("| source")]
-    assert len(rows) == 4  # two settings, in two tables
-    assert "| source (scenario.corruptions=['contrast', 'fog']) | 2 |" in rows[0]
-    (row, _) = (
+    assert len(rows) == 6  # two streams, each in three tables
+    assert rows[0].startswith("| source | 2 |") and rows[3].startswith("| source | 1 |")
+    assert "embedded_resnet, scenario.corruptions=['contrast', 'fog']\n" in tables(runs)
+    (row, *_) = (
         line
         for line in tables(runs, ["scenario.corruptions"]).splitlines()
         if line.startswith("| source")
@@ -41,11 +44,11 @@ def test_transfer_between_domains_and_intransigence_against_joint_training(confi
         assert len(cells) == 6  # all at the start, and the second domain before it is learned
         expected = cells[0, "contrast"] - cells[-1, "contrast"]
         assert summary["metrics"]["fwt"] == pytest.approx(expected)
-    runs = {r["run"]["strategy"]: r for r in load_runs(Path(cfg.root))}
-    probe, joint = (runs[k]["learned"] for k in ("linear_probe", "joint"))
+    runs = with_intransigence(select(load_runs(cfg.root))).set_index("strategy")
+    probe, joint = (runs.at[k, "learned"] for k in ("linear_probe", "joint"))
     gap = sum(j - p for j, p in zip(joint, probe, strict=True)) / 2
-    assert runs["linear_probe"]["metrics"]["intransigence"] == pytest.approx(gap)
-    assert runs["joint"]["metrics"]["intransigence"] == 0
+    assert runs.at["linear_probe", "metrics.intransigence"] == pytest.approx(gap)
+    assert runs.at["joint", "metrics.intransigence"] == 0
 
 
 def rows_of_matrix(summary) -> list[dict]:

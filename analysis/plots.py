@@ -1,0 +1,425 @@
+"""Figures of runs, as matplotlib figures that are never shown by themselves.
+
+Every function takes runs of one scenario, backbone and stream (`analysis.tables.by_place`) and
+names the scenario's label in its title. A method has one colour everywhere; settings of one method
+share it and differ in marker and line. The colours can be told apart with the common kinds of
+colour blindness (Okabe and Ito 2008; Paul Tol's muted scheme), and markers repeat the distinction.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis.runs import load_batches, load_experiences, load_matrix, named
+from analysis.tables import SHARES, headline, is_shift, methods_in_order, number, smaller_is_better
+
+COLOURS = {
+    "source": "#666666",
+    "bn_adapt": "#0072B2",
+    "tent": "#D55E00",
+    "cotta": "#009E73",
+    "vida": "#CC79A7",
+    "lame": "#E69F00",
+    "ecotta": "#56B4E9",
+    "finetune": "#666666",
+    "joint": "#000000",
+    "linear_probe": "#999933",
+    "simplecil": "#0072B2",
+    "ease": "#D55E00",
+    "mos": "#009E73",
+    "aper": "#56B4E9",
+    "lae": "#CC79A7",
+    "olora": "#E69F00",
+    "lwf": "#882255",
+    "ewc": "#332288",
+    "l2": "#44AA99",
+}
+OTHERS = ("#882255", "#332288", "#999933", "#44AA99")  # methods that are not named above
+MARKERS = "osD^vPX<>dph"
+LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+CROWD = 8  # methods; more than that are drawn without bands
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "savefig.dpi": 144,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Draw with this module's settings, whatever matplotlibrc says (so without LaTeX, too)."""
+
+    @functools.wraps(draw)
+    def inner(*args: Any, **named: Any) -> Any:
+        with mpl.rc_context({**mpl.rcParamsDefault, "backend": mpl.get_backend(), **STYLE}):
+            return draw(*args, **named)
+
+    return inner
+
+
+class Shown(Figure):
+    """A figure that a notebook shows as the value of a cell; pyplot would keep it for ever."""
+
+    @styled
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=96)
+        return file.getvalue()
+
+
+def looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker, line style and label of each method."""
+    found: dict[str, dict[str, Any]] = {}
+    used: dict[str, int] = {}
+    for method in methods:
+        strategy = method.split(" ")[0]
+        variant = used[strategy] = used.get(strategy, -1) + 1
+        known = list(COLOURS).index(strategy) if strategy in COLOURS else sum(strategy.encode())
+        found[method] = {
+            "color": COLOURS.get(strategy, OTHERS[known % len(OTHERS)]),
+            "marker": MARKERS[(known + 5 * variant) % len(MARKERS)],
+            "linestyle": ":" if strategy == "source" else LINES[variant % len(LINES)],
+            "label": textwrap.fill(method, 44),
+        }
+    return found
+
+
+def _head(figure: Figure, runs: pd.DataFrame, what: str) -> None:
+    scenario, backbone = runs["scenario"].iloc[0], runs["backbone"].iloc[0]
+    stand_in = " (stand-in images)" if "[embedded]" in scenario else ""
+    figure.suptitle(f"{what}\n{scenario}{stand_in}, {backbone}", fontsize=10.5)
+
+
+def _figure(width: float, height: float, methods: int) -> Figure:
+    return Shown((width, height + 0.2 * math.ceil(methods / 3)), layout="constrained")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    widest = max((len(line) for label in labels for line in label.split("\n")), default=0)
+    columns = max(1, min(5, len(labels), 90 // (widest + 5)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def _short(names: Iterable[str]) -> list[str]:
+    return [str(n).removeprefix("classes ").replace("_", " ") for n in names]
+
+
+# ------------------------------------------------------------------------------ learning tasks
+
+
+@styled
+def heat_maps(runs: pd.DataFrame) -> Figure | None:
+    """Heat maps of R, one per method: accuracy on each column after each row, mean over runs.
+
+    Only runs with the commonest sequence of rows are shown (orders of domains may differ); the
+    title of a map says how many they are. None without a cell.
+    """
+    cells = load_matrix(runs)
+    if "acc" not in cells or cells["acc"].isna().all():
+        return None
+    cells = cells[cells["acc"].notna()].sort_values("after", kind="stable")
+    sequence = cells.groupby("path")["after_name"].agg(lambda names: tuple(dict.fromkeys(names)))
+    wanted = sequence.mode().iloc[0]
+    cells = cells[cells["path"].map(sequence) == wanted]
+    columns = list(dict.fromkeys(cells["on"]))
+    methods = [m for m in methods_in_order(runs) if m in set(cells["method"])]
+    across = min(len(methods), 2 if len(columns) > 12 or len(methods) == 4 else 3)
+    down = math.ceil(len(methods) / across)
+    width = (4.4 if len(columns) > 12 else 2.9) * across + 0.6
+    height = (0.9 + min(3.4, 0.36 * max(3, len(wanted)))) * down + 1.1
+    figure = Shown((max(4.2, width), height), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    image: Any = None
+    for axes, method in zip(grid.flat, methods, strict=False):
+        some = cells[cells["method"] == method]
+        means = some.pivot_table("acc", "after", "on", sort=False).reindex(columns=columns)
+        image = axes.imshow(means, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        axes.set_facecolor("#e4e4e4")
+        axes.grid(False)
+        axes.set_title(textwrap.fill(f"{method} (n={some['path'].nunique()})", 30), fontsize=9)
+        axes.set_xticks(range(len(columns)), _short(columns), rotation=90, fontsize=8)
+        every = math.ceil(len(wanted) / 15)
+        names = _short(wanted)[::every]
+        axes.set_yticks(range(0, len(wanted), every), names, fontsize=8)
+        if len(columns) <= 10 and len(wanted) <= 16:
+            for (r, c), value in np.ndenumerate(means):
+                if not math.isnan(value):
+                    ink = "white" if value < 60 else "black"
+                    axes.text(c, r, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+    for i, axes in enumerate(grid.flat):
+        axes.tick_params(labelbottom=i + across >= len(methods))
+        axes.set_visible(i < len(methods))
+    figure.colorbar(image, ax=grid, label="accuracy, %", shrink=0.8, aspect=30)
+    figure.supxlabel("evaluated on", fontsize=9)
+    figure.supylabel("after", fontsize=9)
+    _head(figure, runs, "Accuracy matrix R")
+    return figure
+
+
+@styled
+def curves(runs: pd.DataFrame, y: str = "acc_last") -> Figure | None:
+    """`y` of experiences.jsonl after each task: acc_last (all classes seen) or forgetting.
+
+    Line: mean over runs; band: one standard deviation.
+    """
+    rows = load_experiences(runs)
+    if y not in rows:
+        return None
+    methods = methods_in_order(runs)
+    figure = _figure(5.4, 3.8, len(methods))
+    axes = figure.add_subplot()
+    for method, look in looks(methods).items():
+        wide = rows[rows["method"] == method].pivot_table(y, "path", "index")
+        mean, std = wide.mean(), wide.std()
+        axes.plot(mean.index + 1, mean, markersize=4, linewidth=1.4, **look)
+        if len(methods) <= CROWD:
+            band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
+            axes.fill_between(mean.index + 1, mean - std, mean + std, **band)
+    what = "accuracy on all seen classes" if y == "acc_last" else y
+    axes.set(xlabel="tasks learned", ylabel=f"{what}, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _head(figure, runs, f"{what[0].upper()}{what[1:]} after each task")
+    _legend(figure, axes)
+    return figure
+
+
+# ------------------------------------------------------------------------------ streams
+
+
+def streams_of(runs: pd.DataFrame) -> list[pd.DataFrame]:
+    """`runs` of shifts, split by the sequence of their segments."""
+    if "data.segments" not in runs:
+        return []
+    known = runs[runs["data.segments"].notna()]
+    return [group for _, group in known.groupby(known["data.segments"].map(tuple), sort=False)]
+
+
+@styled
+def stream(runs: pd.DataFrame, window: int | None = None) -> Figure | None:
+    """Running error along the stream, with a band for each domain; the source model is dotted.
+
+    Args:
+        runs: with the same sequence of segments (`streams_of`).
+        window: batches in the running mean; None takes a 30th of the stream, at least 3.
+    """
+    rows = load_batches(runs)
+    if "wrong" not in rows:
+        return None
+    rows = rows[rows["wrong"].notna()].astype({"wrong": float})
+    methods = [m for m in methods_in_order(runs) if m in set(rows["method"])]
+    figure = _figure(8.0, 4.2, len(methods))
+    axes = figure.add_subplot()
+    window = window or max(3, rows.groupby("path").size().max() // 30)
+    for method, look in looks(methods).items():
+        errors = {}
+        for path, run in rows[rows["method"] == method].groupby("path"):
+            sums = run[["wrong", "n"]].rolling(window, min_periods=1).sum()
+            errors[path] = pd.Series((100 * sums["wrong"] / sums["n"]).values, run["n"].cumsum())
+        wide = pd.DataFrame(errors).sort_index()
+        mean, std = wide.mean(axis=1), wide.std(axis=1)
+        axes.plot(mean.index, mean, linewidth=1.5, **look)[0].set_marker("")
+        if len(methods) <= CROWD:
+            band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
+            axes.fill_between(mean.index, mean - std, mean + std, **band)
+    first = rows[rows["path"] == rows["path"].iloc[0]]
+    _bands(axes, first.groupby("segment")["n"].sum(), runs["data.segments"].iloc[0])
+    axes.set(xlabel="images seen", ylabel=f"error, % (running mean over {window} batches)")
+    _head(figure, runs, "Error along the stream")
+    _legend(figure, axes)
+    return figure
+
+
+def _bands(axes: Axes, images: pd.Series, names: Sequence[str]) -> None:
+    """One band per domain, named above the curves; neighbours of one corruption are one domain."""
+    domains = [str(names[int(i)]).partition(":")[0] for i in images.index]
+    ends = images.cumsum().to_numpy()
+    low, high = axes.get_ylim()
+    room = 0.3 * (high - low) if len(set(domains)) <= 30 else 0
+    axes.set_ylim(max(0, low), high + room)
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= min(100, high)])
+    left, number_of = 0, 0
+    for i, (name, right) in enumerate(zip(domains, ends, strict=True)):
+        if i + 1 < len(domains) and domains[i + 1] == name:
+            continue
+        shade = {"alpha": 0.14 if number_of % 2 else 0.03, "linewidth": 0}
+        axes.axvspan(left, right, color="#777777", **shade)
+        if room:
+            at: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "rotation": 90}
+            at |= {"ha": "center", "va": "top", "fontsize": 8}
+            axes.text((left + right) / 2, 0.985, name.replace("_", " "), **at)
+        left, number_of = right, number_of + 1
+    axes.grid(axis="x", visible=False)
+    axes.set_xlim(0, ends[-1])
+
+
+@styled
+def domains(runs: pd.DataFrame) -> Figure | None:
+    """Error per domain, one marker a method (mean over its runs); small dots are single runs."""
+    shown = named(runs, "metrics.err/")[::-1]
+    if not shown:
+        return None
+    methods = methods_in_order(runs)
+    figure = _figure(5.4, 1.5 + 0.26 * len(shown), len(methods))
+    axes = figure.add_subplot()
+    for method, look in looks(methods).items():
+        some = runs.loc[runs["method"] == method, shown]
+        for _, values in some.iterrows():
+            axes.plot(values, range(len(shown)), ".", color=look["color"], alpha=0.35, markersize=3)
+        axes.plot(some.mean(), range(len(shown)), markersize=6, **look)[0].set_linestyle("")
+    axes.set_yticks(range(len(shown)), _short(k.removeprefix("metrics.err/") for k in shown))
+    axes.set(xlabel="error, %")
+    _head(figure, runs, "Error per domain")
+    _legend(figure, axes)
+    return figure
+
+
+# ------------------------------------------------------------------------------ trade-offs
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other point beats; both numbers are better when larger."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, reverse=True):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front[::-1]
+
+
+def _scatter(axes: Axes, runs: pd.DataFrame, x: str, y: str, signs: tuple[int, int]) -> None:
+    """Single runs as small dots, means as large markers, the Pareto front as a staircase.
+
+    Args:
+        signs: 1 where larger is better, -1 where smaller is.
+    """
+    points = []
+    for method, look in looks(methods_in_order(runs)).items():
+        some = runs.loc[runs["method"] == method, [x, y]].dropna()
+        if some.empty:
+            continue
+        axes.plot(some[x], some[y], ".", color=look["color"], alpha=0.45, markersize=4)
+        mean = some.mean()
+        edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.8}
+        axes.plot(mean[x], mean[y], markersize=9, zorder=3, **edge, **look)[0].set_linestyle("")
+        if not method.startswith("joint"):
+            points.append((signs[0] * mean[x], signs[1] * mean[y]))
+    front = np.array(pareto_front(points)).reshape(-1, 2) * signs
+    line = {"color": "#000000", "alpha": 0.35, "linewidth": 1, "drawstyle": "steps-pre"}
+    axes.plot(front[:, 0], front[:, 1], zorder=1, label="Pareto front", **line)
+    axes.margins(0.08)
+
+
+@styled
+def tradeoff(runs: pd.DataFrame) -> Figure | None:
+    """Stability against plasticity; the staircase is the Pareto front of the means."""
+    x, y = "metrics.plasticity", "metrics.stability"
+    if not {x, y} <= set(runs) or runs[[x, y]].dropna().empty:
+        return None
+    figure = _figure(5.4, 3.8, runs["method"].nunique())
+    axes = figure.add_subplot()
+    _scatter(axes, runs, x, y, (1, 1))
+    axes.set(xlabel="plasticity, %  (better: right)", ylabel="stability, %  (better: up)")
+    _head(figure, runs, "Stability against plasticity")
+    _legend(figure, axes)
+    return figure
+
+
+def with_time(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs` with `time`: milliseconds an image (streams) or seconds of learning (tasks).
+
+    Learning is steps and ends of tasks, without evaluation.
+    """
+    time = runs["cost.seconds_total"]
+    if is_shift(runs):
+        time = 1000 * time / runs["cost.images"].replace(0, np.nan)
+    elif "cost.end_of_task_seconds" in runs:
+        time = time + runs["cost.end_of_task_seconds"].fillna(0)
+    return runs.assign(time=time)
+
+
+@styled
+def pareto(runs: pd.DataFrame, metric: str | None = None) -> Figure | None:
+    """`metric` against time and against memory; staircases are the Pareto fronts of the means.
+
+    Args:
+        metric: by default the mean error of streams, the average incremental accuracy of tasks.
+    """
+    metric = metric or headline(runs)
+    needed = {"cost.seconds_total", "cost.images", "cost.peak_memory_mb", f"metrics.{metric}"}
+    if not needed <= set(runs):
+        return None
+    some = with_time(runs)
+    sign = -1 if smaller_is_better(metric) else 1
+    figure = _figure(7.4, 4.0, runs["method"].nunique())
+    left, right = figure.subplots(1, 2, sharey=True)
+    _scatter(left, some, "time", f"metrics.{metric}", (-1, sign))
+    _scatter(right, some, "cost.peak_memory_mb", f"metrics.{metric}", (-1, sign))
+    left.set(xlabel="milliseconds an image" if is_shift(runs) else "seconds of learning")
+    unit = "" if metric in SHARES else ", %"
+    left.set(ylabel=f"{metric}{unit}  (better: {'down' if sign < 0 else 'up'})")
+    right.set(xlabel="peak memory, MiB")
+    machines = runs["device"].nunique()
+    warn = f"; from {machines} machines" if machines > 1 else ""
+    _head(figure, runs, f"{metric} against cost (better: left{warn})")
+    _legend(figure, left)
+    return figure
+
+
+# ------------------------------------------------------------------------------ all of them
+
+
+def figures(runs: pd.DataFrame, metric: str | None = None) -> dict[str, Figure]:
+    """Every figure that these runs have, by name."""
+    if is_shift(runs):
+        found = {f"stream-{i}": stream(some) for i, some in enumerate(streams_of(runs), 1)}
+        found["domains"] = domains(runs)
+    else:
+        found = {"curves": curves(runs)}
+    found |= {"tradeoff": tradeoff(runs), "pareto": pareto(runs, metric), "matrix": heat_maps(runs)}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+@styled
+def encode(figure: Figure, kind: str, runs: pd.DataFrame) -> bytes:
+    """A png or pdf file whose metadata name the runs it was made from."""
+    keys = f"runs {' '.join(sorted(runs['key'].dropna().astype(str)))}"
+    label = f"{runs['scenario'].iloc[0]} {runs['backbone'].iloc[0]}"
+    file = io.BytesIO()
+    about = {"Title": label, "Description" if kind == "png" else "Keywords": keys}
+    figure.savefig(file, format=kind, metadata=about)
+    return file.getvalue()
+
+
+def describe(name: str, runs: pd.DataFrame) -> str:
+    """Alternative text of a figure: what it shows and its main numbers."""
+    what = {
+        "curves": "accuracy on all seen classes after each task",
+        "domains": "error per domain",
+        "tradeoff": "stability against plasticity",
+        "pareto": "quality against time and memory",
+        "matrix": "accuracy matrices, one heat map per method",
+    }.get(name, "running error along the stream")
+    metric = headline(runs)
+    means = runs.groupby("method")[f"metrics.{metric}"].mean()
+    told = ", ".join(f"{m} {number(v, metric)}" for m, v in means.items())
+    return f"{runs['scenario'].iloc[0]}: {what}; {metric} in percent: {told}"

@@ -1,0 +1,149 @@
+"""Tables, figures and one HTML page of the runs under some results folders.
+
+    python scripts/report.py results
+    python scripts/report.py results/imagenet_c* --out report --metric err_mean ece --figures
+    python scripts/report.py results --average scenario.corruptions    # CoTTA's ten orders
+
+Prints the tables and writes into --out (by default `report/` inside the first folder):
+
+    report.html               everything in one file, for any browser, offline
+    tables.md, tables.tex     the printed tables (LaTeX: booktabs and graphicx)
+    tables.csv, runs.csv      every metric: mean, deviations, all values, published figure;
+                              one row a run, unfinished and failed ones too
+    figures/*.png, *.pdf      with --figures: the keys of their runs are in the metadata
+
+Runs that differ in nothing but the seed and the keys under --average are one row: mean and standard
+deviation. Where a strategy was run with several settings, its rows name them; several settings of
+the scenario make several tables. Needs `pip install -e ".[analysis]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+try:
+    from analysis import load_runs, notes, plots, select
+except ModuleNotFoundError as error:
+    sys.exit(f'error: this needs {error.name}: pip install -e ".[analysis]"')
+from analysis import tables as tab
+from analysis.page import Picture, Section, page
+from analysis.runs import AVERAGE, named
+from core.errors import UserError, suggest
+
+FORMATS = ("html", "md", "tex", "csv")
+
+
+def report(
+    roots: Sequence[Path],
+    out: Path,
+    *,
+    metrics: Sequence[str] = (),
+    formats: Sequence[str] = FORMATS,
+    average: Sequence[str] = AVERAGE,
+    figures: bool = False,
+) -> str:
+    """Write the report into `out`; returns the tables and notes as text for a terminal.
+
+    Args:
+        metrics: columns of the main tables that have them; the first is drawn against cost.
+        figures: also write every figure as a PNG and a PDF file.
+
+    Raises:
+        UserError: for a missing or empty folder, no finished run, an unknown metric.
+    """
+    every = load_runs(*roots)
+    runs = tab.with_intransigence(select(every, average))
+    told = notes(every, runs, average)
+    known = [k.removeprefix("metrics.") for k in named(runs, "metrics.")]
+    for metric in metrics:
+        if metric not in known:
+            raise UserError(f"no run has the metric {metric!r}{suggest(metric, known)}")
+    places = []
+    for title, some in tab.by_place(runs):
+        wanted = [m for m in metrics if f"metrics.{m}" in some]
+        places.append((title, some, wanted, tab.tables_of(some, wanted)))
+    tables = [table for *_, some in places for table in some]
+    out.mkdir(parents=True, exist_ok=True)
+    if "md" in formats:
+        quoted = "".join(f"> {note}\n" for note in told)
+        write(out / "tables.md", "\n".join([quoted, *map(tab.markdown, tables)]).lstrip())
+    if "tex" in formats:
+        remarks = "".join(f"% {note}\n" for note in told)
+        write(out / "tables.tex", "\n".join([remarks, *map(tab.latex, tables)]).lstrip())
+    if "csv" in formats:
+        write(out / "tables.csv", tab.statistics(runs).to_csv(index=False))
+        write(out / "runs.csv", every.to_csv(index=False))
+    sections = []
+    for title, some, wanted, found in places if figures or "html" in formats else []:
+        section = Section(title, found, [])
+        for name, figure in plots.figures(some, wanted[0] if wanted else None).items():
+            png = plots.encode(figure, "png", some)
+            width = round(96 * figure.get_figwidth())
+            section.pictures.append(Picture(png, plots.describe(name, some), width))
+            if figures:
+                stem = re.sub(r"[/\\\s]", "_", f"{title.replace(', ', '-')}-{name}")
+                (out / "figures").mkdir(exist_ok=True)
+                write(out / "figures" / f"{stem}.png", png)
+                write(out / "figures" / f"{stem}.pdf", plots.encode(figure, "pdf", some))
+        sections.append(section)
+    if "html" in formats:
+        states = ", ".join(f"{n} {state}" for state, n in every["state"].value_counts().items())
+        name = f"Runs under {', '.join(root.name or str(root) for root in roots)}"
+        code = ", ".join(sorted(runs["git"].dropna().str[:10].unique()))
+        about = f"{len(every)} runs: {states}; code {code or 'unknown'}"
+        write(out / "report.html", page(name, about, told, sections, tab.state_table(every)))
+    return "\n\n".join([*map(tab.terminal, tables), *(f"note: {note}" for note in told)])
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write to a temporary name, then rename: a reader never sees half a file."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.replace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("roots", type=Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, help="default: report/ in the first folder")
+    parser.add_argument("--metric", nargs="*", default=(), help="columns of the main tables")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--figures", action="store_true", help="also as PNG and PDF files")
+    parser.add_argument(
+        "--average",
+        nargs="*",
+        default=AVERAGE,
+        metavar="KEY",
+        help=f"settings that are repetitions, as seeds are (default: {' '.join(AVERAGE)})",
+    )
+    given = parser.parse_args()
+    out = given.out or given.roots[0] / "report"
+    try:
+        text = report(
+            given.roots,
+            out,
+            metrics=given.metric,
+            formats=given.formats,
+            average=given.average,
+            figures=given.figures,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write {out}: {error}; choose a folder with --out", file=sys.stderr)
+        return 2
+    first = out / ("report.html" if "html" in given.formats else "")
+    print(f"{text}\n\nwrote {first}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
