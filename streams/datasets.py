@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -39,6 +40,14 @@ LAYOUT = {
 }
 
 
+# Folders of the released layouts, any of these names.
+RELEASED = {
+    "imagenet_c": ["ImageNet-C", "imagenet-c", "imagenet_c"],
+    "cifar10_c": ["CIFAR-10-C"],
+    "cifar100_c": ["CIFAR-100-C"],
+}
+
+
 def expected(dataset: str) -> str:
     """The sentence that ends every missing-data error."""
     return (
@@ -65,6 +74,27 @@ def _first(root: Path, names: Sequence[str], probe: Sequence[str]) -> Path | Non
         if any((folder / p).exists() for p in probe):
             return folder
     return None
+
+
+MANIFEST = "manifest.json"  # of scripts/generate_corruptions.py, beside what it wrote
+
+
+def generated(root: Path, dataset: str) -> dict[str, object] | None:
+    """With which settings the files of a released layout were made; None for the released files.
+
+    Raises:
+        UserError: for a manifest that cannot be read.
+    """
+    folder = _first(root, RELEASED[dataset], [MANIFEST])
+    if folder is None:
+        return None
+    try:
+        return dict(json.loads((folder / MANIFEST).read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / MANIFEST} is damaged: what these files are cannot be told. Generate them "
+            "again into another folder (scripts/generate_corruptions.py)"
+        ) from error
 
 
 # ---------------------------------------------------------------- ImageNet
@@ -101,7 +131,7 @@ def imagenet_c(
     Raises:
         UserError: naming every missing corruption folder.
     """
-    base = _first(root, ["ImageNet-C", "imagenet-c", "imagenet_c"], [*corruptions, *GROUPS])
+    base = _first(root, RELEASED["imagenet_c"], [*corruptions, *GROUPS])
     if base is None:
         raise UserError(
             f"ImageNet-C is not under data.root={root} (looked for {root / 'ImageNet-C'} and "
@@ -200,10 +230,10 @@ def cifar_c(
         UserError: naming every missing file, or a file of the wrong shape.
     """
     key = f"{which}_c"
-    folder = "CIFAR-10-C" if which == "cifar10" else "CIFAR-100-C"
-    base = _first(root, [folder], ["labels.npy", *(f"{c}.npy" for c in corruptions)])
+    names = RELEASED[key]
+    base = _first(root, names, ["labels.npy", *(f"{c}.npy" for c in corruptions)])
     if base is None:
-        raise UserError(f"{root / folder} does not exist. {expected(key)}")
+        raise UserError(f"{root / names[0]} does not exist. {expected(key)}")
     files = ["labels.npy", *(f"{c}.npy" for c in corruptions)]
     missing = [f for f in files if not (base / f).is_file()]
     if missing:

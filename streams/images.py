@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from core.errors import UserError
 
@@ -140,24 +142,72 @@ class Derived:
             None if cache is None or cache == "memory" else Path(cache) / self.fingerprint
         )
 
-    def image(self, row: int) -> Image.Image:
+    def stored(self, row: int) -> np.ndarray | None:
+        """The cached result, uint8 [H, W, 3]; None where there is none that can be read."""
         if self._memory is not None:
-            if row not in self._memory:
-                self._memory[row] = np.asarray(self.change(self.base.image(row), row))
-            return Image.fromarray(self._memory[row])
+            return self._memory.get(row)
         if self._folder is None:
-            return self.change(self.base.image(row), row)
-        path = self._folder / f"{row:06d}.npy"
+            return None
         try:
-            return Image.fromarray(np.load(path))
+            return np.load(self._folder / f"{row:06d}.npy")
         except (OSError, ValueError, EOFError):
-            image = self.change(self.base.image(row), row)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(part, "wb") as file:
-            np.save(file, np.asarray(image))
-        os.replace(part, path)
-        return image
+            return None
+
+    def keep(self, row: int, pixels: np.ndarray) -> None:
+        """Cache a result, uint8 [H, W, 3]."""
+        if self._memory is not None:
+            self._memory[row] = pixels
+        elif self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"{row:06d}.npy"
+            part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            with open(part, "wb") as file:
+                np.save(file, pixels)
+            os.replace(part, path)
+
+    def image(self, row: int) -> Image.Image:
+        pixels = self.stored(row)
+        if pixels is None:
+            pixels = np.asarray(self.change(self.base.image(row), row))
+            self.keep(row, pixels)
+        return Image.fromarray(pixels)
+
+
+class Generated(Derived):
+    """Another set seen through a function of whole batches, on any device: corruptions.
+
+    Args:
+        make: `(uint8 [B, 3, H, W], rows) -> uint8 of the same shape and device`; an image depends
+            on its row and its pixels alone, not on the batch.
+        identity, cache: as for `Derived`.
+    """
+
+    def __init__(
+        self,
+        base: ImageSet,
+        make: Callable[[Tensor, Sequence[int]], Tensor],
+        identity: str,
+        cache: Path | str | None = None,
+    ) -> None:
+        super().__init__(base, self._single, identity, cache)
+        self._make = make
+
+    def _single(self, image: Image.Image, row: int) -> Image.Image:
+        levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        return Image.fromarray(channels_last(self._make(levels, [row]))[0])
+
+    def generate(self, levels: Tensor, rows: Sequence[int]) -> Tensor:
+        """The images of `rows` from clean ones, uint8 [B, 3, H, W]; cached where the set caches."""
+        made = self._make(levels, rows)
+        if self._memory is not None or self._folder is not None:
+            for row, pixels in zip(rows, channels_last(made), strict=True):
+                self.keep(row, pixels)
+        return made
+
+
+def channels_last(levels: Tensor) -> np.ndarray:
+    """uint8 [B, 3, H, W] on any device -> contiguous [B, H, W, 3] on the host."""
+    return levels.cpu().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def image_folder(root: Path, expected: str) -> Files:

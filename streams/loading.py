@@ -6,20 +6,24 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
 from core.seed import derive
 from core.stream import Batch, Skipped
-from streams.images import ImageError, ImageSet
+from streams.images import Generated, ImageError, ImageSet, channels_last
 from streams.pipelines import Pipeline, seeded
 
 CPU = torch.device("cpu")
+# Where the main process corrupts, on the device, what workers read. On a CPU the workers do it,
+# each its own batch: the main process has no faster processor, and would work alone.
+GENERATING = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -49,30 +53,100 @@ class Rows:
         return Rows(self.row[order], self.label[order], self.domain[order])
 
 
+def as_stored(image: Image.Image) -> Image.Image:
+    """The pipeline that changes nothing."""
+    return image
+
+
+class _Item(NamedTuple):
+    at: int  # position in the rows
+    pixels: np.ndarray | str  # uint8 [H, W, 3], or why there are none
+    clean: bool = False  # the set's `generate` has still to be applied
+
+
 class _Items(Dataset):
     def __init__(
-        self, sets: Sequence[ImageSet], rows: Rows, change: Pipeline, seed: int | None
+        self,
+        sets: Sequence[ImageSet],
+        rows: Rows,
+        change: Pipeline,
+        seed: int | None,
+        generate: bool,
     ) -> None:
         self.sets, self.rows, self.change, self.seed = sets, rows, change, seed
+        self.generate = generate
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
-        row, domain = int(self.rows.row[index]), int(self.rows.domain[index])
+    def __getitems__(self, positions: list[int]) -> list[_Item] | UserError:
+        items = [self._read(at) for at in positions]
+        clean = [n for n, item in enumerate(items) if item.clean] if self.generate else []
+        if clean:
+            try:
+                levels, at = _stack([items[n] for n in clean])
+                made = channels_last(_generate(self.sets, self.rows, at, levels))
+            except UserError as error:
+                return error  # raised by the main process, without a worker's traceback
+            for n, pixels in zip(clean, made, strict=True):
+                place = items[n].at
+                items[n] = _Item(place, self._changed(place, Image.fromarray(pixels)))
+        return items
+
+    def _read(self, at: int) -> _Item:
+        row, images = int(self.rows.row[at]), self.sets[int(self.rows.domain[at])]
         try:
-            image = self.sets[domain].image(row)
+            stored = images.stored(row) if isinstance(images, Generated) else None
+            if isinstance(images, Generated) and stored is None:
+                return _Item(at, _pixels(images.base.image(row)), clean=True)
+            image = images.image(row) if stored is None else Image.fromarray(stored)
         except ImageError as error:
-            return index, str(error)
-        if self.seed is not None:  # a random pipeline: one draw per (epoch, row), not per worker
-            image = seeded(self.change, image, derive(self.seed, domain, row))
-        else:
-            image = self.change(image)
-        return index, _pixels(image)
+            return _Item(at, str(error))
+        return _Item(at, self._changed(at, image))
+
+    def _changed(self, at: int, image: Image.Image) -> np.ndarray:
+        if self.seed is None:
+            return _pixels(self.change(image))
+        # A random pipeline: one draw per (epoch, row), not per worker.
+        row, domain = int(self.rows.row[at]), int(self.rows.domain[at])
+        return _pixels(seeded(self.change, image, derive(self.seed, domain, row)))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).copy()  # uint8 [H, W, 3]
+
+
+def _as_is(found: list[_Item] | UserError) -> list[_Item] | UserError:
+    return found
+
+
+def _stack(items: Sequence[_Item]) -> tuple[Tensor, np.ndarray]:
+    """Images as uint8 [B, 3, H, W] and their positions.
+
+    Raises:
+        UserError: if they differ in size.
+    """
+    pixels = [item.pixels for item in items if not isinstance(item.pixels, str)]
+    if len({p.shape for p in pixels}) > 1:
+        sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in pixels})
+        raise UserError(
+            f"the images of one batch differ in size ({', '.join(sizes[:4])}); "
+            "choose a pipeline that resizes, for example scenario.pipeline=timm"
+        )
+    levels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return levels.contiguous(), np.asarray([item.at for item in items])
+
+
+def _generate(sets: Sequence[ImageSet], rows: Rows, at: np.ndarray, levels: Tensor) -> Tensor:
+    """What the sets make of clean images, uint8 [B, 3, H, W] at the positions `at`."""
+    made = torch.empty_like(levels)
+    for domain in np.unique(rows.domain[at]):
+        images = sets[int(domain)]
+        assert isinstance(images, Generated)
+        here = np.flatnonzero(rows.domain[at] == domain)
+        place = torch.from_numpy(here).to(levels.device)
+        made[place] = images.generate(levels[place], rows.row[at[here]].tolist())
+    return made
 
 
 def _quiet(_: int) -> None:
@@ -133,8 +207,8 @@ class Reader:
                 domain=self._sent(torch.from_numpy(rows.domain[at])),
             )
 
-    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type != "cuda":
+    def _sent(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda" or tensor.is_cuda:
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
@@ -146,9 +220,13 @@ class Reader:
         *,
         start: int = 0,
         seed: int | None = None,
-    ) -> Iterator[tuple[torch.Tensor, np.ndarray] | None]:
-        """As `batches`: images uint8 [B, 3, H, W] on the host and their positions in `rows`."""
-        items = _Items(self.sets, rows, change, seed)
+    ) -> Iterator[tuple[Tensor, np.ndarray] | None]:
+        """As `batches`: images uint8 [B, 3, H, W] and their positions in `rows`.
+
+        Images are on the host, or on the device where they were generated there.
+        """
+        here = self.device.type in GENERATING and change is as_stored
+        items = _Items(self.sets, rows, change, seed, generate=not here)
         plan = [
             list(range(i, min(i + batch_size, len(rows))))
             for i in range(start * batch_size, len(rows), batch_size)
@@ -157,32 +235,29 @@ class Reader:
             items,
             batch_sampler=plan,
             num_workers=min(self.workers, len(plan)),
-            collate_fn=list,
+            collate_fn=_as_is,
             worker_init_fn=_quiet,
             generator=torch.Generator(),  # keeps the loader away from the global generator
         )
         for found in loader:
-            yield self._collate(found)
-
-    def _collate(
-        self, found: list[tuple[int, np.ndarray | str]]
-    ) -> tuple[torch.Tensor, np.ndarray] | None:
-        good = [(i, p) for i, p in found if not isinstance(p, str)]
-        for _, message in found:
-            if not isinstance(message, str):
+            if isinstance(found, UserError):
+                raise found
+            good = self._readable(found)
+            if not good:
+                yield None
                 continue
+            levels, at = _stack(good)
+            clean = torch.tensor([item.clean for item in good])
+            if clean.any():
+                levels, clean = self._sent(levels), clean.to(self.device)
+                levels[clean] = _generate(self.sets, rows, at[clean.cpu().numpy()], levels[clean])
+            yield levels, at
+
+    def _readable(self, found: Sequence[_Item]) -> list[_Item]:
+        """The items with an image; the others are counted, or are an error."""
+        for message in (i.pixels for i in found if isinstance(i.pixels, str)):
             if self.on_error == "raise":
                 raise ImageError(f"{message}. Repair it, or leave it out with data.on_error=skip.")
             if self.skipped.add(message):
                 warnings.warn(f"skipped: {message}", stacklevel=2)
-        if not good:
-            return None
-        if len({p.shape for _, p in good}) > 1:
-            sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for _, p in good})
-            raise UserError(
-                f"the images of one batch differ in size ({', '.join(sizes[:4])}); "
-                "choose a pipeline that resizes, for example scenario.pipeline=timm"
-            )
-        at = np.asarray([i for i, _ in good])
-        pixels = torch.from_numpy(np.stack([p for _, p in good])).permute(0, 3, 1, 2)
-        return pixels.contiguous(), at
+        return [item for item in found if not isinstance(item.pixels, str)]

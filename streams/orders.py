@@ -24,7 +24,8 @@ An order is a domain part and a label part joined by `+`, each optional:
 
 TTA-MD is github.com/mariodoebler/test-time-adaptation. So `correlated` is `continual+correlated`,
 and `mixed+dirichlet_note` the mixed stream with correlated labels. All draws come from the
-generator that is passed in.
+generator that is passed in. CCC, whose images change with their place in the stream, is a scenario
+of its own (streams/pairs.py).
 """
 
 from __future__ import annotations

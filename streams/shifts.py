@@ -5,7 +5,7 @@ The orders themselves are in `streams/orders.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision import transforms as T
 
 from core.errors import UserError, suggest
 from core.seed import derive
-from core.stream import Batch, Segment, ShiftStream, Skipped, SourceImages
+from core.stream import Batch, Batches, Segment, ShiftStream, Skipped, SourceImages
 from streams import corruptions as C
 from streams.datasets import (
     LAYOUT,
@@ -28,15 +29,16 @@ from streams.datasets import (
     cifar_c,
     existing_root,
     expected,
+    generated,
     imagenet_c,
     imagenet_clean,
     imagenet_train,
     published_list,
 )
-from streams.images import Derived, Files, ImageSet, fingerprint, image_folder
-from streams.loading import Reader, Rows
+from streams.images import Derived, Files, Generated, ImageSet, fingerprint, image_folder
+from streams.loading import Reader, Rows, as_stored
 from streams.orders import LABEL_ORDERS, SEQUENCES, Domain, Options, parse, plan
-from streams.pipelines import PHOTOMETRIC, Geometry, Pipeline, pipeline
+from streams.pipelines import PHOTOMETRIC, Pipeline
 from streams.store import ImageStore
 
 Dataset = Literal["imagenet_c", "cifar10_c", "cifar100_c"]
@@ -103,38 +105,63 @@ def corruption_names(given: str | list[str]) -> list[str]:
     return names
 
 
+def frost_source(frost_dir: str | None) -> str:
+    """What `scenario.frost_dir` blends in, for results.
+
+    Raises:
+        UserError: if it is given and lacks photographs.
+    """
+    if frost_dir is not None:
+        missing = [f for f in C.FROST_FILES if not (Path(frost_dir) / f).is_file()]
+        if missing:
+            raise UserError(
+                f"scenario.frost_dir={frost_dir} lacks {', '.join(missing)}; it should hold these "
+                "photographs of hendrycks/robustness, or be null for a synthetic texture"
+            )
+    return C.frost_source(frost_dir)
+
+
 def _corrupt(
-    image: Image.Image,
-    row: int,
+    levels: Tensor,
+    rows: Sequence[int],
     *,
     domain: Domain,
     preset: Literal["imagenet", "cifar"],
     seed: int,
     jpeg_quality: int | None,
     frost_dir: str | None,
-) -> Image.Image:
+) -> Tensor:
     name, severity = domain
-    pixels = C.corrupt(
-        np.asarray(image),
-        name,
-        severity,
-        preset=preset,
-        seed=seed,
-        index=row,
-        jpeg_quality=jpeg_quality,
-        frost_dir=frost_dir,
-    )
-    return Image.fromarray(pixels)
+    try:
+        return C.corrupt_batch(
+            levels,
+            name,
+            severity,
+            rows,
+            preset=preset,
+            seed=seed,
+            jpeg_quality=jpeg_quality,
+            frost_dir=frost_dir,
+        )
+    except ValueError as error:
+        raise UserError(f"scenario.corrupt=on_the_fly, {name}:{severity}: {error}") from error
 
 
-def _corrupted(
+def corrupted(
     base: ImageSet, domains: list[Domain], cache: str | None, **settings: Any
 ) -> dict[Domain, ImageSet]:
+    """The images of `base` under each of `domains`.
+
+    Args:
+        cache: as for `Derived`.
+        settings: preset, seed, jpeg_quality and frost_dir of `corruptions.corrupt_batch`.
+    """
+
     def identity(domain: Domain) -> str:
         return f"{domain} {sorted(settings.items())} {C.VERSION}"
 
     return {
-        d: Derived(base, partial(_corrupt, domain=d, **settings), identity(d), cache)
+        d: Generated(base, partial(_corrupt, domain=d, **settings), identity(d), cache)
         for d in domains
     }
 
@@ -143,13 +170,13 @@ CROP = "resize 256, crop 224"  # how ImageNet-C was made from the validation ima
 _CROP = T.Compose([T.Resize(256, T.InterpolationMode.BILINEAR), T.CenterCrop(224)])
 
 
-def _crop(image: Image.Image, row: int) -> Image.Image:
+def crop(image: Image.Image, row: int) -> Image.Image:
     return _CROP(image)
 
 
 def _legacy(images: ImageSet) -> ImageSet:
     """The resize that old loaders applied to images that were 224 px already."""
-    return Derived(images, _crop, f"legacy {CROP}")
+    return Derived(images, crop, f"legacy {CROP}")
 
 
 def corruption_stream(
@@ -187,7 +214,6 @@ def corruption_stream(
     on_error: Literal["raise", "skip"],
     cache: str | None,
     workers: int,
-    geometry: Geometry,
     store: ImageStore,
 ) -> ShiftStream:
     """A stream of corrupted images for test-time adaptation.
@@ -238,13 +264,13 @@ def corruption_stream(
         root = existing_root(data_root, dataset if released else which)
         found = _cifar(root, which, request, released)
     on_the_fly = data_root is None or not released
+    made = None if on_the_fly else generated(Path(str(data_root)).expanduser(), dataset)
+    origin = "generated on the fly" if on_the_fly else "released files"
+    if made is not None:
+        origin = "generated files (scripts/generate_corruptions.py)"
+        found.notes["generated"] = made
     if on_the_fly and "frost" in names:
-        if frost_dir is not None and not Path(frost_dir).is_dir():
-            raise UserError(
-                f"scenario.frost_dir={frost_dir}: there is no such folder; it should hold the "
-                "photographs frost1 ... frost5 of hendrycks/robustness, or be null"
-            )
-        found.notes["frost"] = C.frost_source(frost_dir)
+        found.notes["frost"] = frost_source(frost_dir)
 
     sets = [found.sets[d] for d in domains]
     skipped = Skipped()
@@ -254,17 +280,12 @@ def corruption_stream(
 
     reader = reading(sets)
     probe_reader = reading([found.probe_sets[d] for d in domains])
-    raw = pipeline("raw", geometry, train=False, cifar=False)
+    raw: Pipeline = as_stored
     if resize is not None:
         raw = T.Resize([resize, resize], T.InterpolationMode.BILINEAR)
 
     def load(which: Reader, rows: Rows, start: int = 0) -> Iterator[Batch | None]:
         return which.batches(rows, batch_size, raw, start=start)
-
-    def again(key: str, which: Reader, rows: Rows) -> Iterator[Batch | None]:
-        """Images that are scored after every segment."""
-        found = store.fixed(key, which, rows, raw, batch_size)
-        return load(which, rows) if found is None else found
 
     def arranged(name: str, rows: Rows) -> Rows:
         if label_order is None:
@@ -298,29 +319,34 @@ def corruption_stream(
     ]
     hardest = max(s for _, s in domains)
     probes = {
-        d: partial(again, f"probe{d}", probe_reader, Rows.of(probe_reader.sets[d], found.probe, d))
-        for d, (_, s) in enumerate(domains)
-        if s == hardest and len(found.probe)
+        d: partial(
+            _again, store, f"probe{d}", probe_reader, Rows.of(s, found.probe, d), raw, batch_size
+        )
+        for d, s in enumerate(probe_reader.sets)
+        if domains[d][1] == hardest and len(found.probe)
     }
-    # Drawn once, so that warm-up, stream and clean images stay apart.
-    rng = np.random.default_rng(derive(order_seed, "source"))
-    held_out = rng.permutation(found.held_out)[:source_images]
-    holdout, clean_rows = None, np.zeros(0, np.int64)
-    if found.clean is not None and clean_images:
-        clean_rows = np.arange(len(found.clean.labels))
-        if data_root is not None:
-            clean_rows = np.random.default_rng(derive(order_seed, "clean")).permutation(clean_rows)
-        if source_from == "held_out":
-            clean_rows = clean_rows[~np.isin(clean_rows, held_out)]
-        clean_rows = clean_rows[:clean_images]
-        clean = Rows.of(found.clean, clean_rows)
-        holdout = partial(again, "clean", reading([found.clean]), clean)
+    around = surroundings(
+        found.clean,
+        found.held_out,
+        root=data_root,
+        dataset=dataset,
+        order_seed=order_seed,
+        clean_images=clean_images,
+        source_from=source_from,
+        source_images=source_images,
+        batch_size=batch_size,
+        change=raw,
+        workers=workers,
+        on_error=on_error,
+        skipped=skipped,
+        store=store,
+    )
     classes = sets[0].num_classes
     facts: dict[str, object] = {
         "classes": classes,
         "label_space": "embedded" if data_root is None else LABELS[dataset],
         "images_per_domain": len(found.stream),
-        "corruptions": "generated on the fly" if on_the_fly else "released files",
+        "corruptions": origin,
         "order": order,
         "window": window,
         "resize": resize,
@@ -330,11 +356,11 @@ def corruption_stream(
             *(s.fingerprint for s in sets),
             *(np.stack([r.domain, r.row]) for *_, r in dealt),
             found.probe,
-            clean_rows,
+            around.clean_rows,
         ),
     }
     return ShiftStream(
-        name=label,
+        name=label if made is None else f"{label}[generated]",
         num_classes=classes,
         domains=[f"{n}:{s}" for n, s in domains],
         segments=segments,
@@ -343,22 +369,9 @@ def corruption_stream(
         reset=reset,
         probes=probes,
         probe_every=probe_every,
-        holdout=holdout,
+        holdout=around.holdout,
         holdout_adapting=clean_adapting,
-        source=partial(
-            _source,
-            root=data_root,
-            device=store.device,
-            dataset=dataset,
-            choice=source_from,
-            count=source_images,
-            clean=found.clean,
-            held_out=held_out,
-            seed=order_seed,
-            workers=workers,
-            on_error=on_error,
-            change=raw,
-        ),
+        source=around.source,
         window=window,
         order={
             "segment": np.concatenate([np.full(len(r), i) for i, (*_, r) in enumerate(dealt)]),
@@ -366,7 +379,7 @@ def corruption_stream(
             "row": np.concatenate([r.row for *_, r in dealt]),
             "label": np.concatenate([r.label for *_, r in dealt]),
         },
-        provides=frozenset({"probes"} | ({"holdout"} if holdout else set())),
+        provides=frozenset({"probes"} | ({"holdout"} if around.holdout else set())),
     )
 
 
@@ -384,7 +397,77 @@ def _index_file(path: str, listed: np.ndarray) -> np.ndarray:
     return listed[index]
 
 
-# ------------------------------------------------------------------ labelled source images
+# ------------------------------------------------------------------ what surrounds a stream
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Clean images for source forgetting, and the labelled source images."""
+
+    holdout: Batches | None
+    clean_rows: np.ndarray  # int64, those of the clean set that `holdout` delivers
+    source: Callable[[], SourceImages]
+
+
+def _again(
+    store: ImageStore, key: str, reader: Reader, rows: Rows, change: Pipeline, batch_size: int
+) -> Iterator[Batch | None]:
+    """Images that are scored after every segment."""
+    found = store.fixed(key, reader, rows, change, batch_size)
+    return reader.batches(rows, batch_size, change) if found is None else found
+
+
+def surroundings(
+    clean: ImageSet | None,
+    held_out: np.ndarray,
+    *,
+    root: str | None,
+    dataset: Dataset,
+    order_seed: int,
+    clean_images: int,
+    source_from: str,
+    source_images: int | None,
+    batch_size: int,
+    change: Pipeline,
+    workers: int,
+    on_error: Literal["raise", "skip"],
+    skipped: Skipped,
+    store: ImageStore,
+) -> Surroundings:
+    """The images beside a stream.
+
+    Args:
+        clean: clean evaluation images, if there are any.
+        held_out: rows of `clean` that neither stream nor probes use.
+    """
+    # Drawn once, so that warm-up, stream and clean images stay apart.
+    rng = np.random.default_rng(derive(order_seed, "source"))
+    held_out = rng.permutation(held_out)[:source_images]
+    holdout, rows = None, np.zeros(0, np.int64)
+    if clean is not None and clean_images:
+        rows = np.arange(len(clean.labels))
+        if root is not None:
+            rows = np.random.default_rng(derive(order_seed, "clean")).permutation(rows)
+        if source_from == "held_out":
+            rows = rows[~np.isin(rows, held_out)]
+        rows = rows[:clean_images]
+        reader = Reader([clean], skipped, workers, on_error, store.device)
+        holdout = partial(_again, store, "clean", reader, Rows.of(clean, rows), change, batch_size)
+    source = partial(
+        _source,
+        root=root,
+        device=store.device,
+        dataset=dataset,
+        choice=source_from,
+        count=source_images,
+        clean=clean,
+        held_out=held_out,
+        seed=order_seed,
+        workers=workers,
+        on_error=on_error,
+        change=change,
+    )
+    return Surroundings(holdout, rows, source)
 
 
 def _source(
@@ -419,7 +502,7 @@ def _source(
         images, rows, text = clean, held_out, "clean evaluation images outside the stream"
     elif dataset == "imagenet_c":
         folder = Path(root if choice == "train" else choice).expanduser()
-        images, text = Derived(imagenet_train(folder), _crop, CROP), "training images"
+        images, text = Derived(imagenet_train(folder), crop, CROP), "training images"
         rows = np.arange(len(images.labels))
     else:
         which: Cifar = "cifar10" if dataset == "cifar10_c" else "cifar100"
@@ -473,10 +556,10 @@ def _embedded(request: Request, dataset: Dataset) -> Sources:
     preset = "imagenet" if dataset == "imagenet_c" else "cifar"
     options: dict[str, Any] = {**request.generate, "preset": preset, "jpeg_quality": None}
     return Sources(
-        sets=_corrupted(stream, request.domains, "memory", **options),
+        sets=corrupted(stream, request.domains, "memory", **options),
         stream=np.arange(count),
         probe=np.arange(request.probe),
-        probe_sets=_corrupted(
+        probe_sets=corrupted(
             probe, request.domains, "memory", **{**options, "seed": options["seed"] + 1}
         ),
         clean=probe,
@@ -485,30 +568,36 @@ def _embedded(request: Request, dataset: Dataset) -> Sources:
     )
 
 
-def _chosen(names: Sequence[str], request: Request, root: Path) -> np.ndarray:
-    """Rows of `names` in stream order, by `image_list` (published | all | a file)."""
-    given = request.image_list
+def chosen(names: Sequence[str], given: str, seed: int, root: Path) -> np.ndarray:
+    """Rows of `names` in stream order, by `image_list` (published | all | a file).
+
+    Raises:
+        UserError: if there is no such list, or an image of it is missing under `root`.
+    """
     if given == "all":
-        chosen = np.random.default_rng(derive(request.seed, "subset")).permutation(len(names))
-    else:
-        path = Path(given).expanduser()
-        if given != "published" and not path.is_file():
-            raise UserError(
-                f"scenario.image_list={given}: no such file; give a text file with one "
-                "<wnid>/<file> a line, or `published` or `all`"
-            )
-        listed = published_list() if given == "published" else path.read_text().split()
-        position = {Path(n).with_suffix("").as_posix(): i for i, n in enumerate(names)}
-        rows = [position.get(Path(n).with_suffix("").as_posix(), -1) for n in listed]
-        missing = [n for n, r in zip(listed, rows, strict=True) if r < 0]
-        if missing:
-            raise UserError(
-                f"{root} lacks {len(missing)} of the {len(listed)} images of "
-                f"scenario.image_list={given} (first: {missing[0]}); complete the set, or set "
-                "scenario.image_list=all to draw from the images that are there"
-            )
-        chosen = np.asarray(rows)
-    return chosen[: _count(request.images, len(chosen))]
+        return np.random.default_rng(derive(seed, "subset")).permutation(len(names))
+    path = Path(given).expanduser()
+    if given != "published" and not path.is_file():
+        raise UserError(
+            f"scenario.image_list={given}: no such file; give a text file with one "
+            "<wnid>/<file> a line, or `published` or `all`"
+        )
+    listed = published_list() if given == "published" else path.read_text().split()
+    position = {Path(n).with_suffix("").as_posix(): i for i, n in enumerate(names)}
+    rows = [position.get(Path(n).with_suffix("").as_posix(), -1) for n in listed]
+    missing = [n for n, r in zip(listed, rows, strict=True) if r < 0]
+    if missing:
+        raise UserError(
+            f"{root} lacks {len(missing)} of the {len(listed)} images of "
+            f"scenario.image_list={given} (first: {missing[0]}); complete the set, or set "
+            "scenario.image_list=all to draw from the images that are there"
+        )
+    return np.asarray(rows)
+
+
+def _listed(names: Sequence[str], request: Request, root: Path) -> np.ndarray:
+    rows = chosen(names, request.image_list, request.seed, root)
+    return rows[: _count(request.images, len(rows))]
 
 
 def _count(asked: int | None, available: int) -> int:
@@ -547,7 +636,7 @@ def _imagenet_released(root: Path, request: Request) -> Sources:
     for d in request.domains:
         files = Files(folders[d], first.names, first.labels, first.class_names)
         sets[d] = _legacy(files) if request.legacy_resize else files
-    rows = _chosen(first.names, request, first.root)
+    rows = _listed(first.names, request, first.root)
     probe, source = _probe(len(first.labels), rows, request)
     try:
         clean = imagenet_clean(root)
@@ -558,7 +647,7 @@ def _imagenet_released(root: Path, request: Request) -> Sources:
         stream=rows,
         probe=probe,
         probe_sets=sets,
-        clean=Derived(clean, _crop, CROP) if clean else None,
+        clean=Derived(clean, crop, CROP) if clean else None,
         held_out=_outside(clean, [first.names[i] for i in np.union1d(rows, probe)]),
         notes={
             "image_list": request.image_list,
@@ -571,10 +660,10 @@ def _imagenet_released(root: Path, request: Request) -> Sources:
 
 def _imagenet_on_the_fly(root: Path, request: Request) -> Sources:
     files = imagenet_clean(root)
-    clean = Derived(files, _crop, CROP)
-    rows = _chosen(files.names, request, root)
+    clean = Derived(files, crop, CROP)
+    rows = _listed(files.names, request, root)
     probe, source = _probe(len(files.labels), rows, request)
-    sets = _corrupted(clean, request.domains, request.cache, preset="imagenet", **request.generate)
+    sets = corrupted(clean, request.domains, request.cache, preset="imagenet", **request.generate)
     if request.legacy_resize:
         sets = {d: _legacy(images) for d, images in sets.items()}
     return Sources(
@@ -603,7 +692,7 @@ def _cifar(root: Path, which: Cifar, request: Request, released: bool) -> Source
             clean = None
     else:
         clean = cifar(root, which, train=False)
-        sets = _corrupted(clean, request.domains, None, preset="cifar", **request.generate)
+        sets = corrupted(clean, request.domains, None, preset="cifar", **request.generate)
     available = len(sets[request.domains[0]].labels)
     rows = np.arange(_count(request.images, available))  # file order, as the official code reads
     probe, source = _probe(available, rows, request)

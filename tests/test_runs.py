@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from core import checkpoint
 from core.errors import UserError
 from core.experiment import run_experiment
+from core.record import Lock
 
 CONF = ROOT / "conf" / "strategy"
 TARGETS = {p.stem: str(OmegaConf.load(p)["_target_"]) for p in sorted(CONF.glob("*.yaml"))}
@@ -371,6 +373,30 @@ def test_a_second_process_on_the_same_run_is_refused(tmp_path):
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=400)
     assert second.returncode == 2 and "is being written by" in out, out
+
+
+def test_in_a_sweep_a_run_waits_for_another_one_that_is_at_it(configure, capsys):
+    words = settings("source")
+    done = run_experiment(configure(*words), [])
+    folder = Path(done["run"]["folder"])
+    summary = (folder / "summary.json").rename(folder / "kept.json")
+    other = Lock(folder)
+    assert other.acquire()
+
+    def finish() -> None:
+        summary.rename(folder / "summary.json")
+        other.release()
+
+    timer = threading.Timer(0.5, finish)
+    timer.start()
+    assert run_experiment(configure(*words), [], wait=True) == done
+    assert "which is at the same run" in capsys.readouterr().out
+
+
+def test_a_mistake_in_the_settings_shows_before_the_source_run(configure, tmp_path):
+    with pytest.raises(UserError, match=r"strategy.lr must be float"):
+        run_experiment(configure(*settings("tent"), "strategy.lr=fast"), [])
+    assert not list(tmp_path.rglob("source"))
 
 
 @pytest.mark.slow

@@ -16,10 +16,14 @@ from torchvision import transforms as T
 from core.build import build
 from core.errors import UserError
 from core.experiment import complete
+from core.stream import Skipped
+from streams import corruptions as C
+from streams import loading
 from streams.class_incremental import order_of_classes, task_sizes
 from streams.images import Derived, Files
 from streams.orders import plan
 from streams.pipelines import Geometry, pipeline, seeded
+from streams.shifts import corrupted
 from streams.store import ImageStore
 
 
@@ -392,6 +396,147 @@ def test_derived_cache_gives_the_same_image_and_survives_damage(tmp_path):
     stored.write_bytes(stored.read_bytes()[:50])
     assert np.array_equal(np.asarray(cached.image(1)), want) and calls == [1, 1]
     assert Derived(base, change, "other", tmp_path / "cache").fingerprint != cached.fingerprint
+
+
+# ------------------------------------------------------------------------ corruptions on the fly
+
+
+def on_the_fly(configure, root, *more: str):
+    return configure(
+        "scenario=imagenet_c",
+        "scenario.corrupt=on_the_fly",
+        f"data.root={root}",
+        "scenario.corruptions=[gaussian_noise,frost]",
+        "scenario.order=mixed",
+        "scenario.image_list=all",
+        "scenario.images=4",
+        "scenario.probe_images=2",
+        *more,
+    )
+
+
+def test_generated_images_depend_on_no_setting_of_the_run(
+    configure, imagenet_clean_root, tmp_path, monkeypatch
+):
+    """Batch size, workers, cache and where images are generated: the same bytes."""
+
+    def images(cfg, **options) -> torch.Tensor:
+        return torch.cat([b.x for b in make(cfg, **options).segments[0].batches()])
+
+    cfg = on_the_fly(configure, imagenet_clean_root, "scenario.batch_size=20")
+    whole = images(cfg)
+    assert whole.shape == (8, 3, 224, 224)
+    assert torch.equal(whole, images(cfg, workers=2))
+    cfg.scenario.batch_size = 3
+    assert torch.equal(whole, images(cfg, workers=1))
+    cfg.data.cache = str(tmp_path / "cache")
+    assert torch.equal(whole, images(cfg, workers=2))
+    stored = sorted((tmp_path / "cache").rglob("*.npy"))
+    assert len(stored) == 8
+    for path in stored[::2]:  # some are read, some made again
+        path.unlink()
+    assert torch.equal(whole, images(cfg))
+    # As on a GPU: workers read, the main process corrupts on the device.
+    monkeypatch.setattr(loading, "GENERATING", ("cpu",))
+    for path in stored[::2]:
+        path.unlink()
+    assert torch.equal(whole, images(cfg, workers=1)) and all(p.exists() for p in stored)
+    cfg.data.cache = None
+    assert torch.equal(whole, images(cfg, workers=1))
+    small = on_the_fly(configure, imagenet_clean_root, "scenario.resize=48")
+    generated = images(small)
+    monkeypatch.undo()
+    assert torch.equal(generated, images(small)) and generated.shape[-1] == 48
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_generated_on_a_gpu_are_those_of_the_host(configure, imagenet_clean_root):
+    cfg = on_the_fly(configure, imagenet_clean_root, "scenario.batch_size=8")
+    host, device = (
+        torch.cat([b.x.cpu() for b in make(cfg, workers=2, store=s).segments[0].batches()])
+        for s in (ImageStore(), ImageStore("cuda"))
+    )
+    assert torch.equal(host, device)
+
+
+def test_generated_images_and_cache_keys_stay_what_they_were(configure):
+    """Recorded when images were corrupted one by one: caches filled then stay valid."""
+    stream = make(
+        configure("scenario=cifar10_c", "scenario.images=40", "scenario.corruptions=[fog,snow]")
+    )
+    assert stream.facts["fingerprint"] == "18e5bfcfcedf"
+    digest = hashlib.sha256()
+    for segment in stream.segments:
+        for batch in segment.batches():
+            digest.update((batch.x * 255).round().to(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest()[:12] == "191f3b0e93ea"
+
+
+def test_generated_images_are_equal_to_corrupt(configure, imagenet_clean_root):
+    cfg = on_the_fly(configure, imagenet_clean_root)
+    stream = make(cfg)
+    batch = next(iter(stream.segments[0].batches()))
+    name, severity = stream.domains[int(batch.domain[0])].split(":")
+    row = int(batch.index[0])
+    clean = T.Compose([T.Resize(256, T.InterpolationMode.BILINEAR), T.CenterCrop(224)])(
+        Image.open(imagenet_clean_root / f"image{row:02d}.png")
+    )
+    want = C.corrupt(np.asarray(clean), name, int(severity), index=row, jpeg_quality=85)
+    got = (batch.x[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    assert np.array_equal(got, want)
+
+
+def test_grey_and_transparent_files_are_read_as_rgb(configure, imagenet_clean_root):
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (40, 40), np.uint8)
+    Image.fromarray(grey).save(imagenet_clean_root / "image00.png")
+    alpha = rng.integers(0, 256, (40, 40, 4), np.uint8)
+    Image.fromarray(alpha).save(imagenet_clean_root / "image01.png")
+    cfg = on_the_fly(configure, imagenet_clean_root, "scenario.images=12")
+    cfg.scenario.corruptions = ["brightness"]
+    cfg.scenario.clean_images = 12
+    stream = make(cfg)
+    assert sum(len(b.y) for b in stream.segments[0].batches()) == 12
+    clean = {int(i): x for b in stream.holdout() for i, x in zip(b.index, b.x, strict=True)}
+    assert torch.equal(clean[0][0], clean[0][1]) and torch.equal(clean[0][0], clean[0][2])
+    opaque = T.Resize(256, T.InterpolationMode.BILINEAR)(Image.fromarray(alpha[..., :3]))
+    want = T.functional.pil_to_tensor(T.CenterCrop(224)(opaque))
+    assert torch.equal((clean[1] * 255).round().to(torch.uint8), want)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_cannot_be_corrupted_are_one_clear_error(tmp_path, workers):
+    write_images(tmp_path, ["0.png", "1.png"], size=20)
+    base = Files(tmp_path, ["0.png", "1.png"], np.zeros(2), ["a"])
+    options = {"preset": "cifar", "seed": 0, "jpeg_quality": None, "frost_dir": None}
+    images = corrupted(base, [("fog", 1)], None, **options)["fog", 1]
+    reader = loading.Reader([images], Skipped(), workers)
+    rows = loading.Rows.of(images, np.arange(2))
+    with pytest.raises(UserError, match="on_the_fly, fog:1: image is 20 x 20 px.*from 32") as found:
+        list(reader.batches(rows, 2, loading.as_stored))
+    assert "Traceback" not in str(found.value)
+
+
+def test_frost_photographs_must_be_there(configure, imagenet_clean_root, tmp_path):
+    words = [f"scenario.frost_dir={tmp_path / 'frost'}"]
+    with pytest.raises(UserError, match=r"scenario\.frost_dir=.*lacks frost1\.png"):
+        make(on_the_fly(configure, imagenet_clean_root, *words))
+
+
+def test_generated_files_are_told_from_the_released_ones(configure, cifar10_c_root):
+    words = ["scenario=cifar10_c", f"data.root={cifar10_c_root}", "scenario.probe_images=4"]
+    words += ["scenario.corruptions=[fog]", "scenario.severity=3"]
+    assert make(configure(*words)).facts["corruptions"] == "released files"
+    manifest = cifar10_c_root / "CIFAR-10-C" / "manifest.json"
+    manifest.write_text('{"settings": {"seed": 7, "frost": "synthetic texture"}}')
+    stream = make(configure(*words))
+    assert stream.name == "cifar10_c[generated]"
+    assert str(stream.facts["corruptions"]).startswith("generated files")
+    assert stream.facts["generated"] == {"seed": 7, "frost": "synthetic texture"}
+    manifest.write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        make(configure(*words))
 
 
 def test_scenarios_build_without_unknown_options(configure):

@@ -65,7 +65,7 @@ _BINS = 256  # of the unit interval, in which the search for a count begins
 
 
 @lru_cache(maxsize=8)
-def poisson_table(photons: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def poisson_table(photons: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Inverse Poisson distributions of the 256 grey levels, laid end to end.
 
     Returns (cumulative, result, guide, direct). Level v owns one stretch of `cumulative`, whose
@@ -86,7 +86,7 @@ def poisson_table(photons: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         piece = np.minimum(np.cumsum(np.exp(log_power - rate - log_factorial)), 1.0)
         piece[-1] = 1.0
         cumulative.append(piece)
-        result.append(to_levels(torch.from_numpy(counts / float(photons))))
+        result.append(to_levels(torch.from_numpy(counts / photons)))
         edges = np.arange(_BINS + 1) / _BINS
         first = np.searchsorted(piece, edges[:-1], side="right")
         guide.append(start + first)
@@ -98,13 +98,13 @@ def poisson_table(photons: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.from_numpy(np.concatenate(cumulative)), results, guides, direct
 
 
-def shot_noise(levels: Tensor, photons: int, draws: Draws, dtype: torch.dtype) -> Tensor:
+def shot_noise(levels: Tensor, photons: float, draws: Draws, dtype: torch.dtype) -> Tensor:
     """Poisson(photons * u) / photons; draws: "uniform" [H, W, 3] in [0, 1).
 
     The counts come from the uniforms through the inverse distribution function. This keeps the
     draws independent of the image (a Poisson generator needs the rate). Always in float64.
     """
-    table = poisson_table(int(photons))
+    table = poisson_table(float(photons))
     cumulative, result, guide, direct = (t.to(levels.device) for t in table)
     uniform = _noise(draws, "uniform", levels).view(-1)
     values = _channels_last(levels)

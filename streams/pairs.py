@@ -1,0 +1,513 @@
+"""Pairs of corruptions that change smoothly at a held accuracy: CCC, on generated images.
+
+Source: Press et al., "RDumb: A simple approach that questions our progress in continual test-time
+adaptation", NeurIPS 2023; github.com/oripress/CCC, `generate.py`. Every image carries two
+corruptions, `a` and then `b`, each at a severity from 0 to 5 in quarters. A calibration grid holds,
+for each ordered pair, the accuracy of a pretrained network at each pair of severities. The walk of
+a pair leads from (s, 0) to (0, t) along neighbouring cells of that grid, so that the mean accuracy
+is as close to the baseline as such walks come; at its end only `b` is left, and the walk of (b, c)
+begins. Each cell shows `speed` images.
+
+The published archives are drawn without a seed for their noise; this makes the protocol on images
+of its own. The sequence of pairs and the cells are those of the official code for the same seed,
+names and grid; crops, noise and the choice of images are not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms as T
+
+from core.errors import UserError, suggest
+from core.seed import derive
+from core.stream import Batch, Segment, ShiftStream, Skipped
+from streams import corruptions as C
+from streams.corruption_ops.common import jpeg
+from streams.datasets import cifar, existing_root, imagenet_clean
+from streams.images import Derived, Generated, ImageSet, fingerprint
+from streams.loading import Reader, Rows, as_stored
+from streams.pipelines import seeded
+from streams.severities import HIGHEST, NAMES, STEP, interpolated
+from streams.shifts import CROP, LABELS, Dataset, chosen, crop, frost_source, surroundings
+from streams.store import ImageStore
+
+Pair = tuple[str, str]
+Cells = list[tuple[int, int]]  # severities of a and b, in quarters
+
+EMBEDDED = Path(__file__).with_name("lists") / "ccc_embedded.json"
+ALIASES = {"elastic": "elastic_transform", "jpeg": "jpeg_compression"}  # of the official grid
+# Corruptions that reach the baseline accuracy alone, by the lowest baseline that uses them; in the
+# official order, which the drawing of pairs depends on.
+_HARD = ("gaussian_noise", "shot_noise", "impulse_noise", "contrast")
+_MEDIUM = tuple(n for n in C.STANDARD if n not in ("brightness", "jpeg_compression"))
+_EASY = tuple(n for n in C.STANDARD if n != "brightness")
+
+
+def published(baseline: float) -> tuple[str, ...]:
+    """The corruptions of CCC-Hard (0), Medium (20) and Easy (40)."""
+    return _EASY if baseline >= 40 else _MEDIUM if baseline >= 20 else _HARD
+
+
+# ------------------------------------------------------------------ calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Accuracies in percent, [K, K] per ordered pair: severity of a, severity of b."""
+
+    grids: dict[Pair, np.ndarray]
+    about: dict[str, Any]  # how it was measured, for results
+    path: Path
+
+    @property
+    def step(self) -> int:
+        """Quarters between two severities of the grids."""
+        side = len(next(iter(self.grids.values())))
+        return round(HIGHEST / STEP) // (side - 1)
+
+
+def key(pair: Pair) -> str:
+    """Name of a pair's grid in a calibration file."""
+    return f"n1_{pair[0]}_n2_{pair[1]}"
+
+
+def read_calibration(path: Path, names: Sequence[str]) -> Calibration:
+    """The grids of all ordered pairs of `names`.
+
+    Args:
+        path: .json `{"accuracy": {"n1_<a>_n2_<b>": [[...]]}, "settings": {...}}` as
+            scripts/calibrate_ccc.py writes it, or .npz with arrays of these names (the official
+            grid, converted).
+
+    Raises:
+        UserError: for a file that is missing, of another kind, incomplete or out of range.
+    """
+    at = f"scenario.calibration={path}"
+    if path.suffix in (".pickle", ".pkl"):
+        raise UserError(
+            f"{at}: pickles can run code and are not read. Convert one that you trust: python -c "
+            "\"import numpy, pandas; numpy.savez('ccc.npz', **pandas.read_pickle('FILE'))\""
+        )
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                given, about = {k: file[k] for k in file.files}, {}
+        else:
+            content = json.loads(path.read_text())
+            given, about = content["accuracy"], content.get("settings", {})
+            given = {str(k): v for k, v in given.items()}
+        found = {_pair(k): np.asarray(v, np.float64) for k, v in given.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{at} cannot be read as a calibration ({type(error).__name__}: {error}); make one "
+            "with scripts/calibrate_ccc.py"
+        ) from error
+    wanted = [(a, b) for a in names for b in names if a != b]
+    missing = [pair for pair in wanted if pair not in found]
+    if missing:
+        raise UserError(
+            f"{at} lacks {len(missing)} of {len(wanted)} pairs of corruptions (first: "
+            f"{' then '.join(missing[0])}); complete it with scripts/calibrate_ccc.py, or name "
+            "fewer in scenario.corruptions"
+        )
+    grids = {pair: found[pair] for pair in wanted}
+    quarters = round(HIGHEST / STEP)
+    shapes = {g.shape for g in grids.values()}
+    side = next(iter(shapes))[0] if len(shapes) == 1 else 0
+    if shapes != {(side, side)} or side < 3 or quarters % (side - 1):
+        raise UserError(
+            f"{at}: the grids must be square and alike, 21 x 21 for severities 0, 0.25 ... 5 (or "
+            f"11 x 11, 6 x 6 for coarser ones), found {sorted(shapes)[:3]}"
+        )
+    for pair, grid in grids.items():
+        if not (np.isfinite(grid).all() and grid.min() >= 0 and 1 < grid.max() <= 100):
+            raise UserError(
+                f"{at}: accuracies must be percentages from 0 to 100, but those of "
+                f"{' then '.join(pair)} run from {grid.min():g} to {grid.max():g}"
+            )
+    return Calibration(grids, about, path)
+
+
+def _pair(text: str) -> Pair:
+    first, _, second = text.removeprefix("n1_").partition("_n2_")
+    return ALIASES.get(first, first), ALIASES.get(second, second)
+
+
+def walk(grid: np.ndarray, baseline: float) -> Cells:
+    """Cells from (i, 0) to (0, j), each one step less of `a` or one more of `b`.
+
+    From each cell the walk takes the step after which the mean of the accuracies to come, its own
+    included, is nearer to the baseline; of all starts, the one whose mean is nearest is taken.
+    (A choice by cells, as the official code makes it; not every walk is compared.)
+
+    Args:
+        grid: percent, [K, K]; rows are severities of a.
+    """
+    side = len(grid)
+    total = np.full((side, side + 1), np.inf)  # of the walk that begins here; no cells beyond b
+    cells = np.ones((side, side + 1), np.int64)
+    down = np.zeros((side, side), bool)  # the next step takes from a
+    total[0, :side] = grid[0]
+    for i in range(1, side):
+        for j in reversed(range(side)):
+            sums = [total[p] + grid[i, j] for p in ((i - 1, j), (i, j + 1))]
+            counts = [cells[p] + 1 for p in ((i - 1, j), (i, j + 1))]
+            miss = [abs(s / n - baseline) for s, n in zip(sums, counts, strict=True)]
+            down[i, j] = miss[0] < miss[1]
+            total[i, j], cells[i, j] = (sums[0], counts[0]) if down[i, j] else (sums[1], counts[1])
+    i = 1 + int(np.abs(total[1:, 0] / cells[1:, 0] - baseline).argmin())
+    j, found = 0, []
+    while i > 0:
+        found.append((i, j))
+        i, j = (i - 1, j) if down[i, j] else (i, j + 1)
+    return [*found, (0, j)]
+
+
+def route(names: Sequence[str], seed: int) -> Iterator[Pair]:
+    """Pairs without end, each beginning with what the last ended with."""
+    draws = random.Random(seed)
+    first, second = draws.choice(names), draws.choice(names)
+    while True:
+        while second == first:
+            second = draws.choice(names)
+        yield first, second
+        first = second
+
+
+# ------------------------------------------------------------------ images
+
+
+def corrupt_pair(
+    levels: Tensor,
+    pair: Pair,
+    quarters: tuple[int, int],
+    indices: Sequence[int],
+    *,
+    preset: C.Preset,
+    seed: int,
+    jpeg_quality: int | None,
+    frost_dir: str | None,
+) -> Tensor:
+    """`a`, then `b` on the 256 levels that `a` left; then JPEG. Severity 0 leaves an image alone.
+
+    Args:
+        levels: uint8 [B, 3, H, W] on any device.
+        quarters: severities of a and b, in quarters.
+        indices: numbers that the draws depend on, one an image.
+        preset, seed, jpeg_quality, frost_dir: as for `corruptions.corrupt_batch`.
+    """
+    for name, severity in zip(pair, (q * STEP for q in quarters), strict=True):
+        if severity:
+            levels = C.corrupt_batch(
+                levels,
+                name,
+                math.ceil(severity),
+                indices,
+                preset=preset,
+                seed=seed,
+                frost_dir=frost_dir,
+                parameters=interpolated(name, severity, preset),
+            )
+    return levels if jpeg_quality is None else jpeg(levels, jpeg_quality)
+
+
+_RANDOM_CROP = T.Compose([T.RandomHorizontalFlip(), T.RandomResizedCrop(224)])
+
+
+class _Shown:
+    """The images of one pair as they come: row i is the i-th of them."""
+
+    def __init__(
+        self, base: ImageSet, rows: np.ndarray, numbers: np.ndarray, crop_seed: int | None
+    ) -> None:
+        self.base, self.rows, self.numbers, self.crop_seed = base, rows, numbers, crop_seed
+        self.labels, self.num_classes = base.labels[rows], base.num_classes
+        self.class_names = base.class_names
+        self.fingerprint = fingerprint(base.fingerprint, rows, numbers, crop_seed)
+
+    def image(self, row: int) -> Image.Image:
+        image = self.base.image(int(self.rows[row]))
+        if self.crop_seed is None:
+            return image
+        return seeded(_RANDOM_CROP, image, derive(self.crop_seed, "crop", int(self.numbers[row])))
+
+
+def _make(
+    levels: Tensor,
+    rows: Sequence[int],
+    *,
+    pair: Pair,
+    quarters: np.ndarray,
+    numbers: np.ndarray,
+    **settings: Any,
+) -> Tensor:
+    made = torch.empty_like(levels)
+    cells, ids = quarters[list(rows)], numbers[list(rows)]
+    for cell in np.unique(cells, axis=0):
+        here = np.flatnonzero((cells == cell).all(1))
+        at = torch.from_numpy(here).to(levels.device)
+        severities = (int(cell[0]), int(cell[1]))
+        made[at] = corrupt_pair(levels[at], pair, severities, ids[here].tolist(), **settings)
+    return made
+
+
+@dataclass(frozen=True)
+class _Dealt:
+    """Which image the stream shows when: int64 [N] each."""
+
+    walk: np.ndarray  # number of the walk
+    row: np.ndarray  # of the clean set
+    quarters: np.ndarray  # [N, 2]
+
+
+def _deal(walks: Sequence[Cells], rows: np.ndarray, images: int, speed: int, seed: int) -> _Dealt:
+    """`speed` images for each cell, drawn without replacement as long as there are enough."""
+    found: list[tuple[int, np.ndarray, tuple[int, int]]] = []
+    left = images
+    for number, cells in enumerate(walks):
+        for cell in cells:
+            rng = np.random.default_rng(derive(seed, "cell", len(found)))
+            count = min(speed, left)
+            turns = -(-count // len(rows))
+            drawn = np.concatenate([rng.permutation(rows) for _ in range(turns)])[:count]
+            found.append((number, drawn, cell))
+            left -= count
+            if not left:
+                break
+    lengths = [len(drawn) for _, drawn, _ in found]
+    return _Dealt(
+        np.repeat([n for n, *_ in found], lengths),
+        np.concatenate([drawn for _, drawn, _ in found]),
+        np.repeat(np.asarray([cell for *_, cell in found], np.int64), lengths, axis=0),
+    )
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The clean images that a stream is made from, and those beside it."""
+
+    base: ImageSet
+    rows: np.ndarray  # of `base`, to draw from
+    clean: ImageSet
+    held_out: np.ndarray  # rows of `clean` that are not in `rows`
+    crop: bool  # random crops, as the official code
+
+
+def images_of(
+    dataset: Dataset, data_root: str | None, image_list: str, order_seed: int, clean_images: int
+) -> _Images:
+    """Clean images for `pair_stream` and for its calibration.
+
+    Raises:
+        UserError: for missing data.
+    """
+    if data_root is None:
+        from streams.embedded import SHIFT_CLASSES, EmbeddedImages
+
+        base, probe = (
+            EmbeddedImages(SHIFT_CLASSES, split=split, per_class=count)
+            for split, count in (
+                ("test", 40),
+                ("probe", max(1, -(-clean_images // len(SHIFT_CLASSES)))),
+            )
+        )
+        return _Images(base, np.arange(400), probe, np.arange(len(probe.labels)), False)
+    if dataset == "imagenet_c":
+        files = imagenet_clean(existing_root(data_root, "imagenet"))
+        rows = chosen(files.names, image_list, order_seed, files.root)
+        held_out = np.setdiff1d(np.arange(len(files.labels)), rows)
+        return _Images(files, rows, Derived(files, crop, CROP), held_out, True)
+    which: Literal["cifar10", "cifar100"] = "cifar10" if dataset == "cifar10_c" else "cifar100"
+    base = cifar(existing_root(data_root, which), which, train=False)
+    return _Images(base, np.arange(len(base.labels)), base, np.zeros(0, np.int64), False)
+
+
+def corruption_names(given: list[str] | None, baseline: float) -> list[str]:
+    """`scenario.corruptions`, or those published for the baseline.
+
+    Raises:
+        UserError: for an unknown name, with the nearest known one.
+    """
+    names = list(published(baseline)) if given is None else given
+    for name in names:
+        if name not in NAMES:
+            raise UserError(
+                f"scenario.corruptions: {name!r} cannot be part of a pair{suggest(name, NAMES)}. "
+                f"Allowed: {', '.join(NAMES)}"
+            )
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise UserError("scenario.corruptions must hold at least two corruptions, each once")
+    return names
+
+
+def pair_stream(
+    *,
+    label: str,
+    dataset: Dataset,
+    baseline: float,
+    speed: int,
+    walk_seed: int,
+    corruptions: list[str] | None,
+    calibration: str | None,
+    images: int,
+    image_list: str,
+    batch_size: int,
+    reset: Literal["never", "segment", "batch"],
+    order_seed: int,
+    corruption_seed: int,
+    jpeg_quality: int | None,
+    frost_dir: str | None,
+    clean_images: int,
+    clean_adapting: bool,
+    source_from: str,
+    source_images: int | None,
+    data_root: str | None,
+    on_error: Literal["raise", "skip"],
+    cache: str | None,
+    workers: int,
+    store: ImageStore,
+) -> ShiftStream:
+    """A stream under pairs of corruptions; a segment is the walk of one pair.
+
+    Raises:
+        UserError: for missing data or settings that do not fit.
+    """
+    if not 0 <= baseline <= 100:
+        raise UserError(f"scenario.baseline must be an accuracy from 0 to 100, got {baseline}")
+    if min(speed, images, batch_size) < 1:
+        raise UserError("scenario.speed, images and batch_size must be at least 1")
+    names = corruption_names(corruptions, baseline)
+    if calibration is None and data_root is not None:
+        raise UserError(
+            "scenario.calibration is needed with real images: a grid of accuracies. Measure one "
+            "with `python scripts/calibrate_ccc.py scenario=ccc data.root=... --out ccc.json`, or "
+            "give the official ccc_accuracy_matrix.pickle, which says how it is converted"
+        )
+    path = EMBEDDED if calibration is None else Path(calibration).expanduser()
+    grid = read_calibration(path, names)
+    found = images_of(dataset, data_root, image_list, order_seed, clean_images)
+    notes: dict[str, object] = {}
+    if "frost" in names:
+        notes["frost"] = frost_source(frost_dir)
+
+    pairs: list[Pair] = []
+    walks: list[Cells] = []
+    for pair in route(names, walk_seed):
+        pairs.append(pair)
+        cells = walk(grid.grids[pair], baseline)
+        walks.append([(i * grid.step, j * grid.step) for i, j in cells])
+        if speed * sum(map(len, walks)) >= images:
+            break
+    dealt = _deal(walks, found.rows, images, speed, walk_seed)
+    seen = list(dict.fromkeys(pairs))
+    settings: dict[str, Any] = {
+        "preset": "imagenet" if dataset == "imagenet_c" else "cifar",
+        "seed": corruption_seed,
+        "jpeg_quality": jpeg_quality if data_root and dataset == "imagenet_c" else None,
+        "frost_dir": frost_dir,
+    }
+    sets: list[ImageSet] = []
+    domain, row = np.zeros(images, np.int64), np.zeros(images, np.int64)
+    of_pair = np.asarray([seen.index(pair) for pair in pairs])[dealt.walk]
+    for d, pair in enumerate(seen):
+        numbers = np.flatnonzero(of_pair == d)  # positions in the stream
+        domain[numbers], row[numbers] = d, np.arange(len(numbers))
+        base = _Shown(found.base, dealt.row[numbers], numbers, walk_seed if found.crop else None)
+        quarters = dealt.quarters[numbers]
+        make = partial(_make, pair=pair, quarters=quarters, numbers=numbers, **settings)
+        text = f"{pair} {fingerprint(quarters)} {sorted(settings.items())} {C.VERSION}"
+        sets.append(Generated(base, make, text, cache if data_root else None))
+
+    skipped = Skipped()
+    reader = Reader(sets, skipped, workers, on_error, store.device)
+    dealt_rows = Rows(row, found.base.labels[dealt.row], domain)
+
+    def batches(rows: Rows, start: int = 0) -> Iterator[Batch | None]:
+        return reader.batches(rows, batch_size, as_stored, start=start)
+
+    segments = []
+    for n, pair in enumerate(pairs):
+        rows = dealt_rows.take(np.flatnonzero(dealt.walk == n))
+        segments.append(
+            Segment(
+                index=n,
+                name=f"{n}/{'+'.join(pair)}",
+                domains=(seen.index(pair),),
+                images=len(rows),
+                steps=-(-len(rows) // batch_size),
+                batches=partial(batches, rows),
+            )
+        )
+    around = surroundings(
+        found.clean,
+        found.held_out if data_root else np.zeros(0, np.int64),
+        root=data_root,
+        dataset=dataset,
+        order_seed=order_seed,
+        clean_images=clean_images,
+        source_from=source_from,
+        source_images=source_images,
+        batch_size=batch_size,
+        change=as_stored,
+        workers=workers,
+        on_error=on_error,
+        skipped=skipped,
+        store=store,
+    )
+    quarter = dealt.quarters // grid.step
+    expected = [
+        grid.grids[pairs[w]][i, j] for w, (i, j) in zip(dealt.walk, quarter.tolist(), strict=True)
+    ]
+    facts: dict[str, object] = {
+        "classes": found.base.num_classes,
+        "label_space": "embedded" if data_root is None else LABELS[dataset],
+        "corruptions": "ccc (generated): pairs on images of its own, not the released archives",
+        "baseline": baseline,
+        "speed": speed,
+        "walk_seed": walk_seed,
+        "calibration": {
+            "file": path.name,
+            "grids": fingerprint(*grid.grids.values()),
+            **grid.about,
+        },
+        "calibrated_accuracy": round(float(np.mean(expected)), 2),
+        "crop": "random resized crop and flip" if found.crop else "none",
+        "jpeg_quality": settings["jpeg_quality"],
+        "segments": [s.name for s in segments],
+        **notes,
+        "fingerprint": fingerprint(*(s.fingerprint for s in sets), domain, around.clean_rows),
+    }
+    # The accuracy that is held takes the place of the severity in a domain's name.
+    return ShiftStream(
+        name=f"{label}[generated]" if data_root else label,
+        num_classes=found.base.num_classes,
+        domains=[f"{'+'.join(pair)}:{baseline:g}" for pair in seen],
+        segments=segments,
+        facts=facts,
+        skipped=skipped,
+        reset=reset,
+        holdout=around.holdout,
+        holdout_adapting=clean_adapting,
+        source=around.source,
+        order={
+            "segment": dealt.walk,
+            "domain": domain,
+            "row": row,
+            "label": dealt_rows.label,
+            "image": dealt.row,
+            "severities": dealt.quarters * STEP,
+        },
+        provides=frozenset({"holdout"} if around.holdout else ()),
+    )
