@@ -96,8 +96,14 @@ def _automatic(cfg: DictConfig, choice: DictConfig, real: bool) -> str:
     return str(choice[kind])
 
 
-def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False) -> dict[str, Any]:
+def run_experiment(
+    cfg: DictConfig, overrides: list[str], *, quiet: bool = False, wait: bool = False
+) -> dict[str, Any]:
     """Run (or find, or resume) the experiment that `cfg` describes; returns its summary.
+
+    Args:
+        quiet: a run inside another one; shows its progress only.
+        wait: another process that is at the same run may finish it. Otherwise that is an error.
 
     Raises:
         UserError: for anything the user can fix.
@@ -142,10 +148,14 @@ def run_experiment(cfg: DictConfig, overrides: list[str], *, quiet: bool = False
         return finished
     if not distributed.first():  # the folder belongs to the first process
         return _execute(cfg, stream, geometry, device, folder, key, overrides, console, None, None)
-    with _locked(folder, wait=quiet) as wait_result:
-        if wait_result is not None:
-            return wait_result
+    with _locked(folder, console, wait=wait) as others:
+        if others is not None:
+            if not quiet:
+                console.say(_table(others))
+            return others
         if issubclass(kind, TTAStrategy) and cfg.strategy.name != "source":
+            # A mistake in the settings shows before the source run, not after it.
+            make_strategy(cfg, stream, geometry, torch.device("cpu"))
             source = _source_run(cfg, console)
             frozen = _frozen_run(cfg, console)
         else:
@@ -583,15 +593,19 @@ def _folder(place: Path, name: str, on_exists: str) -> tuple[Path, dict[str, Any
 
 
 @contextmanager
-def _locked(folder: Path, *, wait: bool) -> Iterator[dict[str, Any] | None]:
+def _locked(folder: Path, console: Console, *, wait: bool) -> Iterator[dict[str, Any] | None]:
     """Hold the run folder; with `wait`, let another process finish it and yield its summary."""
     lock = Lock(folder)
+    told = False
     while not lock.acquire():
         if not wait:
             raise UserError(
                 f"{folder} is being written by {lock.holder()}. Wait for it to end, or change "
                 "a setting (for example the seed) to get another run folder"
             )
+        if not told:
+            console.say(f"waiting for {lock.holder()}, which is at the same run: {folder}")
+            told = True
         time.sleep(1)
     try:
         done = folder / "summary.json"
@@ -617,7 +631,7 @@ def _beside(
         cfg.pop("tuned", None)
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
         cfg.scenario.label = cfg.scenario.label.split("[")[0]
-    return run_experiment(cfg, [override], quiet=True)
+    return run_experiment(cfg, [override], quiet=True, wait=True)
 
 
 def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> 
     note(folder, number, **outcome, state="running")
     started = time.time()
     try:
-        summary = run_experiment(cfg, overrides)
+        summary = run_experiment(cfg, overrides, wait=True)
     except (Stopped, KeyboardInterrupt) as stop:
         name = str(stop) or "SIGINT"
         note(folder, number, **outcome, state="stopped", error=f"stopped by {name}, state saved")
