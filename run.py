@@ -16,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import UserError, suggest
@@ -88,7 +88,9 @@ def _keys() -> list[str]:
 
     groups = [p.name for p in CONF.iterdir() if p.is_dir()]
     chosen = [a for a in sys.argv[1:] if a.split("=")[0] in groups and "," not in a]
-    keys: list[str] = list(groups)
+    keys: list[str] = [*groups, "hydra/launcher"]
+    for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
+        keys += [f"hydra.launcher.{k}" for k in OmegaConf.load(path)]
 
     def walk(node: Any, path: str) -> None:
         for name in node or {}:

@@ -250,7 +250,7 @@ def main() -> None:
     add("--names", nargs="+", default=[*C.STANDARD, *C.EXTRA])
     add("--side", type=int, default=224)
     add("--batch", type=int, default=8)
-    add("--rounds", type=int, default=7)
+    add("--rounds", type=int, default=15)
     add("--frost", type=Path, help="frost photographs; default: those of the package, if installed")
     add("--packages", type=Path, help="folder with imagecorruptions and opencv-python-headless")
     add("--out", type=Path, help="default: results/corruptions/<machine>.json")
