@@ -154,15 +154,41 @@ def test_random_corruptions_equal_the_reference_given_its_draws(golden, preset, 
 def test_statistics_equal_the_reference(golden, preset, name, severity):
     image = golden[f"clean/{PRESETS[preset]}"]
     folder = frost_dir(name)
-    rows = []
+    rows, spectra = [], []
     for index in range(16 if preset == "imagenet" else 32):
         own = C.corrupt(image, name, severity, preset=preset, index=index, frost_dir=folder)
         values = own.astype(np.float64)
         rows.append([*values.mean((0, 1)), *values.std((0, 1)), psnr(own, image)])
+        spectra.append(np.log(radial_power(values)))
     mean, error = golden[f"stat/{PRESETS[preset]}/{name}/{severity}"]
     own_error = np.std(rows, axis=0, ddof=1) / np.sqrt(len(rows))
     limit = 5 * np.hypot(error, own_error) + 0.05
     assert (np.abs(np.mean(rows, axis=0) - mean) <= limit).all()
+    if name in SEEDED:  # one image of the reference among ours
+        reference = golden[f"seed0/{PRESETS[preset]}/{name}/{severity}"].astype(np.float64)
+        distance = np.abs(np.log(radial_power(reference)) - np.mean(spectra, axis=0))
+        assert (distance <= 5 * np.std(spectra, axis=0, ddof=1) + 0.05).all()
+
+
+def radial_power(values: np.ndarray) -> np.ndarray:
+    """Power spectrum of [H, W, 3] in twelve rings of equal width, without the mean."""
+    h, w = values.shape[:2]
+    power = (np.abs(np.fft.fft2(values, axes=(0, 1))) ** 2).mean(2) / (h * w)
+    radius = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.fftfreq(w)[None])
+    ring = np.minimum((radius * 24).astype(int), 11)
+    power[0, 0], count = 0, np.bincount(ring.ravel())
+    count[0] -= 1
+    return np.bincount(ring.ravel(), power.ravel()) / count
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise"])
+def test_noise_is_white(name):
+    """On a grey image all frequencies have the power of the variance."""
+    image = np.full((64, 64, 3), 128, np.uint8)
+    own = [C.corrupt(image, name, 3, index=i).astype(np.float64) for i in range(16)]
+    rings = np.stack([radial_power(values) / values.var((0, 1)).mean() for values in own])
+    error = rings.std(0, ddof=1) / 4
+    assert (np.abs(rings.mean(0) - 1) <= 5 * error).all()
 
 
 # ------------------------------------------------------------------ interface
