@@ -125,6 +125,13 @@ def as_sweeps(words: list[str]) -> list[str]:
     return found
 
 
+def _installed(plugin: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
+    except ModuleNotFoundError:  # no plugin at all
+        return False
+
+
 def check_launcher(words: list[str]) -> str | None:
     """What is wrong with the launcher asked for, if anything."""
     if {"-m", "--multirun"} & set(words) and requested() > 1:
@@ -139,7 +146,7 @@ def check_launcher(words: list[str]) -> str | None:
     if not {"-m", "--multirun"} & set(words):
         return f"hydra/launcher={asked[-1]} runs sweeps: add -m"
     plugin = PLUGINS.get(asked[-1])
-    if plugin and importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
+    if plugin and not _installed(plugin):
         return (
             f"hydra/launcher={asked[-1]} needs the package {plugin.replace('_', '-')}: "
             'pip install -e ".[sweep]"'

@@ -288,37 +288,39 @@ def generate(given: argparse.Namespace) -> None:
     lock = Lock(folder)
     if not lock.acquire():
         raise UserError(f"--out: another process ({lock.holder()}) writes into {folder}")
-    manifest = Manifest(
-        folder,
-        {
-            "dataset": dataset,
-            "seed": given.seed,
-            "jpeg_quality": given.jpeg_quality if dataset == "imagenet_c" else None,
-            "frost": frost,
-            "version": C.VERSION,
-            "images": len(clean.labels),
-            "source": clean.fingerprint,
-        },
-    )
-    preset = "imagenet" if dataset == "imagenet_c" else "cifar"
-    units = [(name, severity) for name in names for severity in sorted(set(given.severities))]
-    sets = corrupted(
-        clean, units, None, preset=preset, seed=given.seed, jpeg_quality=None,
-        frost_dir=given.frost,
-    )  # fmt: skip
-    for unit in units:
-        text = f"{unit[0]}/{unit[1]}"
-        if manifest.has(text) and layout.there(unit):
-            if isinstance(layout, Cifar):
-                layout.join(unit[0])
-            print(f"{text}: there", flush=True)
-            continue
-        rows = layout.missing(unit)
-        reader = Reader([sets[unit]], Skipped(), given.workers, "raise", device)
-        layout.write(unit, batches(reader, rows, clean))
-        layout.finish(unit, manifest)
-        print(f"{text}: {len(rows)} images written", flush=True)
-    lock.release()
+    try:
+        manifest = Manifest(
+            folder,
+            {
+                "dataset": dataset,
+                "seed": given.seed,
+                "jpeg_quality": given.jpeg_quality if dataset == "imagenet_c" else None,
+                "frost": frost,
+                "version": C.VERSION,
+                "images": len(clean.labels),
+                "source": clean.fingerprint,
+            },
+        )
+        preset = "imagenet" if dataset == "imagenet_c" else "cifar"
+        units = [(name, severity) for name in names for severity in sorted(set(given.severities))]
+        sets = corrupted(
+            clean, units, None, preset=preset, seed=given.seed, jpeg_quality=None,
+            frost_dir=given.frost,
+        )  # fmt: skip
+        for unit in units:
+            text = f"{unit[0]}/{unit[1]}"
+            if manifest.has(text) and layout.there(unit):
+                if isinstance(layout, Cifar):
+                    layout.join(unit[0])
+                print(f"{text}: there", flush=True)
+                continue
+            rows = layout.missing(unit)
+            reader = Reader([sets[unit]], Skipped(), given.workers, "raise", device)
+            layout.write(unit, batches(reader, rows, clean))
+            layout.finish(unit, manifest)
+            print(f"{text}: {len(rows)} images written", flush=True)
+    finally:
+        lock.release()
 
 
 def batches(

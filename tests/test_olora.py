@@ -164,11 +164,11 @@ def test_merge_as_recorded():
 def test_one_dropout_mask_serves_both_branches(monkeypatch):
     case, calls = ClCase("olora/olora_loss"), []
 
-    def drop(x: Tensor, p: float) -> Tensor:
+    def drop(x: Tensor, p: float, dim: int) -> Tensor:
         calls.append(x.shape)
         return x * case["dropout/keep_mask"].flatten(0, 1) / (1 - p)
 
-    monkeypatch.setattr(cl.olora.F, "dropout", drop)
+    monkeypatch.setattr(cl.olora, "dropout", drop)
     lora = layer(case, "dropout", ("q", "q")).train()
     x = case["dropout/input"]
     base = F.linear(x, case["dropout/param/q.weight"], case["dropout/param/q.bias"])

@@ -124,7 +124,10 @@ def test_joblib_runs_share_the_cores(tmp_path, monkeypatch, n_jobs, cores, expec
 
 
 def test_a_missing_plugin_names_the_extra(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(name)  # as where no plugin of Hydra is installed
+
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
     for launcher, package in (("joblib", "hydra-joblib"), ("slurm", "hydra-submitit")):
         text = run.check_launcher(["-m", f"hydra/launcher={launcher}", "seed=0,1"])
         assert package in text and 'pip install -e ".[sweep]"' in text
