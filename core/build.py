@@ -94,6 +94,8 @@ def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
         kind = hints.get(key, Any)
         if not _fits(value, kind):
             raise UserError(f"{at}.{key} must be {_describe(kind)}, got {value!r}")
+        if (key == "lr" or key.endswith("_lr")) and isinstance(value, int | float) and value < 0:
+            raise UserError(f"{at}.{key} must not be negative, got {value}")
         if kind is float:
             options[key] = float(value)
     for key, parameter in parameters.items():

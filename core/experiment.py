@@ -146,23 +146,26 @@ def run_experiment(
             _warn_commit(folder, console)
             console.say(_table(finished))
         return finished
+    # Before anything is written or run: a mistake in the settings leaves nothing behind.
+    dispatch.use(cfg.kernel.backend)
+    made = make_strategy(cfg, stream, geometry, device)
+
+    def execute(**beside: dict[str, Any] | None) -> dict[str, Any]:
+        return _execute(
+            cfg, stream, geometry, device, folder, key, overrides, console, made, **beside
+        )
+
     if not distributed.first():  # the folder belongs to the first process
-        return _execute(cfg, stream, geometry, device, folder, key, overrides, console, None, None)
+        return execute()
     with _locked(folder, console, wait=wait) as others:
         if others is not None:
             if not quiet:
                 console.say(_table(others))
             return others
-        if issubclass(kind, TTAStrategy) and cfg.strategy.name != "source":
-            # A mistake in the settings shows before the source run, not after it.
-            make_strategy(cfg, stream, geometry, torch.device("cpu"))
-            source = _source_run(cfg, console)
-            frozen = _frozen_run(cfg, console)
-        else:
-            source = frozen = None
-        return _execute(
-            cfg, stream, geometry, device, folder, key, overrides, console, source, frozen
-        )
+        if not issubclass(kind, TTAStrategy) or cfg.strategy.name == "source":
+            return execute()
+        made = None  # made anew after these runs, which need the memory and draw numbers
+        return execute(source=_source_run(cfg, console), frozen=_frozen_run(cfg, console))
 
 
 def _one_process(strategy: str) -> str:
@@ -185,11 +188,12 @@ def _execute(
     key: str,
     overrides: list[str],
     console: Console,
-    source: dict[str, Any] | None,
-    frozen: dict[str, Any] | None,
+    made: tuple[Strategy, dict[str, str]] | None,
+    source: dict[str, Any] | None = None,
+    frozen: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    dispatch.use(cfg.kernel.backend)
-    strategy, weights = make_strategy(cfg, stream, geometry, device)
+    dispatch.use(cfg.kernel.backend)  # forgets what other runs of this process used
+    strategy, weights = made or make_strategy(cfg, stream, geometry, device)
     prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
     if prepared is not None:
         seed_all(cfg.seed)  # whether the artefact was cached changes nothing

@@ -393,10 +393,20 @@ def test_in_a_sweep_a_run_waits_for_another_one_that_is_at_it(configure, capsys)
     assert "which is at the same run" in capsys.readouterr().out
 
 
-def test_a_mistake_in_the_settings_shows_before_the_source_run(configure, tmp_path):
-    with pytest.raises(UserError, match=r"strategy.lr must be float"):
-        run_experiment(configure(*settings("tent"), "strategy.lr=fast"), [])
-    assert not list(tmp_path.rglob("source"))
+@pytest.mark.parametrize(
+    ("strategy", "word", "message"),
+    [
+        ("tent", "strategy.lr=fast", "strategy.lr must be float"),
+        ("ease", "strategy.lr=-1", "strategy.lr must not be negative"),
+        ("tent", "kernel.backend=tritn", "did you mean 'triton'"),
+    ],
+)
+def test_a_mistake_in_the_settings_shows_before_anything_is_run(
+    configure, tmp_path, strategy, word, message
+):
+    with pytest.raises(UserError, match=message):
+        run_experiment(configure(*settings(strategy), word), [])
+    assert not list(tmp_path.rglob("embedded_*"))
 
 
 @pytest.mark.slow
