@@ -65,6 +65,8 @@ def _folders(root: Path) -> list[tuple[Path, set[str]]]:
     found = []
     for place, below, files in os.walk(root):
         below[:] = sorted(name for name in below if not name.startswith("."))
+        if Path(place) == root and "example" in below:
+            below.remove("example")  # committed runs are nobody's results; they are asked for
         if MARKERS & set(files) or (".lock" in files and not below):
             found.append((Path(place), set(files)))
     return found

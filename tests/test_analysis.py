@@ -132,6 +132,13 @@ def test_a_thousand_runs_open_quickly(tmp_path):
     assert time.perf_counter() - started < 10  # 3 on an idle machine
 
 
+def test_committed_example_runs_are_read_only_where_they_are_asked_for(tmp_path):
+    write_run(tmp_path / "example")
+    own = write_run(tmp_path, "cotta")
+    assert load_runs(tmp_path)["path"].tolist() == [str(own)]
+    assert load_runs(tmp_path / "example")["strategy"].tolist() == ["tent"]
+
+
 def test_failed_unfinished_and_damaged_runs_are_listed_and_in_no_mean(tmp_path):
     write_run(tmp_path, seed=0)
     failed, killed, half, empty = (write_run(tmp_path, seed=s) for s in (1, 2, 3, 4))
