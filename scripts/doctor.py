@@ -35,6 +35,8 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "tune": ("optuna",),
     "peft": ("peft",),
+    "analysis": ("pandas", "matplotlib", "jupytext", "ipykernel"),
+    "docs": ("mkdocs",),
 }
 LOW_DISK = 5.0  # GiB
 PROBE = 3  # batches

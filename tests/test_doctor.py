@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 
 import numpy as np
 from conftest import ROOT, write_images
@@ -15,6 +16,11 @@ TINY = ["scenario.images=40", "scenario.batch_size=8", "scenario.corruptions=[co
 
 def said(capsys) -> str:
     return capsys.readouterr().out
+
+
+def test_every_extra_of_the_project_is_known():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - {"dev"}
 
 
 def test_versions_are_held_against_the_project_file(capsys, monkeypatch):

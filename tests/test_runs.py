@@ -309,7 +309,7 @@ def test_embedded_shifts_hurt_the_source_and_adaptation_helps(configure):
 
 @pytest.mark.slow
 def test_embedded_tasks_are_forgotten_by_finetuning_and_kept_by_class_means(configure):
-    quick = ["strategy.epochs=5", "strategy.lr=0.02", "strategy.schedule=cosine"]
+    quick = ["strategy.epochs=3", "strategy.lr=0.03", "strategy.schedule=cosine"]
     finetune = configure("scenario=split_cifar", "strategy=finetune", *quick)
     simplecil = configure("scenario=split_cifar", "strategy=simplecil")
     assert run_experiment(finetune, [])["metrics"]["forgetting"] >= 30
