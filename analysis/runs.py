@@ -23,15 +23,14 @@ import pandas as pd
 import yaml
 
 from core.errors import UserError
+from core.identity import VOLATILE, VOLATILE_DATA
 
 MARKERS = {"summary.json", "config.yaml", "environment.json", "failure.txt"}
 IDENTITY = ("scenario", "strategy", "backbone", "seed")
 PLACE = ["scenario", "backbone", "stream"]  # what is never averaged over, nor ranked across
 AVERAGE = ("scenario.order_seed",)  # settings that are repetitions, as the seed is
-# Keys of a configuration that no number depends on (core.record.VOLATILE; importing it would take
-# seconds, for torch), names, and the record of a search.
-VOLATILE = ("logger", "runtime", "root", "stage", "on_exists", "checkpoint", "reference", "sweep")
-NO_SETTING = (*VOLATILE, "data.root", "data.cache", "seed", "tuned")
+# Keys of a configuration that no number depends on, names, and the record of a search.
+NO_SETTING = (*VOLATILE, *(f"data.{key}" for key in VOLATILE_DATA), "seed", "tuned")
 NO_SETTING += tuple(f"{group}.{key}" for group in IDENTITY[:3] for key in ("name", "label"))
 STAND_IN = {  # label in the name of a scenario -> what it says about the images
     "[embedded]": "embedded stand-in images, not the data set of that name",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 
 from core import distributed
 from core.errors import UserError
+from core.files import replacing
 from core.record import RunLogger
 from core.seed import rng_state, set_rng_state
 from core.strategy import Strategy
@@ -150,9 +150,8 @@ class Checkpointer:
             "rng": rng_state(),
             "log": self.log.offsets(),
         }
-        part = self.path.with_name(self.path.name + ".tmp")
-        torch.save(state, part)
-        os.replace(part, self.path)
+        with replacing(self.path) as part:
+            torch.save(state, part)
 
     def remove(self) -> None:
         """Delete the checkpoint of a finished run."""

@@ -23,18 +23,10 @@ from core.build import build, locate
 from core.checkpoint import Checkpointer, Signals, Stopped
 from core.console import Console, table
 from core.errors import UserError
+from core.files import replacing, write_json, write_text
+from core.identity import VOLATILE, identity
 from core.prepare import prepare
-from core.record import (
-    VOLATILE,
-    Lock,
-    NoRecords,
-    RunLogger,
-    environment,
-    git_state,
-    identity,
-    write_json,
-    write_text,
-)
+from core.record import Lock, NoRecords, RunLogger, environment, git_state
 from core.runner import Context, reference, run_shifts, run_tasks
 from core.seed import seed_all
 from core.sinks import About, Mirror, make_sinks
@@ -291,16 +283,15 @@ def _describe(
     stream: Stream,
 ) -> None:
     """The files of a run folder that say what is run: settings, environment, order of images."""
-    OmegaConf.save(cfg, folder / "config.yaml.tmp", resolve=True)
-    (folder / "config.yaml.tmp").rename(folder / "config.yaml")
+    with replacing(folder / "config.yaml") as part:
+        OmegaConf.save(cfg, part, resolve=True)
     write_text(folder / "overrides.txt", "\n".join(overrides) + "\n")
     write_json(folder / "environment.json", known)
     if patch:
         write_text(folder / "patch.diff", patch)
     if stream.order:
-        with open(folder / "order.npz.tmp", "wb") as file:
+        with replacing(folder / "order.npz") as part, open(part, "wb") as file:
             np.savez_compressed(file, **dict(stream.order))  # type: ignore[arg-type]
-        (folder / "order.npz.tmp").rename(folder / "order.npz")
 
 
 def make_stream(cfg: DictConfig, geometry: Geometry, device: torch.device) -> Stream:

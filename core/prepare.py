@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.errors import UserError
+from core.files import replacing
 from core.record import Lock
 from core.strategy import TTAStrategy
 from core.stream import SourceImages
@@ -52,9 +52,8 @@ class PartialFile:
             ) from error
 
     def save(self, state: Mapping[str, Any]) -> None:
-        part = self.path.with_name(self.path.name + ".tmp")
-        torch.save(dict(state), part)
-        os.replace(part, self.path)
+        with replacing(self.path) as part:
+            torch.save(dict(state), part)
 
 
 def artefact_key(
@@ -148,11 +147,10 @@ def prepare(
 
 
 def _save(path: Path, artefact: Mapping[str, Tensor], facts: dict[str, str]) -> None:
-    part = path.with_name(path.name + ".tmp")
     # Clones: safetensors refuses tensors that share memory.
     plain = {k: v.detach().cpu().clone().contiguous() for k, v in artefact.items()}
-    save_file(plain, part, metadata=facts)
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file(plain, part, metadata=facts)
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,16 +16,13 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from core import distributed
 from core.errors import UserError
+from core.files import write_json, write_text
 
 TABLES = ("batches", "experiences", "matrix")
-# Keys that cannot change a number; everything else is part of a run's identity.
-VOLATILE = ("logger", "runtime", "root", "stage", "on_exists", "checkpoint", "reference", "sweep")
-VOLATILE_DATA = ("root", "cache")
 
 
 class Sink(Protocol):
@@ -34,33 +30,6 @@ class Sink(Protocol):
 
     def log(self, table: str, row: Mapping[str, Any]) -> None: ...
     def finish(self, summary: Mapping[str, Any] | None) -> None: ...
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write to a temporary name, then rename: a reader never sees half a file."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """As `write_json`, for text."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def identity(cfg: DictConfig, *facts: str) -> str:
-    """First 8 hex digits of SHA-256 over the resolved configuration without volatile keys.
-
-    Args:
-        facts: what the configuration names but does not hold: data and checkpoint hashes.
-    """
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    for key in VOLATILE:
-        plain.pop(key, None)
-    for key in VOLATILE_DATA:
-        plain["data"].pop(key, None)
-    text = json.dumps([plain, *facts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def git_state() -> tuple[dict[str, Any], str]:
@@ -93,14 +62,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({_cpu()})",
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({cpu_name()})",
         "driver": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
         "processes": distributed.size(),
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor's model name, or its architecture."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [

@@ -27,6 +27,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from core.files import write_json
+
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
 Outcome = dict[str, Any]
@@ -59,18 +61,12 @@ def expand(words: list[str]) -> list[list[str]]:
 def plan(folder: Path, runs: list[list[str]], at_once: int = 1) -> None:
     """Begin a sweep: its folder and the list of its runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "sweep.json", {"runs": runs, "at_once": at_once, "command": sys.argv})
+    write_json(folder / "sweep.json", {"runs": runs, "at_once": at_once, "command": sys.argv})
 
 
 def note(folder: Path, number: int, **outcome: Any) -> None:
     """What became of one run: `state`, and `error` where it did not finish."""
-    _write(folder / f"{number}.json", outcome)
-
-
-def _write(path: Path, content: object) -> None:
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    part.replace(path)
+    write_json(folder / f"{number}.json", outcome)
 
 
 # ------------------------------------------------------------------------------ one run

@@ -48,7 +48,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from reference_corruptions import transcriptions  # noqa: E402
 
-from core.record import environment, write_json  # noqa: E402
+from core.files import write_json  # noqa: E402
+from core.record import environment  # noqa: E402
 from streams import corruptions as C  # noqa: E402
 
 SEVERITY = 5

@@ -36,7 +36,8 @@ sys.path.insert(0, str(ROOT))
 import backbones.adapters  # noqa: E402
 from backbones.backbone import Backbone  # noqa: E402
 from core.build import build  # noqa: E402
-from core.record import environment, write_text  # noqa: E402
+from core.files import write_text  # noqa: E402
+from core.record import environment  # noqa: E402
 from core.stream import Batch, Task  # noqa: E402
 from kernels import chosen  # noqa: E402
 from kernels.reference import formula  # noqa: E402

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from core.record import environment, write_json  # noqa: E402
+from core.files import write_json  # noqa: E402
+from core.record import cpu_name, environment  # noqa: E402
 from kernels import adapter, chosen  # noqa: E402
 from kernels.reference import formula  # noqa: E402
 
@@ -261,12 +262,6 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def machine() -> str:
-    """The processor's name, as /proc/cpuinfo has it."""
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return found.group(1).strip() if found else "cpu"
-
-
 def slug(name: str, threads: int) -> str:
     """A file name: `intel-r-xeon-r-processor-1t`."""
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {threads}t".lower()).strip("-")
@@ -274,7 +269,7 @@ def slug(name: str, threads: int) -> str:
 
 def run_cpu(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    name, load = machine(), os.getloadavg()[0]
+    name, load = cpu_name(), os.getloadavg()[0]
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     rows = []
     print(f"{name}, {args.threads} thread(s), torch {torch.__version__}")

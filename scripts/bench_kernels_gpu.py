@@ -41,7 +41,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from core.record import environment, write_json, write_text  # noqa: E402
+from core.files import write_json, write_text  # noqa: E402
+from core.record import environment  # noqa: E402
 from kernels import adapter, chosen, tuning, use  # noqa: E402
 from kernels.reference import formula  # noqa: E402
 

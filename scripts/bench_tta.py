@@ -43,7 +43,8 @@ from core.build import build  # noqa: E402
 from core.checkpoint import Checkpointer, Signals  # noqa: E402
 from core.console import Console  # noqa: E402
 from core.cost import peak_memory_mb, reset_peak_memory  # noqa: E402
-from core.record import RunLogger, environment, write_json, write_text  # noqa: E402
+from core.files import write_json, write_text  # noqa: E402
+from core.record import RunLogger, environment  # noqa: E402
 from core.runner import Context, run_shifts  # noqa: E402
 from core.stream import Batch, Segment, ShiftStream, Skipped  # noqa: E402
 from tta import augment  # noqa: E402

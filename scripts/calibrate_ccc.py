@@ -32,7 +32,7 @@ from backbones.backbone import Backbone, weights_hash  # noqa: E402
 from core.build import build  # noqa: E402
 from core.errors import UserError  # noqa: E402
 from core.experiment import complete, set_up  # noqa: E402
-from core.record import write_text  # noqa: E402
+from core.files import write_text  # noqa: E402
 from core.seed import derive  # noqa: E402
 from streams import corruptions as C  # noqa: E402
 from streams.pairs import corrupt_pair, corruption_names, images_of, key  # noqa: E402

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from core.record import write_json, write_text  # noqa: E402
+from core.files import write_json, write_text  # noqa: E402
 from streams import corruptions as C  # noqa: E402
 
 DETERMINISTIC = {

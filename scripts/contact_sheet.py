@@ -10,7 +10,6 @@ corrupted, and shown in tiles of `--tile` px. Without `--image` one of the embed
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from core.files import replacing  # noqa: E402
 from streams import corruptions as C  # noqa: E402
 from streams.embedded import SHIFT_CLASSES, EmbeddedImages  # noqa: E402
 
@@ -81,9 +81,8 @@ def main() -> None:
     args = parser.parse_args()
     image = clean_image(args.image, SIDE[args.preset])
     canvas = sheet(image, args.preset, args.tile, args.frost)
-    part = args.out.with_name(args.out.name + ".tmp")
-    canvas.save(part, "PNG", optimize=True)
-    os.replace(part, args.out)
+    with replacing(args.out) as part:
+        canvas.save(part, "PNG", optimize=True)
     print(
         f"{args.out}: {canvas.width} x {canvas.height} px, {args.out.stat().st_size / 1e6:.2f} MB"
     )

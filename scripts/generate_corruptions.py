@@ -35,7 +35,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from core.errors import UserError  # noqa: E402
-from core.record import Lock, write_json, write_text  # noqa: E402
+from core.files import replacing, write_bytes, write_json, write_text  # noqa: E402
+from core.record import Lock  # noqa: E402
 from core.stream import Skipped  # noqa: E402
 from streams import corruptions as C  # noqa: E402
 from streams.datasets import MANIFEST, cifar, existing_root, imagenet_clean  # noqa: E402
@@ -46,13 +47,6 @@ from streams.shifts import CROP, corrupted, corruption_names, crop, frost_source
 FOLDERS = {"imagenet_c": "ImageNet-C", "cifar10_c": "CIFAR-10-C", "cifar100_c": "CIFAR-100-C"}
 BATCH = 64
 Unit = tuple[str, int]  # corruption, severity
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def digest(content: bytes) -> str:
@@ -149,7 +143,7 @@ class ImageNet:
             for row, image in zip(rows.tolist(), pixels, strict=True):
                 buffer = io.BytesIO()
                 Image.fromarray(image).save(buffer, "JPEG", quality=self.quality, optimize=True)
-                replace(part / self.names[row], buffer.getvalue())
+                write_bytes(part / self.names[row], buffer.getvalue())
 
     def finish(self, unit: Unit, manifest: Manifest) -> None:
         text = self._digests(self._part(unit))
@@ -207,10 +201,8 @@ class Cifar:
         self._save(self._part(unit), block)
 
     def _save(self, path: Path, array: np.ndarray) -> None:
-        part = path.with_name(path.name + ".tmp")
-        with open(part, "wb") as file:
+        with replacing(path) as part, open(part, "wb") as file:
             np.save(file, array)
-        os.replace(part, path)
 
     def finish(self, unit: Unit, manifest: Manifest) -> None:
         manifest.add(f"{unit[0]}/{unit[1]}", self._digest(np.load(self._part(unit))))

@@ -24,7 +24,7 @@ from analysis import load_runs, notes, select
 from analysis.runs import AVERAGE
 from analysis.tables import by_place, markdown, tables_of, with_intransigence
 from core.errors import UserError
-from scripts.report import write
+from core.files import write_text
 
 
 def tables(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> str:
@@ -53,7 +53,7 @@ def main() -> int:
     if given.out is None:
         print(text)
     else:
-        write(given.out, text)
+        write_text(given.out, text)
     return 0
 
 

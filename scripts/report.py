@@ -34,6 +34,7 @@ from analysis import tables as tab
 from analysis.page import Picture, Section, page
 from analysis.runs import AVERAGE, named
 from core.errors import UserError, suggest
+from core.files import write_bytes, write_text
 
 FORMATS = ("html", "md", "tex", "csv")
 
@@ -71,13 +72,13 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     if "md" in formats:
         quoted = "".join(f"> {note}\n" for note in told)
-        write(out / "tables.md", "\n".join([quoted, *map(tab.markdown, tables)]).lstrip())
+        write_text(out / "tables.md", "\n".join([quoted, *map(tab.markdown, tables)]).lstrip())
     if "tex" in formats:
         remarks = "".join(f"% {note}\n" for note in told)
-        write(out / "tables.tex", "\n".join([remarks, *map(tab.latex, tables)]).lstrip())
+        write_text(out / "tables.tex", "\n".join([remarks, *map(tab.latex, tables)]).lstrip())
     if "csv" in formats:
-        write(out / "tables.csv", tab.statistics(runs).to_csv(index=False))
-        write(out / "runs.csv", every.to_csv(index=False))
+        write_text(out / "tables.csv", tab.statistics(runs).to_csv(index=False))
+        write_text(out / "runs.csv", every.to_csv(index=False))
     sections = []
     for title, some, wanted, found in places if figures or "html" in formats else []:
         section = Section(title, found, [])
@@ -88,23 +89,16 @@ def report(
             if figures:
                 stem = re.sub(r"[/\\\s]", "_", f"{title.replace(', ', '-')}-{name}")
                 (out / "figures").mkdir(exist_ok=True)
-                write(out / "figures" / f"{stem}.png", png)
-                write(out / "figures" / f"{stem}.pdf", plots.encode(figure, "pdf", some))
+                write_bytes(out / "figures" / f"{stem}.png", png)
+                write_bytes(out / "figures" / f"{stem}.pdf", plots.encode(figure, "pdf", some))
         sections.append(section)
     if "html" in formats:
         states = ", ".join(f"{n} {state}" for state, n in every["state"].value_counts().items())
         name = f"Runs under {', '.join(root.name or str(root) for root in roots)}"
         code = ", ".join(sorted(runs["git"].dropna().str[:10].unique()))
         about = f"{len(every)} runs: {states}; code {code or 'unknown'}"
-        write(out / "report.html", page(name, about, told, sections, tab.state_table(every)))
+        write_text(out / "report.html", page(name, about, told, sections, tab.state_table(every)))
     return "\n\n".join([*map(tab.terminal, tables), *(f"note: {note}" for note in told)])
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write to a temporary name, then rename: a reader never sees half a file."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
 
 
 def main() -> int:

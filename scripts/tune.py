@@ -41,6 +41,7 @@ from hydra.errors import HydraException
 
 from core.console import table
 from core.errors import UserError
+from core.files import write_json, write_text
 from core.sweep import outcomes
 
 RUN = Path(__file__).parents[1] / "run.py"
@@ -137,9 +138,7 @@ class Study:
         for key, value in {**values, **more}.items():
             OmegaConf.update(node, key, value)
         text = "# @package _global_\n" + OmegaConf.to_yaml(node)
-        part = self.folder / "trial" / f"{name}.yaml.tmp"
-        part.write_text(text)
-        part.replace(part.with_suffix(""))
+        write_text(self.folder / "trial" / f"{name}.yaml", text)
 
     def sweep(self, names: list[str], words: list[str]) -> list[dict[str, Any]]:
         """Run the points on a stream; returns the outcome of every run with its `trial`."""
@@ -264,9 +263,7 @@ def tune(given: argparse.Namespace) -> int:
     }
     study.write("winner", points[best], tuned=tuned)
     record = {"tuned": tuned, "points": points, "values": values}
-    part = study.folder / "study.json.tmp"
-    part.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    part.replace(study.folder / "study.json")
+    write_json(study.folder / "study.json", record)
     head = ("point", *(d.key for d in space), metric)
     order = sorted(values, key=lambda k: values[k], reverse=not lower)
     rows = [(k, *(str(v) for v in points[k].values()), f"{values[k]:.2f}") for k in order]

@@ -118,7 +118,7 @@ def test_a_configuration_read_in_blocks_is_what_yaml_reads():
 
 
 def test_what_counts_as_no_setting_is_what_the_identity_of_a_run_leaves_out():
-    from core.record import VOLATILE, VOLATILE_DATA
+    from core.identity import VOLATILE, VOLATILE_DATA
 
     assert runs_module.VOLATILE == VOLATILE
     assert {f"data.{key}" for key in VOLATILE_DATA} <= set(runs_module.NO_SETTING)

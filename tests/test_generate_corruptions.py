@@ -140,7 +140,7 @@ def test_an_interrupted_call_is_completed_with_equal_bytes(tmp_path, monkeypatch
     words = ["--data", str(root), "--dataset", "imagenet_c", "--corruptions", "contrast,pixelate"]
     words += ["--severities", "3", "--device", "cpu", "--workers", "0"]
     out = tmp_path / "out"
-    write, written = generate_corruptions.replace, []
+    write, written = generate_corruptions.write_bytes, []
 
     def stopped(path: Path, content: bytes) -> None:
         if len(written) == 60:
@@ -149,7 +149,7 @@ def test_an_interrupted_call_is_completed_with_equal_bytes(tmp_path, monkeypatch
         written.append(path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generate_corruptions, "replace", stopped)
+        patch.setattr(generate_corruptions, "write_bytes", stopped)
         main([*words, "--out", str(out)])
     base = out / "ImageNet-C"
     assert (base / "contrast" / "3").exists() and not (base / "pixelate" / "3").exists()

@@ -12,7 +12,9 @@ import torch
 from conftest import ROOT
 
 from core.errors import UserError
-from core.record import Lock, RunLogger, identity, write_json
+from core.files import write_json
+from core.identity import identity
+from core.record import Lock, RunLogger
 
 
 def test_rows_are_tidy_tables_and_carry_the_label(tmp_path):
