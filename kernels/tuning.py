@@ -21,10 +21,17 @@ BUCKETS = {"2k": 2048, "16k": 16384, "more": math.inf}  # largest number of rows
 KERNELS = ("forward", "backward_rows", "backward_weights")
 
 
+MOST_ROWS = 32  # of the result of a product: a row tile, in backward_weights a chunk of columns
+
+
 class Config(NamedTuple):
     """Tile sizes of one launch.
 
-    rows: row tile (a power of two; at least 64 for the fast tensor-core path of sm_90).
+    The first dimension of every product stays below 64 (`MOST_ROWS`): from there on Triton takes
+    Hopper's warp-group instructions, which read beyond shared memory and gave wrong sums for rank
+    tiles of 16 and 32 (Triton 3.6 on an H200). The kernels wait for memory and lose nothing.
+
+    rows: row tile, a power of two.
     columns: chunk of the widths d_in and d_out.
     resident: the forward kernel keeps its row tile of x in registers.
     """
@@ -54,9 +61,9 @@ def default(kernel: str, width: int, rank: int, dtype: str) -> Config:
     """What runs where the table has nothing near: small enough for every device."""
     columns = 32 if dtype in ("tf32", "tf32x3", "ieee") else 64
     columns = max(16, min(columns, 1 << (width - 1).bit_length()))
-    if dtype == "ieee":
-        return Config(32, columns, 4, 2)
-    return Config(64, columns, 8 if rank > 64 and kernel != "backward_weights" else 4, 2)
+    if kernel == "backward_weights":
+        return Config(64, min(columns, MOST_ROWS), 4, 2)
+    return Config(MOST_ROWS, columns, 8 if rank > 64 else 4, 2)
 
 
 @lru_cache

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.exact import divide_
 from streams.corruption_ops import OPERATIONS
 from streams.corruption_ops.common import Array, Rng, jpeg, keep_freed_memory
 from streams.corruption_ops.frost import FROST_FILES, FROST_NOTE, frost_source
@@ -439,7 +440,7 @@ def corrupt_batch(
         result = _apply(levels[rows], name, params, draws, dtype, frost_dir)
         if jpeg_quality is not None:
             result = jpeg(result, jpeg_quality)
-        out[rows] = result if x.dtype == torch.uint8 else result.to(x.dtype).div_(255)
+        out[rows] = result if x.dtype == torch.uint8 else divide_(result.to(x.dtype), 255)
     return out
 
 

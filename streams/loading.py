@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
+from core.exact import divide_
 from core.seed import derive
 from core.stream import Batch, Skipped
 from streams.images import Generated, ImageError, ImageSet, channels_last
@@ -201,7 +202,7 @@ class Reader:
                 continue
             pixels, at = found
             yield Batch(
-                x=self._sent(pixels).to(torch.float32).div_(255),
+                x=divide_(self._sent(pixels).to(torch.float32), 255),
                 y=self._sent(torch.from_numpy(rows.label[at])),
                 index=self._sent(torch.from_numpy(rows.row[at])),
                 domain=self._sent(torch.from_numpy(rows.domain[at])),

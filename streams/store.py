@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.exact import divide_
 from core.seed import derive
 from core.stream import Batch
 from streams.loading import Reader, Rows
@@ -150,7 +151,7 @@ class ImageStore:
             if flips is not None:
                 x = torch.where(flips[positions[at], None, None, None], x.flip(3), x)
             y, index, domain = (c[at] for c in columns)
-            yield Batch(x.to(torch.float32).div_(255), y, index, domain)
+            yield Batch(divide_(x.to(torch.float32), 255), y, index, domain)
 
 
 @dataclass(frozen=True)

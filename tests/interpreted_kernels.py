@@ -457,14 +457,14 @@ def test_rank_tiles(rank, tiles):
 
 def test_tuning_table():
     exact = tuning.lookup("forward", 768, 64, "bf16", 12608, "S")
-    assert exact == tuning.Config(128, 64, 8, 3)
+    assert exact == tuning.Config(32, 64, 4, 3)
     assert tuning.lookup("forward", 700, 64, "bf16", 12608, "N") == exact
-    assert tuning.lookup("forward", 96, 64, "bf16", 100, "S").rows == 64
+    assert tuning.lookup("forward", 96, 64, "bf16", 100, "S").rows == 32
     small = tuning.lookup("forward", 192, 16, "bf16", 12608, "S")
     assert small.resident
     assert not tuning.lookup("forward", 192, 16, "bf16", 12608, "N").resident
     assert not tuning.lookup("forward", 500, 16, "bf16", 12608, "S").resident
-    assert tuning.lookup("backward_rows", 40, 144, "ieee", 10, "S") == tuning.Config(32, 32, 4, 2)
+    assert tuning.lookup("backward_rows", 40, 144, "ieee", 10, "S") == tuning.Config(32, 32, 8, 2)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.exact import divide_
 from streams.corruption_ops.common import (
     Array,
     Draws,
@@ -183,7 +184,7 @@ def zoom_blur(
         total = central_zoom(piece, factors[0])
         for factor in factors[1:]:
             total += central_zoom(piece, factor)
-        return total.mT.contiguous().add_(piece).div_(len(factors) + 1)
+        return divide_(total.mT.contiguous().add_(piece), len(factors) + 1)
 
     return to_levels(by_planes(blur, planes(levels, torch.float32)))
 

@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.exact import divide_
+
 Array = np.ndarray[Any, Any]
 Draws = Mapping[str, Tensor]
 Rng = np.random.Generator | np.random.RandomState
@@ -25,7 +27,7 @@ Rng = np.random.Generator | np.random.RandomState
 
 def unit(levels: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 levels -> [0, 1]; memory format kept."""
-    return levels.to(dtype).div_(255)
+    return divide_(levels.to(dtype), 255)
 
 
 def planes(levels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,7 +75,7 @@ def integers(rng: Rng, low: int, high: int, size: tuple[int, ...], dtype: type) 
 def modulo(index: Tensor, n: int) -> Tensor:
     """Whole numbers modulo n, in float64: several times faster than `torch.remainder`."""
     index = index.to(torch.float64)
-    return index - (index / n).floor_().mul_(n)
+    return index - divide_(index.clone(), n).floor_().mul_(n)
 
 
 def reflect(index: Tensor, n: int) -> Tensor:

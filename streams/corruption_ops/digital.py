@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.exact import divide_
 from streams.corruption_ops.common import (
     Array,
     Draws,
@@ -37,7 +38,7 @@ def rgb_to_hsv(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from_blue, red - green, torch.where(from_green, blue - red, green - blue)
     )
     sector = from_green.to(rgb.dtype).mul_(2).masked_fill_(from_blue, 4.0)
-    hue = difference.div_(divisor).add_(sector).div_(6.0)
+    hue = divide_(difference.div_(divisor).add_(sector), 6.0)
     hue += hue < 0
     hue.masked_fill_(grey, 0.0)
     saturation = chroma / value.masked_fill(value == 0, 1.0)
@@ -87,7 +88,7 @@ def contrast(levels: Tensor, factor: float, draws: Draws, dtype: torch.dtype) ->
     """Shrinks the deviation from each channel's spatial mean by `factor`."""
     pixels = levels.shape[2] * levels.shape[3]
     total = levels.sum((2, 3), keepdim=True, dtype=torch.int64)
-    mean = total.to(torch.float64).div_(255 * pixels).to(dtype)
+    mean = divide_(total.to(torch.float64), 255 * pixels).to(dtype)
     return to_levels(planes(levels, dtype).sub_(mean).mul_(factor).add_(mean))
 
 

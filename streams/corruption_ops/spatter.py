@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.exact import divide_
 from streams.corruption_ops.common import (
     Array,
     Draws,
@@ -145,6 +146,5 @@ def spatter(levels: Tensor, params: tuple[Any, ...], draws: Draws, dtype: torch.
 
 
 def _colour(red: int, green: int, blue: int, device: torch.device) -> Tensor:
-    return (
-        torch.tensor([red, green, blue], dtype=torch.float32, device=device).div_(255).view(3, 1, 1)
-    )
+    levels = torch.tensor([red, green, blue], dtype=torch.float32, device=device)
+    return divide_(levels, 255).view(3, 1, 1)
