@@ -624,6 +624,16 @@ def test_fall_back_warns_once(monkeypatch):
     assert "rank 300 > 144" in chosen()["reason"]
 
 
+def test_float32_of_a_high_rank_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(dispatch, "_unfit", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_on_cpu", lambda _: False)
+    for rank, backend in ((64, "triton"), (65, "reference")):
+        call = operands(r=rank)
+        dispatch.use("auto")
+        chosen = dispatch.select(call["x"], None, call["down"], call["up"], torch.float32)
+        assert chosen == backend
+
+
 def test_too_many_segments_fall_back(monkeypatch):
     monkeypatch.setattr(dispatch, "_unfit", lambda *_: None)
     monkeypatch.setattr(dispatch, "_on_cpu", lambda _: False)

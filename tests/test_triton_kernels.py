@@ -89,7 +89,8 @@ def test_tf32_on_the_gpu(precision):
     try:
         for rank in (16, 64):
             found = shared.errors(Case(FP32, "gelu", "P", 192, rank, 197), "cuda")
-            assert all(error <= 1e-3 for error in found.values()), found
+            # the tensor cores drop the low 13 bits of both operands: up to 2 * 2^-10
+            assert all(error <= 2e-3 for error in found.values()), found
     finally:
         torch.set_float32_matmul_precision(before)
 
