@@ -8,10 +8,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +28,8 @@ from core.errors import UserError
 from core.files import replacing, write_json, write_text
 from core.identity import VOLATILE, identity
 from core.prepare import prepare
-from core.record import Lock, NoRecords, RunLogger, environment, git_state
+from core.provenance import Code, changed_files, code_of, git_state
+from core.record import Lock, NoRecords, RunLogger, environment
 from core.runner import Context, reference, run_shifts, run_tasks
 from core.seed import seed_all
 from core.sinks import About, Mirror, make_sinks
@@ -124,40 +127,41 @@ def run_experiment(
     )
     place = Path(cfg.root) / stream.name / cfg.strategy.name / cfg.backbone.name
     name = f"s{cfg.seed}-{key}"
-    told, folder, finished = distributed.from_first(
-        lambda: (key, *_folder(place, name, cfg.on_exists))
-    )
-    if told != key:
+    code = code_of(cfg.strategy._target_)
+    identities = distributed.from_first(lambda: (key, code["method"]))
+    if identities != (key, code["method"]):
         raise UserError(
-            f"the processes disagree on what is run ({told} and {key}): data, weights or code "
-            "differ between the machines"
+            f"the processes disagree on what is run ({identities[0]} and {key}): data, weights or "
+            "code differ between the machines"
         )
-    if finished is not None:
-        if distributed.first():
+    choose = partial(_folder, place, name, cfg.on_exists, code)
+    folder, finished, _ = distributed.from_first(choose)
+    made = None
+    if finished is None:
+        # Before anything is written or run: a mistake in the settings leaves nothing behind.
+        dispatch.use(cfg.kernel.backend)
+        made = make_strategy(cfg, stream, geometry, device)
+    with ExitStack() as stack:
+        if finished is None:
+            folder, finished, notes = distributed.from_first(
+                lambda: _hold(choose, stack, console, wait=wait)
+            )
+            for note in notes:
+                console.say(note)
+        else:
             console.say(f"already done: {folder} (on_exists=rerun runs it again)")
-            _warn_commit(folder, console)
+            for note in _framework_notes(folder, code):
+                console.say(note)
+        if finished is not None:
             console.say(_table(finished))
-        return finished
-    # Before anything is written or run: a mistake in the settings leaves nothing behind.
-    dispatch.use(cfg.kernel.backend)
-    made = make_strategy(cfg, stream, geometry, device)
-
-    def execute(**beside: dict[str, Any] | None) -> dict[str, Any]:
-        return _execute(
-            cfg, stream, geometry, device, folder, key, overrides, console, made, **beside
+            return finished
+        execute = partial(
+            _execute, cfg, stream, geometry, device, folder, key, code, overrides, console
         )
-
-    if not distributed.first():  # the folder belongs to the first process
-        return execute()
-    with _locked(folder, console, wait=wait) as others:
-        if others is not None:
-            if not quiet:
-                console.say(_table(others))
-            return others
         if not issubclass(kind, TTAStrategy) or cfg.strategy.name == "source":
-            return execute()
+            return execute(made)
         made = None  # made anew after these runs, which need the memory and draw numbers
-        return execute(source=_source_run(cfg, console), frozen=_frozen_run(cfg, console))
+        return execute(None, source=_source_run(cfg, console), frozen=_frozen_run(cfg, console))
 
 
 def _one_process(strategy: str) -> str:
@@ -178,6 +182,7 @@ def _execute(
     device: torch.device,
     folder: Path,
     key: str,
+    code: Code,
     overrides: list[str],
     console: Console,
     made: tuple[Strategy, dict[str, str]] | None,
@@ -200,7 +205,7 @@ def _execute(
     }
     if distributed.first():
         known = {**about, **environment(device), "git": git, "weights": weights}
-        known |= {"data": stream.facts, "prepared": prepared}
+        known |= {"data": stream.facts, "prepared": prepared, "code": code}
         _describe(cfg, folder, overrides, known, patch, stream)
         log = RunLogger(folder, stream.name, _sinks(cfg, folder, about, console.quiet))
     else:
@@ -218,6 +223,7 @@ def _execute(
             cfg.forgetting,
             cfg.on_nan,
             cfg.runtime.feature_cache_mb,
+            {"kernel": dispatch.Record()},
         )
         try:
             if isinstance(stream, TaskStream):
@@ -570,50 +576,87 @@ def _check_needs(cfg: DictConfig, strategy: Strategy, stream: Stream, backbone: 
 # ------------------------------------------------------------------------------ folders
 
 
-def _folder(place: Path, name: str, on_exists: str) -> tuple[Path, dict[str, Any] | None]:
-    """The folder to work in, and the summary if it is finished and shall be kept."""
+class Place(NamedTuple):
+    """Where a run goes."""
+
+    folder: Path
+    finished: dict[str, Any] | None  # its summary, where the run is done and shall be kept
+    notes: list[str]  # why it is not the folder that the reader expects
+
+
+def _folder(place: Path, name: str, on_exists: str, code: Code) -> Place:
+    """The first folder of this run that holds it, finished or not, as made by this code.
+
+    Folders of the same settings are numbered: `name`, `name-2`, ... A folder whose method had other
+    code belongs to another run, whether that is finished or not.
+    """
     if on_exists not in ("skip", "rerun", "error"):
         raise UserError(f"on_exists must be skip, rerun or error, got {on_exists!r}")
-    number = 1
-    while True:
+    notes = []
+    for number in count(1):
         folder = place / (name if number == 1 else f"{name}-{number}")
-        done = folder / "summary.json"
-        if not done.exists():
-            return folder, None
+        finished = (folder / "summary.json").exists()
+        if finished or (folder / "environment.json").exists():
+            recorded = _recorded(folder).get("code")
+            if recorded is None or (changed := changed_files("method", recorded, code)):
+                what = (
+                    "is not recorded" if recorded is None else f"was another: {', '.join(changed)}"
+                )
+                notes.append(f"not the run of {folder}, the method's code of which {what}")
+                continue
+        if not finished:
+            return Place(folder, None, notes + _framework_notes(folder, code))
         if on_exists == "error":
             raise UserError(f"{folder} is finished already; use on_exists=skip or rerun")
         if on_exists == "skip":
-            return folder, json.loads(done.read_text())
-        number += 1
+            return Place(folder, json.loads((folder / "summary.json").read_text()), [])
+    raise AssertionError
 
 
-@contextmanager
-def _locked(folder: Path, console: Console, *, wait: bool) -> Iterator[dict[str, Any] | None]:
-    """Hold the run folder; with `wait`, let another process finish it and yield its summary."""
-    lock = Lock(folder)
-    told = False
-    while not lock.acquire():
+def _hold(choose: Callable[[], Place], stack: ExitStack, console: Console, *, wait: bool) -> Place:
+    """Lock the folder that `choose` names, then look again: another process may have finished it.
+
+    Args:
+        stack: releases the lock where it ends.
+        wait: wait for a process that is at the same run; otherwise that is an error.
+    """
+    waiting = False
+    while True:
+        place = choose()
+        if place.finished is not None:
+            return place
+        lock = Lock(place.folder)
+        if lock.acquire():
+            if choose().folder == place.folder and not (place.folder / "summary.json").exists():
+                stack.callback(lock.release)
+                return place
+            lock.release()
+            continue
         if not wait:
             raise UserError(
-                f"{folder} is being written by {lock.holder()}. Wait for it to end, or change "
-                "a setting (for example the seed) to get another run folder"
+                f"{place.folder} is being written by {lock.holder()}. Wait for it to end, or "
+                "change a setting (for example the seed) to get another run folder"
             )
-        if not told:
-            console.say(f"waiting for {lock.holder()}, which is at the same run: {folder}")
-            told = True
-        time.sleep(1)
-    try:
-        done = folder / "summary.json"
-        yield json.loads(done.read_text()) if wait and done.exists() else None
-    finally:
+        if not waiting:
+            console.say(f"waiting for {lock.holder()}, which is at the same run: {place.folder}")
+            waiting = True
         lock.release()
+        time.sleep(1)
 
 
-def _warn_commit(folder: Path, console: Console) -> None:
-    known = json.loads((folder / "environment.json").read_text()).get("git", {}).get("commit")
-    now = git_state()[0]["commit"]
-    if known != now:
-        console.say(f"note: that run is of commit {str(known)[:8]}, the code is at {str(now)[:8]}")
+def _recorded(folder: Path) -> dict[str, Any]:
+    """environment.json of a run folder; empty where there is none."""
+    path = folder / "environment.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _framework_notes(folder: Path, code: Code) -> list[str]:
+    """One line if code outside the method has changed since a run that is used again."""
+    changed = changed_files("framework", _recorded(folder).get("code", code), code)
+    if not changed:
+        return []
+    files = ", ".join(changed[:3]) + (f" and {n} more" if (n := len(changed) - 3) > 0 else "")
+    return [f"note: code outside the method has changed since the run of {folder.name}: {files}"]
 
 
 def _beside(

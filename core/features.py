@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ class FeatureCache:
         self._features: dict[tuple[str, str], tuple[str, Tensor]] = {}  # -> hash, [N, D]
         self._labels: dict[str, list[Tensor]] = {}  # per batch
         self._held = 0
+        self._together: dict[
+            tuple[str, str], tuple[str, list[str]]
+        ] = {}  # -> hash, one pass's names
         self.computed = 0  # images times extractors
         self.reused = 0
 
@@ -53,16 +57,11 @@ class FeatureCache:
         assert wanted is not None
         known = {n: self._features.get((key, n)) for n in wanted}
         missing = [n for n, h in wanted.items() if (e := known[n]) is None or e[0] != h]
+        lost = [n for n in missing if self._together.get((key, n), (None,))[0] == wanted[n]]
+        self._compute_again(key, lost, wanted, images, strategy, device)
+        missing = [n for n in missing if n not in lost]
         if missing:
-            parts: list[Tensor] = []
-            labels: list[Tensor] = []
-            for batch in images():
-                parts.append(strategy.embed(batch.x.to(device), missing).cpu())
-                labels.append(batch.y)
-            self._labels[key] = labels
-            if parts:
-                for name, found in zip(missing, torch.cat(parts, 1), strict=True):
-                    self._put(key, name, wanted[name], found)
+            self._compute(key, missing, missing, wanted, images, strategy, device)
         labels = self._labels.get(key, [])
         count = sum(map(len, labels))
         self.computed += count * len(missing)
@@ -73,6 +72,64 @@ class FeatureCache:
             start += len(y)
             features = {n: self._features[key, n][1][rows].to(device) for n in wanted}
             yield strategy.classify(features), y.to(device)
+
+    def _compute(
+        self,
+        key: str,
+        names: list[str],
+        wanted: list[str],
+        versions: Mapping[str, str],
+        images: Images,
+        strategy: CLStrategy,
+        device: torch.device,
+    ) -> None:
+        """One pass of all images through the extractors `names`; stores what `wanted` lists."""
+        parts: list[Tensor] = []
+        labels: list[Tensor] = []
+        for batch in images():
+            parts.append(strategy.embed(batch.x.to(device), names).cpu())
+            labels.append(batch.y)
+        self._labels[key] = labels
+        features = torch.cat(parts, 1) if parts else []
+        for name, one in zip(names if parts else [], features, strict=True):
+            if name in wanted:
+                self._put(key, name, versions[name], one)
+        for name in wanted:
+            self._together[key, name] = versions[name], names
+
+    def _compute_again(
+        self,
+        key: str,
+        lost: list[str],
+        versions: Mapping[str, str],
+        images: Images,
+        strategy: CLStrategy,
+        device: torch.device,
+    ) -> None:
+        """After a resume: what the interrupted process had computed, uncounted.
+
+        In passes of the same extractors as then: a grouped product rounds otherwise than a single
+        one, and a resumed run shall be that of an undisturbed one to the last bit.
+        """
+        passes: Any = strategy.backbone.passes
+        before = passes.forward
+        while lost:
+            names = self._together[key, lost[0]][1]
+            wanted = [n for n in lost if self._together[key, n][1] == names]
+            there = [n for n in names if n in versions]
+            self._compute(key, there, wanted, versions, images, strategy, device)
+            lost = [n for n in lost if n not in wanted]
+        passes.forward = before
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counters, and which features were computed in which pass; not the features."""
+        together = [[*place, *entry] for place, entry in self._together.items()]
+        return {"computed": self.computed, "reused": self.reused, "together": together}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `snapshot`; the features are computed again where they are asked for."""
+        self.computed, self.reused = state["computed"], state["reused"]
+        self._together = {(k, n): (version, names) for k, n, version, names in state["together"]}
 
     def _put(self, key: str, name: str, version: str, features: Tensor) -> None:
         size = features.nbytes

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -30,22 +29,6 @@ class Sink(Protocol):
 
     def log(self, table: str, row: Mapping[str, Any]) -> None: ...
     def finish(self, summary: Mapping[str, Any] | None) -> None: ...
-
-
-def git_state() -> tuple[dict[str, Any], str]:
-    """Commit and dirty flag of the working tree, and its diff (empty when clean)."""
-
-    def git(*words: str) -> str:
-        here = Path(__file__).parent
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=20)
-        return done.stdout if done.returncode == 0 else ""
-
-    try:
-        commit = git("rev-parse", "HEAD").strip()
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no").strip())
-        return {"commit": commit or None, "dirty": dirty}, git("diff", "HEAD") if dirty else ""
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}, ""
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,7 @@ class Context:
     forgetting: str = "standard"  # which definition the summary reports
     on_nan: Literal["stop", "rollback", "record"] = "stop"  # when a method has diverged
     feature_cache_mb: float = 2048  # of test features in memory, MiB; 0 = nothing is kept
+    meters: Mapping[str, Snapshots] = field(default_factory=dict)  # more that checkpoints hold
 
 
 TOLD = ("acc_last", "acc_inc", "plasticity", "forgetting")  # with the task known at test
@@ -66,6 +67,19 @@ class Answers:
         counts = self._counts.cpu()
         total, right, within = counts.sum(1).tolist()
         return total, right, within, counts[:, self.classes.start : self.classes.stop].T.tolist()
+
+
+class PerClass:
+    """Accuracy in percent on every class seen, of the last evaluation."""
+
+    def __init__(self) -> None:
+        self.accuracy: dict[int, float] = {}
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"accuracy": self.accuracy}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.accuracy = dict(state["accuracy"])
 
 
 @torch.no_grad()
@@ -109,16 +123,20 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
     matrix, told = AccuracyMatrix(names), AccuracyMatrix(names)  # class- and task-incremental
     costs = Costs(strategy.backbone, run.device)
     ahead = NearFuture(stream.order["label"], stream.batch_size) if stream.single_pass else None
+    place = run.log.folder if distributed.first() else None
+    features = FeatureCache(place, run.feature_cache_mb)
+    cache = features if run.feature_cache_mb else None
+    per_class = PerClass()
     meters: dict[str, Snapshots] = {
         "matrix": matrix,
         "told": told,
         "costs": costs,
         "skipped": stream.skipped,
+        "per_class": per_class,
+        **run.meters,
         **({"ahead": ahead} if ahead else {}),
+        "features": features,
     }
-    place = run.log.folder if distributed.first() else None
-    cache = FeatureCache(place, run.feature_cache_mb) if run.feature_cache_mb else None
-    per_class: dict[int, float] = {}
     at = {"task": 0, "begun": 0, "epoch": 0, "step": 0}
     if state := run.checkpoint.load():
         at = dict(state["cursor"])
@@ -179,7 +197,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         distributed.require_equal(
             strategy.parameters(), f"of {type(strategy).__name__} after task {task.index}"
         )
-        per_class = score(stream.tasks[: task.index + 1], task.index, task.name)
+        per_class.accuracy = score(stream.tasks[: task.index + 1], task.index, task.name)
         if task.index + 1 in known:
             score([stream.tasks[task.index + 1]], task.index, task.name)
         now = matrix.summary(forgetting=run.forgetting)
@@ -203,7 +221,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         "metrics": metrics,
         "cost": cost,
         "method": strategy.report(),
-        "per_class": per_class,
+        "per_class": per_class.accuracy,
     }
 
 
@@ -237,6 +255,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         "clean_adapting": clean_adapting,
         "costs": costs,
         "skipped": stream.skipped,
+        **run.meters,
         **({"window": window} if window else {}),
     }
     predict = torch.no_grad()(strategy.predict)

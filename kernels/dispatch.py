@@ -16,7 +16,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +67,16 @@ def use(backend: str) -> None:
             "kernel.backend=compile is slower than reference at small batches on a CPU",
             stacklevel=2,
         )
+
+
+class Record:
+    """What was used, as a checkpoint keeps it: a resumed run has also used what ran before."""
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"used": dict(_State.used)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        _State.used = {**state["used"], **_State.used}
 
 
 def chosen() -> dict[str, str]:

@@ -1,0 +1,142 @@
+"""Which code a run is made of: fingerprints of its files, the commit, the patch. Needs no torch.
+
+A fingerprint is that of the syntax tree, without comments and docstrings: new words or another
+layout are the same code. The code of a method is its own file and, recursively, what that imports
+of `METHOD`; a run whose method has changed is another run. Other code of the framework is
+fingerprinted as well, but a change there is only reported.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+METHOD = ("cl", "tta", "backbones")  # packages whose code methods are made of
+FRAMEWORK = ("core", "streams", "kernels")
+Code = dict[str, Any]  # "python", "method" and "framework": file -> fingerprint
+
+
+def code_of(target: str) -> Code:
+    """Fingerprints of the method at the dotted `target` and of the framework.
+
+    Returns:
+        `method` and `framework`, each a mapping from file to 12 hex digits, and `python`, the minor
+        version, since a tree is written out differently by another one.
+    """
+    module = target.rpartition(".")[0]
+    framework = {
+        _name(path): fingerprint(path)
+        for package in FRAMEWORK
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "method": {_name(path): fingerprint(path) for path in sorted(_closure(module))},
+        "framework": framework,
+    }
+
+
+def changed_files(part: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Files of `part` (`method` or `framework`) that differ between two results of `code_of`.
+
+    Empty as well where they cannot be compared, because another minor version of Python wrote one.
+    """
+    if before.get("python") != now["python"]:
+        return []
+    old, new = before[part], now[part]
+    return sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+
+
+@cache
+def fingerprint(path: Path) -> str:
+    """12 hex digits of the file's syntax tree, as it was when this process first looked."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and body and ast.get_docstring(node, clean=False) is not None:
+            del body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+
+
+def _closure(module: str) -> set[Path]:
+    """Files of `module` and of the modules of `METHOD` that it imports, recursively."""
+    paths: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        path = _file(waiting.pop())
+        if path is None or path in paths:
+            continue
+        paths.add(path)
+        waiting += [
+            name for name in _imports(path) if name.split(".")[0] in (*METHOD, module.split(".")[0])
+        ]
+    return paths
+
+
+def _file(module: str) -> Path | None:
+    """The file of a dotted module; None for a name inside a module."""
+    path = ROOT.joinpath(*module.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    if module.split(".")[0] in (*METHOD, *FRAMEWORK):
+        return None
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, wherever in it; `from a import b` gives `a` and `a.b`."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+# ------------------------------------------------------------------------------ git
+
+
+def git_state() -> tuple[dict[str, Any], str]:
+    """Commit and dirty flag of the working tree, and the patch that leads to it from the commit.
+
+    Python and YAML files that git does not track are part of both: a new method is such a file.
+    """
+
+    def git(*words: str, status: int = 0) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=20
+        )
+        return done.stdout if done.returncode == status else ""
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        if not commit or not git("ls-files", "core/provenance.py"):  # another project's repository
+            return {"commit": None, "dirty": None}, ""
+        listed = git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "*.yaml")
+        untracked = [name for name in listed.split("\0") if name]
+        patch = git("diff", "HEAD")
+        # status 1: the files differ
+        patch += "".join(
+            git("diff", "--no-index", "--", "/dev/null", name, status=1) for name in untracked
+        )
+        return {"commit": commit, "dirty": bool(patch)}, patch
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}, ""
