@@ -6,6 +6,7 @@ import importlib
 import inspect
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -70,7 +71,7 @@ def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
 
     Args:
         node: mapping with `_target_`, an optional `name`, and keyword options; an option that is
-            such a mapping itself is built first.
+            such a mapping itself is built first, with the same `live` objects.
         at: where the node stands in the configuration, for messages (`"strategy"`).
         live: objects that no configuration can hold (backbone, stream facts, seed).
 
@@ -84,13 +85,12 @@ def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     if "name" not in parameters:
         options.pop("name", None)
-    live = {k: v for k, v in live.items() if k in parameters}
     allowed = [k for k in parameters if k not in live and k != "self"]
     for key, value in options.items():
         if key not in allowed:
             raise UserError(f"{at} has no option {key!r}{suggest(key, allowed)}")
         if isinstance(value, dict) and "_target_" in value:
-            value = options[key] = build(value, at=f"{at}.{key}")
+            value = options[key] = build(value, at=f"{at}.{key}", **live)
         kind = hints.get(key, Any)
         if not _fits(value, kind):
             raise UserError(f"{at}.{key} must be {_describe(kind)}, got {value!r}")
@@ -101,4 +101,17 @@ def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
     for key, parameter in parameters.items():
         if key in allowed and key not in options and parameter.default is parameter.empty:
             raise UserError(f"{at}.{key} is missing")
-    return target(**live, **options)
+    return target(**{k: v for k, v in live.items() if k in parameters}, **options)
+
+
+def nodes(node: DictConfig) -> Iterator[DictConfig]:
+    """`node` and every node with a `_target_` inside it."""
+    yield node
+    for value in node.values():
+        if isinstance(value, DictConfig) and "_target_" in value:
+            yield from nodes(value)
+
+
+def innermost(strategy: DictConfig) -> DictConfig:
+    """The node of the method itself, without the rules around it."""
+    return innermost(strategy.inner) if "inner" in strategy else strategy

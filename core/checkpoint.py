@@ -17,7 +17,7 @@ from core.record import RunLogger
 from core.seed import rng_state, set_rng_state
 from core.strategy import Strategy
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Stopped(Exception):

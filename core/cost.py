@@ -147,12 +147,15 @@ def state_bytes(strategy: Strategy) -> int:
     Storage shared between tensors counts once.
     """
     kept: dict[int, int] = {}
-    held = [*strategy.state_dict().values()]
-    if strategy.optimizer is not None:
-        held += _tensors(dict(strategy.optimizer.state))
-    for tensor in held:
+    optimizers = [
+        held.state
+        for module in strategy.modules()
+        for held in vars(module).values()
+        if isinstance(held, torch.optim.Optimizer)
+    ]
+    for tensor in _tensors([strategy.state_dict(), *map(dict, optimizers)]):
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-    for tensor in strategy.backbone.state_dict().values():
+    for tensor in _tensors(strategy.backbone.state_dict()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(kept.values())

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from backbones.backbone import Backbone, weights_hash
 from core import distributed
-from core.build import build, locate
+from core.build import build, innermost, locate, nodes
 from core.checkpoint import Checkpointer, Signals, Stopped
 from core.console import Console, table
 from core.errors import UserError
@@ -33,7 +33,7 @@ from core.record import Lock, NoRecords, RunLogger, environment
 from core.runner import Context, reference, run_shifts, run_tasks
 from core.seed import seed_all
 from core.sinks import About, Mirror, make_sinks
-from core.strategy import CLStrategy, Strategy, TTAStrategy
+from core.strategy import CLStrategy, Strategy, TTAStrategy, unwrapped
 from core.stream import ShiftStream, TaskStream
 from kernels import dispatch
 from streams.datasets import ORIGIN
@@ -80,7 +80,7 @@ def complete(cfg: DictConfig) -> DictConfig:
 def _automatic(cfg: DictConfig, choice: DictConfig, real: bool) -> str:
     """The backbone that `backbone=auto` stands for."""
     kind = "real" if real else "embedded"
-    if locate(cfg.strategy._target_).prefers == "vit" and f"{kind}_vit" in choice:
+    if locate(innermost(cfg.strategy)._target_).prefers == "vit" and f"{kind}_vit" in choice:
         kind += "_vit"
     if choice[kind] is None:
         raise UserError(
@@ -127,7 +127,7 @@ def run_experiment(
     )
     place = Path(cfg.root) / stream.name / cfg.strategy.name / cfg.backbone.name
     name = f"s{cfg.seed}-{key}"
-    code = code_of(cfg.strategy._target_)
+    code = code_of(*(node._target_ for node in nodes(cfg.strategy)))
     identities = distributed.from_first(lambda: (key, code["method"]))
     if identities != (key, code["method"]):
         raise UserError(
@@ -241,13 +241,14 @@ def _execute(
             console.stop()
             log.fail(distributed.cause(error))
             raise
+    method = innermost(cfg.strategy)
     summary = {
         "run": {**about, "folder": str(folder), "git": git["commit"]},
         "data": {k: v for k, v in stream.facts.items() if k != "class_order"},
         "weights": weights,
         "definitions": {
             "forgetting": cfg.forgetting,
-            **{k: cfg.strategy[k] for k in ("loss_scope", "head", "mode") if k in cfg.strategy},
+            **{k: method[k] for k in ("loss_scope", "head", "mode") if k in method},
         },
         "kernel": dispatch.chosen(),
         "skipped_images": len(stream.skipped.reasons),
@@ -347,21 +348,22 @@ def _prepare(
     console: Console,
 ) -> dict[str, Any] | None:
     """The source phase, if the strategy has one; says what was done."""
-    if not isinstance(strategy, TTAStrategy) or not isinstance(stream, ShiftStream):
+    method = unwrapped(strategy)
+    if not isinstance(method, TTAStrategy) or not isinstance(stream, ShiftStream):
         return None
 
     def fresh() -> TTAStrategy:
-        made = make_strategy(cfg, stream, geometry, device)[0]
+        made = unwrapped(make_strategy(cfg, stream, geometry, device)[0])
         assert isinstance(made, TTAStrategy)
         return made
 
     try:
         return prepare(
-            strategy,
+            method,
             fresh,
             stream.source,
             weights=weights["hash"],
-            folder=Path(cfg.root) / "prepared" / cfg.strategy.name,
+            folder=Path(cfg.root) / "prepared" / innermost(cfg.strategy).name,
             say=console.say,
         )
     except KeyboardInterrupt:
@@ -449,7 +451,7 @@ def _how_to_real(cfg: DictConfig) -> str:
 def _checkpoint_hash(cfg: DictConfig) -> str:
     """A local weights file counts by content, not by name."""
     found = []
-    for node in (cfg.backbone, cfg.strategy):
+    for node in (cfg.backbone, *nodes(cfg.strategy)):
         path = node.get("checkpoint")
         if path and Path(path).is_file():
             with open(path, "rb") as file:
@@ -680,9 +682,9 @@ def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:
 
 def _frozen_run(cfg: DictConfig, console: Console) -> dict[str, Any] | None:
     """What preparation alone gives: the same method with `update=false`."""
-    if not cfg.strategy.get("update"):
+    strategy = innermost(cfg.strategy).copy()
+    if not strategy.get("update"):
         return None
-    strategy = cfg.strategy.copy()
     strategy["update"] = False
     text = "the prepared model without adaptation next"
     return _beside(cfg, strategy, "strategy.update=false", console, text)

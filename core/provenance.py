@@ -24,14 +24,15 @@ FRAMEWORK = ("core", "streams", "kernels")
 Code = dict[str, Any]  # "python", "method" and "framework": file -> fingerprint
 
 
-def code_of(target: str) -> Code:
-    """Fingerprints of the method at the dotted `target` and of the framework.
+def code_of(*targets: str) -> Code:
+    """Fingerprints of the method, made of the dotted `targets`, and of the framework.
 
     Returns:
         `method` and `framework`, each a mapping from file to 12 hex digits, and `python`, the minor
         version, since a tree is written out differently by another one.
     """
-    module = target.rpartition(".")[0]
+    modules = [target.rpartition(".")[0] for target in targets]
+    method = sorted(set[Path]().union(*map(_closure, modules)))
     framework = {
         _name(path): fingerprint(path)
         for package in FRAMEWORK
@@ -39,7 +40,7 @@ def code_of(target: str) -> Code:
     }
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "method": {_name(path): fingerprint(path) for path in sorted(_closure(module))},
+        "method": {_name(path): fingerprint(path) for path in method},
         "framework": framework,
     }
 

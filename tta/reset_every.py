@@ -1,0 +1,40 @@
+"""Any adaptation method, put back to its start every n batches.
+
+Paper: "RDumb: A simple approach that questions our progress in continual test-time adaptation"
+(NeurIPS 2023, arXiv 2306.05401), whose method is this rule around ETA with n = 1000.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from core.errors import UserError
+from core.strategy import TTAStrategy, Wrapper
+
+
+class ResetEvery(Wrapper):
+    """Resets the inner method before batch n + 1, 2n + 1, ...; its generators run on.
+
+    Args:
+        inner: the method that adapts.
+        every: n, at least 1. Batches that a reset from outside precedes count from there on.
+    """
+
+    def __init__(self, *, inner: TTAStrategy, every: int) -> None:
+        super().__init__(inner)
+        if every < 1:
+            raise UserError(f"strategy.every must be at least 1, got {every}")
+        self.every = every
+        self.batches = 0  # since the last reset
+
+    def get_extra_state(self) -> int:
+        return self.batches
+
+    def set_extra_state(self, state: int) -> None:
+        self.batches = state
+
+    def adapt(self, x: Tensor) -> Tensor:
+        if self.batches == self.every:
+            self.reset()
+        self.batches += 1
+        return self.inner.adapt(x)
