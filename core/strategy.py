@@ -225,10 +225,10 @@ class CLStrategy(Strategy):
     epochs: int = 0  # passes over the training images of a task
 
     def grow(self, task: Task) -> None:
-        """Create the modules that `task` needs; also called, in order, when a run resumes."""
+        """Create modules and optimiser for `task`; also called, in order, when a run resumes."""
 
     def begin_task(self, task: Task) -> None:
-        """Prepare `task`; the default only grows. Optimiser and schedule are made here."""
+        """Prepare `task`; the default only grows. Not called again when a run resumes."""
         self.grow(task)
 
     def begin_epoch(self, task: Task, epoch: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torchvision
 from conftest import ROOT
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from backbones.load import ROBUSTBENCH_FILES
 from core.build import locate
@@ -35,9 +35,12 @@ def cli(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_strategy_yaml_states_every_option_and_no_other(name):
     node = OmegaConf.load(CONF / "strategy" / f"{name}.yaml")
-    assert node.name == name
+    entries = [entry for entry in node.pop("defaults", []) if isinstance(entry, DictConfig)]
+    inside = {str(key).partition("@")[2] for entry in entries for key in entry}
+    stated = OmegaConf.to_container(node)["name"]
+    assert stated == "_".join([name, *(f"${{.{key}.name}}" for key in inside)])
     parameters = inspect.signature(locate(node._target_)).parameters
-    options = {k for k in node if k not in ("_target_", "name")}
+    options = {k for k in node if k not in ("_target_", "name")} | inside
     assert options == set(parameters) - LIVE
     own = [p for k, p in parameters.items() if k not in LIVE]
     assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in own)

@@ -1,0 +1,715 @@
+"""What every method of conf/strategy promises, property by property (table in CONTRIBUTING.md).
+
+A method is covered by existing: each YAML file is a case, on a tiny network with random weights;
+`-k NAME` runs the cases of one strategy. Every adaptation method is tried a second time with a rule
+around it. That each property can fail is shown on methods that break it (broken_methods.py).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import broken_methods
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from backbones.backbone import Backbone
+from core.build import build, locate
+from core.checkpoint import Checkpointer, Signals
+from core.console import Console
+from core.cost import state_bytes
+from core.errors import UserError
+from core.record import RunLogger
+from core.runner import Context, run_shifts, run_tasks
+from core.seed import generator
+from core.strategy import CLStrategy, Strategy, TTAStrategy, unwrapped
+from core.stream import (
+    Batch,
+    Segment,
+    ShiftStream,
+    Skipped,
+    SourceImages,
+    Task,
+    TaskStream,
+)
+from tta.reset_every import ResetEvery
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of tiny tasks
+CONF = ROOT / "conf" / "strategy"
+SIDES = {"resnet": 64, "vit": 32}  # pixels; at 32 the last maps of the ResNet have one pixel
+CLASSES = 10
+
+# ------------------------------------------------------------------------------ cases
+
+# Settings that keep a strategy quick or make it do what it is for on eight random images. One that
+# is not listed runs as its YAML says, with `epochs` at 2.
+QUICK: dict[str, dict[str, Any]] = {
+    "cotta": {"views": 2, "threshold": 2.0, "restore_prob": 0.1},
+    "vida": {"views": 2, "rank_high": 8},
+    "reset_every": {"every": 2},
+    "lae": {"freeze_epochs": 1, "prefix_length": 3},
+    "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
+    "ease": {"rank": 4},
+    "aper": {"rank": 4},
+}
+# Further settings with a state of their own: case -> strategy, options, network.
+VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "bn_adapt-mixed": ("bn_adapt", {"statistics": "mixed"}, None),
+    "bn_adapt-ema": ("bn_adapt", {"statistics": "ema"}, None),
+    "tent-adam": ("tent", {"optimizer": "adam", "mode": "eval", "steps": 2}, None),
+    "tent-episodic": ("tent", {"layers": "norm", "episodic": True}, "vit"),
+    "cotta-adam": ("cotta", {"optimizer": "adam", "loss": "ce", "gate": "sample"}, "vit"),
+    "cotta-source": ("cotta", {"threshold": "source", "rng": "device"}, None),
+    "vida-restore": ("vida", {"optimizer": "adam", "restore_prob": 0.1}, None),
+    "vida-adapters": ("vida", {"train_base": False, "rng": "device"}, None),
+    "ecotta-joint": ("ecotta", {"procedure": "joint", "optimizer": "adam"}, None),
+    "finetune-resnet": ("finetune", {"loss_scope": "seen"}, "resnet"),
+    "ease-adam": ("ease", {"use_init_ptm": True, "optimizer": "adam"}, None),
+    "mos-official": ("mos", {"mode": "official", "statistics": "variance"}, None),
+    "lae-lora": ("lae", {"pet": "lora", "ema_start": "init"}, None),
+    "lae-prefix": ("lae", {"pet": "prefix"}, None),
+    "aper-finetune": ("aper", {"tuning": "finetune"}, "resnet"),
+    "aper-ssf": ("aper", {"tuning": "ssf"}, None),
+    "ewc-each": ("ewc", {"theta_star": "each", "gamma": 1.0}, "resnet"),
+    "olora-merged": ("olora", {"evaluation": "branches", "lambda2": 0.1}, None),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with its settings on one network.
+
+    Args:
+        node: the strategy's node, without nested strategies.
+        rule: put `ResetEvery` with two batches around it.
+    """
+
+    name: str
+    node: dict[str, Any] = field(hash=False)
+    network: str
+    rule: bool = False
+
+    @property
+    def kind(self) -> type[Strategy]:
+        return locate(self.node["_target_"])
+
+    @property
+    def adapts(self) -> bool:
+        return issubclass(self.kind, TTAStrategy)
+
+
+def settings(node: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """A strategy's YAML as plain values; what its defaults list names is filled in."""
+    plain: Any = OmegaConf.to_container(node)
+    for entry in plain.pop("defaults", []):
+        if isinstance(entry, dict):
+            ((key, name),) = entry.items()
+            plain[key.partition("@")[2]] = settings(OmegaConf.load(CONF / f"{name}.yaml"), {})
+            plain["name"] = plain["name"].replace("${.inner.name}", name)
+    for part in (plain, *(v for v in plain.values() if isinstance(v, dict))):
+        part.update({k: 2 for k in ("epochs",) if k in part})
+    return plain | {k: v for k, v in options.items() if k in plain}
+
+
+def case_of(name: str, node: Any, options: dict[str, Any], network: str | None = None) -> Case:
+    plain = settings(node, options)
+    kind = locate(plain["_target_"])
+    vit = issubclass(kind, CLStrategy) or kind.prefers == "vit" or "blocks" in kind.needs
+    return Case(name, plain, network or ("vit" if vit else "resnet"))
+
+
+def found() -> list[Case]:
+    cases = [
+        case_of(p.stem, OmegaConf.load(p), QUICK.get(p.stem, {})) for p in sorted(CONF.glob("*"))
+    ]
+    for name, (strategy, options, network) in VARIANTS.items():
+        node = OmegaConf.load(CONF / f"{strategy}.yaml")
+        cases.append(case_of(name, node, QUICK.get(strategy, {}) | options, network))
+    return cases
+
+
+def wrapped(cases: list[Case]) -> list[Case]:
+    return [replace(c, name=f"{c.name}-in-a-rule", rule=True) for c in cases if c.adapts]
+
+
+PLAIN = found()
+CASES = PLAIN + wrapped([c for c in PLAIN if c.name in {p.stem for p in CONF.glob("*")}])
+
+
+def network(kind: str, *, confident: bool = True) -> Backbone:
+    """Random weights with dropout before the head and random statistics of the source."""
+    torch.manual_seed(3)
+    extra = {"img_size": SIDES["vit"]} if kind == "vit" else {}
+    net = timm.create_model(f"test_{kind}", num_classes=CLASSES, drop_rate=0.3, **extra)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    nn.init.normal_(net.get_classifier().weight, std=0.3 if confident else 1e-4)
+    return Backbone(net, name=kind, tag=f"test_{kind}", input_size=SIDES[kind])
+
+
+def images(case: Case, *sizes: int, seed: int = 5) -> list[Tensor]:
+    side, g = SIDES[case.network], torch.Generator().manual_seed(seed)
+    return [torch.rand(n, 3, side, side, generator=g) for n in sizes]
+
+
+def batches_of(x: Tensor, y: Tensor, size: int) -> list[Batch]:
+    rows = torch.arange(len(y))
+    parts = zip(x.split(size), y.split(size), rows.split(size), strict=True)
+    return [Batch(a, b, c, torch.zeros_like(b)) for a, b, c in parts]
+
+
+def source_images(case: Case) -> SourceImages:
+    def batches(batch_size: int, *, epoch=None, start=0, augment="none") -> Iterator[Batch]:
+        (x,) = images(case, 8, seed=9)
+        yield from batches_of(x, torch.arange(8), batch_size)[start:]
+
+    return SourceImages(8, "random images", "random", batches)
+
+
+class NoProgress:
+    """A preparation that is never interrupted."""
+
+    def load(self) -> None:
+        return None
+
+    def save(self, state: Any) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
+def construct(case: Case, **options: Any) -> Strategy:
+    net = network(case.network, **options)
+    strategy = build(case.node, at="strategy", backbone=net, seed=0, num_classes=CLASSES)
+    return ResetEvery(inner=strategy, every=2) if case.rule else strategy
+
+
+@cache
+def artefact(name: str) -> dict[str, Tensor]:
+    case = next(c for c in KNOWN if c.name == name)
+    strategy = construct(case)
+    assert isinstance(strategy, TTAStrategy)
+    prepared = strategy.prepare(source_images(case), NoProgress())
+    return {key: value.clone() for key, value in prepared.items()}
+
+
+KNOWN: list[Case] = list(CASES)  # also those of the tutorials and the broken ones
+
+
+def make(case: Case, **options: Any) -> Any:
+    """The method at the start of its stream, as the runner has it."""
+    strategy = construct(case, **options)
+    if isinstance(strategy, TTAStrategy):
+        if strategy.preparation() is not None:
+            strategy.use_prepared(artefact(case.name))
+        strategy.begin_stream()
+    torch.manual_seed(1)
+    return strategy
+
+
+# ------------------------------------------------------------------------------ a stream
+
+
+def task(case: Case, index: int, classes: range, per_class: int = 4) -> Task:
+    y = torch.arange(classes.start, classes.stop).repeat_interleave(per_class)
+    (x,) = images(case, len(y), seed=20 + index)
+
+    def train(epoch: int, start: int = 0) -> Iterator[Batch]:
+        order = torch.randperm(len(y), generator=generator(7, "order", index, epoch))
+        yield from batches_of(x[order], y[order], 5)[start:]
+
+    def fixed() -> Iterator[Batch]:
+        yield from batches_of(x, y, 5)
+
+    return Task(index, f"t{index}", classes, -(-len(y) // 5), train, fixed, fixed)
+
+
+@cache
+def tasks(name: str) -> list[Task]:
+    """Two tasks of three and two classes; the last batch of the first is short."""
+    case = next(c for c in KNOWN if c.name == name)
+    return [task(case, 0, range(0, 3)), task(case, 1, range(3, 5))]
+
+
+SIZES = (4, 4, 3, 4)
+Cursor = tuple[int, int, int, int]  # batch; or task, begun, epoch, step: as in core/runner.py
+START: Cursor = (0, 0, 0, 0)
+
+
+def drive(strategy: Any, case: Case, at: Cursor = START) -> Iterator[tuple[Cursor, Any]]:
+    """What the runner does, from a cursor on: the next cursor and what came out, step by step."""
+    if case.adapts:
+        for i, x in enumerate(images(case, *SIZES)[at[0] :], at[0]):
+            yield (i + 1, 0, 0, 0), strategy.adapt(x)
+        return
+    first, begun, epoch, step = at
+    for t in tasks(case.name)[first:]:
+        if not begun:
+            strategy.begin_task(t)
+        for e in range(epoch, strategy.epochs):
+            if step == 0:
+                strategy.begin_epoch(t, e)
+            for i, batch in enumerate(t.train(e, step), step):
+                yield (t.index, 1, e, i + 1), strategy.observe(batch)
+            step = 0
+        strategy.end_task(t)
+        yield (t.index + 1, 0, 0, 0), strategy.predict(images(case, 4)[0])
+        begun = epoch = 0
+
+
+def run(strategy: Any, case: Case, steps: int | None = None) -> list[tuple[Cursor, Any]]:
+    """The first `steps` steps of the stream."""
+    rows = drive(strategy, case)
+    return list(rows) if steps is None else [next(rows) for _ in range(steps)]
+
+
+@cache
+def undisturbed(name: str) -> list[tuple[Cursor, Any]]:
+    """Cursors and results of the whole stream, with the state at its end."""
+    case = next(c for c in KNOWN if c.name == name)
+    strategy = make(case)
+    rows = run(strategy, case)
+    return [*rows, ((-1, 0, 0, 0), copied(strategy.snapshot()))]
+
+
+def cuts(case: Case) -> list[int]:
+    """Steps after which to stop: within the stream; within and between tasks."""
+    cursors = [cursor for cursor, _ in undisturbed(case.name)[:-1]]
+    if case.adapts:
+        return [1, 3]
+    between = next(i for i, c in enumerate(cursors) if not c[1])
+    return sorted({1, between + 1, len(cursors) - 1})
+
+
+def resumed(case: Case, state: dict[str, Any], cursor: Cursor, dice: Tensor) -> list[Any]:
+    """What a fresh object gives from `state` on, and the state at its end."""
+    strategy = make(case)
+    if not case.adapts:
+        for t in tasks(case.name)[: cursor[0] + cursor[1]]:
+            strategy.grow(t)
+    strategy.restore(state)
+    torch.set_rng_state(dice)
+    rest = [row for _, row in drive(strategy, case, cursor)]
+    return [*rest, copied(strategy.snapshot())]
+
+
+def copied(value: Any) -> Any:
+    """A copy through a file, as a checkpoint goes."""
+    import io
+
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Bitwise equality of nested tensors and plain values."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+def modes(strategy: nn.Module) -> list[tuple[bool, int]]:
+    """Of every module: whether it trains, and how many hooks it has."""
+    return [(m.training, len(m._forward_hooks)) for m in strategy.modules()]
+
+
+def generators(strategy: nn.Module) -> dict[str, torch.Generator]:
+    """Every generator that a module holds, by a name."""
+    held: dict[str, torch.Generator] = {}
+    for name, module in strategy.named_modules():
+        values = vars(module) | getattr(module, "_generators", {})
+        held |= {f"{name}.{k}": v for k, v in values.items() if isinstance(v, torch.Generator)}
+    return held
+
+
+# ------------------------------------------------------------------------------ properties
+
+
+def predict_changes_nothing(case: Case) -> None:
+    """State, modes, gradients and random numbers stay; the stream goes on as without it."""
+    strategy = make(case)
+    (x,) = images(case, 3, seed=6)
+    want = [row for _, row in undisturbed(case.name)]
+    for (cursor, got), expected in zip(drive(strategy, case), want, strict=False):
+        assert equal(got, expected), f"another result at {cursor} after a prediction before it"
+        if cursor[1] and not case.adapts and cursor[3] > 1:
+            continue  # within a task: once is enough
+        state, dice = copied(strategy.snapshot()), torch.get_rng_state()
+        trains, graded = modes(strategy), [p.grad is None for p in strategy.parameters()]
+        scores = strategy.predict(x)
+        assert not scores.requires_grad, "scores carry a graph"
+        assert torch.equal(strategy.predict(x), scores), "a second prediction differs"
+        assert equal(copied(strategy.snapshot()), state), "the state changed"
+        assert torch.equal(torch.get_rng_state(), dice), "random numbers were drawn"
+        assert modes(strategy) == trains, "a mode or a hook was left behind"
+        assert [p.grad is None for p in strategy.parameters()] == graded, "gradients were left"
+
+
+def a_snapshot_is_the_whole_state(case: Case) -> None:
+    """A fresh object with it, from a file, goes on bit by bit; so does the object itself."""
+    rows = undisturbed(case.name)
+    for cut in cuts(case):
+        strategy = make(case)
+        cursor = run(strategy, case, cut)[-1][0]
+        # What the generator of `run` held is gone; the state is taken as a checkpoint takes it.
+        state, dice = copied(strategy.snapshot()), torch.get_rng_state()
+        want = [row for _, row in rows[cut:]]
+        assert equal(resumed(case, state, cursor, dice), want), f"resumed at {cursor}: differs"
+        if case.adapts:
+            twice = [[row for _, row in drive(strategy, case, cursor)] for _ in range(1)]
+            strategy.restore(state)
+            assert equal(copied(strategy.snapshot()), state), "restore is not the identity"
+            torch.set_rng_state(dice)
+            twice.append([row for _, row in drive(strategy, case, cursor)])
+            assert equal(twice[0], want[:-1]), "taking a snapshot changed the stream"
+            assert equal(twice[1], want[:-1]), "put back in place: differs"
+
+
+def reset_and_the_same_stream_give_the_same(case: Case) -> None:
+    """`reset` is the start of the stream; generators run on, so they are put back here."""
+    if not case.adapts:
+        return
+    strategy, want = make(case), [row for _, row in undisturbed(case.name)[:-1]]
+    start = {name: g.get_state() for name, g in generators(strategy).items()}
+    for _ in range(2):
+        run(strategy, case)
+        strategy.reset()
+        for name, g in generators(strategy).items():
+            g.set_state(start[name])
+        torch.manual_seed(1)
+        assert equal([row for _, row in run(strategy, case)], want), "another stream after reset"
+        strategy.reset()
+
+
+def frozen_weights_stay(case: Case) -> None:
+    """What snapshots leave out is what a fresh object has; no weight of the backbone moves that
+    `updated_parameters` does not name."""
+    strategy, fresh = make(case), make(case)
+    before = deepcopy(strategy.backbone.state_dict())
+    named: set[int] = set()
+    for _ in drive(strategy, case):
+        named |= {id(p) for p in strategy.updated_parameters()}
+    if not case.adapts:
+        for t in tasks(case.name):
+            fresh.grow(t)
+    now, start = strategy.state_dict(), fresh.state_dict()
+    moved = [name for name in strategy.frozen() if not torch.equal(now[name], start[name])]
+    assert not moved, f"frozen, but moved: {moved[:3]}"
+    left_out = now.keys() - strategy.snapshot()["tensors"].keys()
+    outside = {f"{name}." for name in strategy.methods_inside()}
+    left_out = {n for n in left_out if not n.startswith(tuple(outside))}
+    assert left_out <= strategy.frozen(), f"not saved: {sorted(left_out)[:3]}"
+    for name, p in strategy.backbone.named_parameters():
+        if id(p) not in named and name in before:
+            assert torch.equal(p, before[name]), f"{name} moved, but is no updated parameter"
+
+
+def modes_are_put_back(case: Case) -> None:
+    """A batch of the stream, `reset` and `restore` leave training modes and hooks as they were."""
+    if not case.adapts:
+        return
+    strategy = make(case)
+    start = modes(strategy)
+    for cursor, _ in drive(strategy, case):
+        assert modes(strategy) == start, f"after batch {cursor[0]}"
+    strategy.restore(copied(strategy.snapshot()))
+    strategy.reset()
+    assert modes(strategy) == start, "after reset and restore"
+
+
+def batching_of_test_images_is_no_matter(case: Case) -> None:
+    """Scores of an image are the same alone, in a batch and in another order."""
+    strategy = make(case)
+    run(strategy, case)
+    if strategy.batch_dependent:
+        return
+    (x,) = images(case, 5, seed=6)
+    whole = strategy.predict(x)
+    single = torch.cat([strategy.predict(one[None]) for one in x])
+    turned = strategy.predict(x.flip(0)).flip(0)
+    for other in (single, turned):
+        torch.testing.assert_close(other, whole, rtol=1e-4, atol=1e-5)
+
+
+def odd_batches_are_taken(case: Case) -> None:
+    """One image, a short batch, equal images, one class, nothing confident, a single-class task."""
+    strategy = make(case)
+    (x,) = images(case, 4)
+    if not case.adapts:
+        run(strategy, case)
+        last = task(case, 2, range(5, 6), per_class=1)
+        strategy.begin_task(last)
+        for epoch in range(strategy.epochs):
+            strategy.begin_epoch(last, epoch)
+            for batch in last.train(epoch):
+                if len(batch.y) > 1 or case.network == "vit":  # BatchNorm wants two values
+                    strategy.observe(batch)
+        strategy.end_task(last)
+        for batch in (x[:1], x, x[:1].expand(3, -1, -1, -1), torch.zeros_like(x)):
+            scores = strategy.predict(batch)
+            assert scores.shape == (len(batch), 6) and scores.isfinite().all()
+        return
+    odd = [x[:1], x, x[:1].expand(3, -1, -1, -1), x[:2], torch.zeros_like(x), x[:1]]
+    for start in (strategy, make(case, confident=False)):
+        for batch in odd:
+            scores = start.adapt(batch)
+            assert scores.shape == (len(batch), CLASSES) and not scores.requires_grad
+            assert scores.isfinite().all() and start.predict(batch).shape == scores.shape
+
+
+class Kill(BaseException):
+    """As sudden as SIGKILL: nothing is saved on the way out."""
+
+
+class Killer(Checkpointer):
+    """Saves after every batch and dies after `ticks` of them."""
+
+    ticks: int | None = None
+
+    def tick(self, *args: Any, **cursor: int) -> None:
+        super().tick(*args, **cursor)
+        if self.ticks is not None:
+            self.ticks -= 1
+            if self.ticks == 0:
+                raise Kill
+
+
+def through_the_runner(
+    case: Case, folder: Path, ticks: int | None = None, labels: int = 0
+) -> tuple[dict[str, Any], Any]:
+    """Metrics of a run in `folder` and the state at its end; a run that is there goes on.
+
+    Args:
+        ticks: batches after which the run is killed.
+        labels: added to every label of an adaptation stream.
+    """
+    strategy, device = make(case), torch.device("cpu")
+    log = RunLogger(folder, "tiny")
+    checkpoint = Killer(log, Signals(), every=2)
+    checkpoint.ticks = ticks
+    context = Context(log, checkpoint, Console("tiny", mute=True), device)
+    if not case.adapts:
+        stream = TaskStream("tiny", CLASSES, tasks(case.name), {}, Skipped())
+        result = run_tasks(strategy, stream, context)
+    else:
+
+        def batches(segment: int, start: int = 0) -> Iterator[Batch]:
+            x = torch.cat(images(case, *SIZES, seed=5 + segment))
+            yield from batches_of(x, (torch.arange(len(x)) + labels) % CLASSES, 4)[start:]
+
+        segments = [
+            Segment(i, name, (i,), sum(SIZES), 4, lambda start=0, i=i: batches(i, start))
+            for i, name in enumerate(("fog", "snow"))
+        ]
+        probes = {i: lambda i=i: batches(i) for i in range(2)}
+        stream = ShiftStream(
+            "tiny", CLASSES, ["fog", "snow"], segments, {}, Skipped(), probes=probes
+        )
+        result = run_shifts(strategy, stream, context)
+    return result["metrics"], copied(strategy.snapshot())
+
+
+def a_killed_run_goes_on(case: Case, folder: Path) -> None:
+    """Metrics and state at the end are those of the run that nobody killed."""
+    whole = through_the_runner(case, folder / "whole")
+    for ticks in (2, 5) if case.adapts else (3,):
+        place = folder / f"killed{ticks}"
+        try:
+            through_the_runner(case, place, ticks)
+        except Kill:
+            pass
+        assert equal(list(through_the_runner(case, place)), list(whole)), f"killed after {ticks}"
+
+
+def labels_never_arrive(case: Case, folder: Path) -> None:
+    """Other labels in the stream: the same method at its end."""
+    if case.adapts:
+        ends = [through_the_runner(case, folder / str(n), labels=n)[1] for n in (0, 3)]
+        assert equal(*ends)
+
+
+def kept_features_give_the_prediction(case: Case) -> None:
+    """Where a method names extractors, `classify` of what `embed` gives is `predict`."""
+    strategy = make(case)
+    for cursor, _ in drive(strategy, case):
+        if case.adapts or cursor[1] or not (names := list(strategy.extractors() or ())):
+            continue
+        (x,) = images(case, 4, seed=6)
+        features = dict(zip(names, strategy.embed(x, names), strict=True))
+        torch.testing.assert_close(strategy.classify(features), strategy.predict(x))
+
+
+PROPERTIES: list[Callable[..., None]] = [
+    predict_changes_nothing,
+    a_snapshot_is_the_whole_state,
+    reset_and_the_same_stream_give_the_same,
+    frozen_weights_stay,
+    modes_are_put_back,
+    batching_of_test_images_is_no_matter,
+    odd_batches_are_taken,
+    a_killed_run_goes_on,
+    labels_never_arrive,
+    kept_features_give_the_prediction,
+]
+
+
+def check(property_: Callable[..., None], case: Case, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        extra = {"folder": folder} if "folder" in property_.__annotations__ else {}
+        property_(case, **extra)
+
+
+@pytest.mark.parametrize("property_", PROPERTIES, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_contract(case, property_, tmp_path):
+    check(property_, case, tmp_path)
+
+
+# ------------------------------------------------------------------------------ another process
+
+
+def resume_all(path: Path) -> None:
+    """What the other process does: go on from every state in the file."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rests = {}
+    by_name = {case.name: case for case in CASES}
+    for name, (state, cursor, dice) in torch.load(path, weights_only=True).items():
+        rests[name] = resumed(by_name[name], state, tuple(cursor), dice)
+    torch.save(rests, path)
+
+
+def test_a_fresh_process_goes_on_bit_by_bit(tmp_path):
+    strategies = {p.stem for p in CONF.glob("*.yaml")}
+    chosen, saved, path = [c for c in PLAIN if c.name in strategies], {}, tmp_path / "states.pt"
+    for case in chosen:
+        strategy, cut = make(case), cuts(case)[-1]
+        cursor = run(strategy, case, cut)[-1][0]
+        saved[case.name] = [copied(strategy.snapshot()), list(cursor), torch.get_rng_state()]
+    torch.save(saved, path)
+    subprocess.run([sys.executable, __file__, str(path)], cwd=ROOT, check=True)
+    rests = torch.load(path, weights_only=True)
+    for case in chosen:
+        want = [row for _, row in undisturbed(case.name)[cuts(case)[-1] :]]
+        assert equal(rests[case.name], want), case.name
+
+
+# ------------------------------------------------------------------------------ rules
+
+
+@pytest.mark.parametrize("case", [c for c in PLAIN if c.adapts], ids=lambda c: c.name)
+def test_a_rule_costs_what_the_method_inside_costs(case):
+    plain, rule = make(case), make(replace(case, rule=True))
+    assert unwrapped(rule) is rule.inner and rule.backbone is rule.inner.backbone
+    for strategy in (plain, rule):
+        for x in images(case, 4, 4):
+            strategy.adapt(x)
+    names = [
+        sorted(n for n, p in s.named_parameters() if id(p) in ids)
+        for s, ids in ((s, {id(p) for p in s.updated_parameters()}) for s in (plain, rule.inner))
+    ]
+    assert names[0] == names[1]
+    assert {id(p) for p in rule.updated_parameters()} == {
+        id(p) for p in rule.inner.updated_parameters()
+    }
+    assert state_bytes(rule) == state_bytes(plain)
+    assert rule.report() == plain.report()
+    for fact in ("needs", "outputs", "static", "batch_dependent", "prefers"):
+        assert getattr(rule, fact) == getattr(plain, fact)
+
+
+def test_a_rule_resets_before_the_batch_after_every_n():
+    case = next(c for c in CASES if c.name == "tent-in-a-rule")
+    rule, plain = make(case), make(replace(case, rule=False))
+    for i, x in enumerate(images(case, 4, 4, 4, 4, 4)):
+        if i in (2, 4):
+            plain.reset()
+        assert torch.equal(rule.adapt(x), plain.adapt(x))
+    with pytest.raises(UserError, match=r"strategy\.every must be at least 1"):
+        ResetEvery(inner=plain, every=0)
+
+
+# ------------------------------------------------------------------------------ tutorials
+
+
+def taught(page: str, code: str, settings_: str) -> Case:
+    """The method of a tutorial, from its text."""
+    text = (ROOT / "docs" / "tutorials" / page).read_text()
+    blocks = dict(re.findall(r"```(?:python|yaml)\n# ([\w/]+\.\w+)\n(.*?)```", text, re.S))
+    name = code.removesuffix(".py").replace("/", ".")
+    module = types.ModuleType(name)
+    exec(compile(blocks[code], code, "exec"), module.__dict__)
+    sys.modules.setdefault(name, module)
+    return case_of(f"tutorial-{Path(code).stem}", OmegaConf.create(blocks[settings_]), {})
+
+
+TAUGHT = [
+    taught("tta_method.md", "tta/class_bias.py", "conf/strategy/class_bias.yaml"),
+    taught("cl_method.md", "cl/ridge.py", "conf/strategy/ridge.yaml"),
+]
+TAUGHT += wrapped(TAUGHT)
+
+
+def fixture(kind: type, **options: Any) -> Case:
+    """A method of broken_methods.py, under a name that `build` accepts."""
+    module = types.ModuleType(f"tta.fixture_{kind.__name__}")
+    setattr(module, kind.__name__, kind)
+    sys.modules[module.__name__] = module
+    node = {"_target_": f"{module.__name__}.{kind.__name__}", **options}
+    return case_of(kind.__name__, OmegaConf.create(node), {})
+
+
+SOUND = [fixture(kind) for kind in broken_methods.SOUND]
+SOUND += wrapped(SOUND)
+KNOWN += [*TAUGHT, *SOUND]
+
+
+@pytest.mark.parametrize("property_", PROPERTIES, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("case", [*TAUGHT, *SOUND], ids=lambda c: c.name)
+def test_a_method_written_as_the_tutorial_teaches_keeps_the_contract(case, property_, tmp_path):
+    check(property_, case, tmp_path)
+
+
+# ------------------------------------------------------------------------------ broken methods
+
+BROKEN = [(fixture(kind), name) for kind, names in broken_methods.BROKEN.items() for name in names]
+KNOWN += [case for case, _ in BROKEN]
+
+
+@pytest.mark.parametrize(("case", "name"), BROKEN, ids=[f"{c.name}-{n}" for c, n in BROKEN])
+def test_a_broken_method_fails(case, name, tmp_path):
+    (broken,) = [p for p in PROPERTIES if p.__name__ == name]
+    with pytest.raises((AssertionError, UserError, RuntimeError)):
+        check(broken, case, tmp_path)
+
+
+def test_every_property_has_a_method_that_breaks_it():
+    assert {name for _, name in BROKEN} == {p.__name__ for p in PROPERTIES}
+
+
+if __name__ == "__main__":
+    resume_all(Path(sys.argv[1]))
