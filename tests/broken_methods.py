@@ -54,7 +54,7 @@ class T3A(TTAStrategy):
 
     @torch.no_grad()
     def scores(self, features: Tensor) -> Tensor:
-        member = F.one_hot(self.labels, int(self.labels.max()) + 1).to(features)
+        member = F.one_hot(self.labels).to(features)
         return features @ F.normalize(member.T @ self.supports, dim=1).T
 
     @torch.no_grad()
@@ -64,8 +64,8 @@ class T3A(TTAStrategy):
     @torch.no_grad()
     def adapt(self, x: Tensor) -> Tensor:
         features = F.normalize(self.backbone.features(x), dim=1)
+        self.labels = torch.cat([self.labels, self.scores(features).argmax(1)])
         self.supports = torch.cat([self.supports, features])
-        self.labels = torch.cat([self.labels, self.scores(features).argmax(1)[: len(features)]])
         self.last = features
         return self.scores(features)
 

@@ -7,6 +7,8 @@ around it. That each property can fail is shown on methods that break it (broken
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import subprocess
 import sys
@@ -36,7 +38,7 @@ from core.errors import UserError
 from core.record import RunLogger
 from core.runner import Context, run_shifts, run_tasks
 from core.seed import generator
-from core.strategy import CLStrategy, Strategy, TTAStrategy, unwrapped
+from core.strategy import CLStrategy, Strategy, TTAStrategy, Wrapper, unwrapped
 from core.stream import (
     Batch,
     Segment,
@@ -84,6 +86,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "lae-prefix": ("lae", {"pet": "prefix"}, None),
     "aper-finetune": ("aper", {"tuning": "finetune"}, "resnet"),
     "aper-ssf": ("aper", {"tuning": "ssf"}, None),
+    "aper-vpt": ("aper", {"tuning": "vpt_deep"}, None),
+    "aper-dora": ("aper", {"tuning": "dora"}, None),
     "ewc-each": ("ewc", {"theta_star": "each", "gamma": 1.0}, "resnet"),
     "olora-merged": ("olora", {"evaluation": "branches", "lambda2": 0.1}, None),
 }
@@ -143,7 +147,9 @@ def found() -> list[Case]:
 
 
 def wrapped(cases: list[Case]) -> list[Case]:
-    return [replace(c, name=f"{c.name}-in-a-rule", rule=True) for c in cases if c.adapts]
+    """The same adaptation methods with a rule around them."""
+    inside = [c for c in cases if c.adapts and not issubclass(c.kind, Wrapper)]
+    return [replace(c, name=f"{c.name}-in-a-rule", rule=True) for c in inside]
 
 
 PLAIN = found()
@@ -210,7 +216,7 @@ def artefact(name: str) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in prepared.items()}
 
 
-KNOWN: list[Case] = list(CASES)  # also those of the tutorials and the broken ones
+KNOWN: list[Case] = CASES + wrapped(PLAIN)  # also those of the tutorials and the broken ones
 
 
 def make(case: Case, **options: Any) -> Any:
@@ -243,9 +249,11 @@ def task(case: Case, index: int, classes: range, per_class: int = 4) -> Task:
 
 @cache
 def tasks(name: str) -> list[Task]:
-    """Two tasks of three and two classes; the last batch of the first is short."""
+    """Three tasks of three, two and two classes, with short last batches."""
     case = next(c for c in KNOWN if c.name == name)
-    return [task(case, 0, range(0, 3)), task(case, 1, range(3, 5))]
+    return [
+        task(case, i, classes) for i, classes in enumerate((range(3), range(3, 5), range(5, 7)))
+    ]
 
 
 SIZES = (4, 4, 3, 4)
@@ -285,12 +293,17 @@ def undisturbed(name: str) -> list[tuple[Cursor, Any]]:
     """Cursors and results of the whole stream, with the state at its end."""
     case = next(c for c in KNOWN if c.name == name)
     strategy = make(case)
-    rows = run(strategy, case)
-    return [*rows, ((-1, 0, 0, 0), copied(strategy.snapshot()))]
+    return [*run(strategy, case), ((-1, 0, 0, 0), end(strategy, case))]
+
+
+def end(strategy: Any, case: Case) -> list[Any]:
+    """What is compared of a method at the end of its stream."""
+    names = {} if case.adapts else dict(strategy.extractors() or {})
+    return [copied(strategy.snapshot()), strategy.predict(images(case, 4)[0]), names]
 
 
 def cuts(case: Case) -> list[int]:
-    """Steps after which to stop: within the stream; within and between tasks."""
+    """Steps after which to stop: within the stream; within the first task, between tasks, last."""
     cursors = [cursor for cursor, _ in undisturbed(case.name)[:-1]]
     if case.adapts:
         return [1, 3]
@@ -307,13 +320,11 @@ def resumed(case: Case, state: dict[str, Any], cursor: Cursor, dice: Tensor) -> 
     strategy.restore(state)
     torch.set_rng_state(dice)
     rest = [row for _, row in drive(strategy, case, cursor)]
-    return [*rest, copied(strategy.snapshot())]
+    return [*rest, end(strategy, case)]
 
 
 def copied(value: Any) -> Any:
     """A copy through a file, as a checkpoint goes."""
-    import io
-
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -350,9 +361,9 @@ def generators(strategy: nn.Module) -> dict[str, torch.Generator]:
 
 def predict_changes_nothing(case: Case) -> None:
     """State, modes, gradients and random numbers stay; the stream goes on as without it."""
+    want = [row for _, row in undisturbed(case.name)]
     strategy = make(case)
     (x,) = images(case, 3, seed=6)
-    want = [row for _, row in undisturbed(case.name)]
     for (cursor, got), expected in zip(drive(strategy, case), want, strict=False):
         assert equal(got, expected), f"another result at {cursor} after a prediction before it"
         if cursor[1] and not case.adapts and cursor[3] > 1:
@@ -374,25 +385,26 @@ def a_snapshot_is_the_whole_state(case: Case) -> None:
     for cut in cuts(case):
         strategy = make(case)
         cursor = run(strategy, case, cut)[-1][0]
-        # What the generator of `run` held is gone; the state is taken as a checkpoint takes it.
         state, dice = copied(strategy.snapshot()), torch.get_rng_state()
         want = [row for _, row in rows[cut:]]
         assert equal(resumed(case, state, cursor, dice), want), f"resumed at {cursor}: differs"
         if case.adapts:
-            twice = [[row for _, row in drive(strategy, case, cursor)] for _ in range(1)]
+            torch.set_rng_state(dice)
+            rest = [row for _, row in drive(strategy, case, cursor)]
+            assert equal(rest, want[:-1]), "taking a snapshot changed the stream"
             strategy.restore(state)
             assert equal(copied(strategy.snapshot()), state), "restore is not the identity"
             torch.set_rng_state(dice)
-            twice.append([row for _, row in drive(strategy, case, cursor)])
-            assert equal(twice[0], want[:-1]), "taking a snapshot changed the stream"
-            assert equal(twice[1], want[:-1]), "put back in place: differs"
+            rest = [row for _, row in drive(strategy, case, cursor)]
+            assert equal(rest, want[:-1]), "put back in place: differs"
 
 
 def reset_and_the_same_stream_give_the_same(case: Case) -> None:
     """`reset` is the start of the stream; generators run on, so they are put back here."""
     if not case.adapts:
         return
-    strategy, want = make(case), [row for _, row in undisturbed(case.name)[:-1]]
+    want = [row for _, row in undisturbed(case.name)[:-1]]
+    strategy = make(case)
     start = {name: g.get_state() for name, g in generators(strategy).items()}
     for _ in range(2):
         run(strategy, case)
@@ -460,7 +472,7 @@ def odd_batches_are_taken(case: Case) -> None:
     (x,) = images(case, 4)
     if not case.adapts:
         run(strategy, case)
-        last = task(case, 2, range(5, 6), per_class=1)
+        last = task(case, 3, range(7, 8), per_class=1)
         strategy.begin_task(last)
         for epoch in range(strategy.epochs):
             strategy.begin_epoch(last, epoch)
@@ -470,7 +482,7 @@ def odd_batches_are_taken(case: Case) -> None:
         strategy.end_task(last)
         for batch in (x[:1], x, x[:1].expand(3, -1, -1, -1), torch.zeros_like(x)):
             scores = strategy.predict(batch)
-            assert scores.shape == (len(batch), 6) and scores.isfinite().all()
+            assert scores.shape == (len(batch), 8) and scores.isfinite().all()
         return
     odd = [x[:1], x, x[:1].expand(3, -1, -1, -1), x[:2], torch.zeros_like(x), x[:1]]
     for start in (strategy, make(case, confident=False)):
@@ -485,12 +497,20 @@ class Kill(BaseException):
 
 
 class Killer(Checkpointer):
-    """Saves after every batch and dies after `ticks` of them."""
+    """Saves after every other batch and dies after `ticks` batches and ends of tasks."""
 
     ticks: int | None = None
 
     def tick(self, *args: Any, **cursor: int) -> None:
         super().tick(*args, **cursor)
+        self.count()
+
+    def save(self, *args: Any, **cursor: int) -> None:
+        super().save(*args, **cursor)
+        if cursor.get("begun") == 0:
+            self.count()
+
+    def count(self) -> None:
         if self.ticks is not None:
             self.ticks -= 1
             if self.ticks == 0:
@@ -506,6 +526,7 @@ def through_the_runner(
         ticks: batches after which the run is killed.
         labels: added to every label of an adaptation stream.
     """
+    folder.mkdir(exist_ok=True)
     strategy, device = make(case), torch.device("cpu")
     log = RunLogger(folder, "tiny")
     checkpoint = Killer(log, Signals(), every=2)
@@ -535,12 +556,10 @@ def through_the_runner(
 def a_killed_run_goes_on(case: Case, folder: Path) -> None:
     """Metrics and state at the end are those of the run that nobody killed."""
     whole = through_the_runner(case, folder / "whole")
-    for ticks in (2, 5) if case.adapts else (3,):
+    for ticks in (2, 5) if case.adapts else {2, len(undisturbed(case.name)) - 3}:
         place = folder / f"killed{ticks}"
-        try:
+        with pytest.raises(Kill):
             through_the_runner(case, place, ticks)
-        except Kill:
-            pass
         assert equal(list(through_the_runner(case, place)), list(whole)), f"killed after {ticks}"
 
 
@@ -576,6 +595,11 @@ PROPERTIES: list[Callable[..., None]] = [
 ]
 
 
+EXEMPT = {  # what a method breaks on purpose
+    ("mos-official", "predict_changes_nothing"): "the released code pulls in every forward pass",
+}
+
+
 def check(property_: Callable[..., None], case: Case, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -586,6 +610,10 @@ def check(property_: Callable[..., None], case: Case, folder: Path) -> None:
 @pytest.mark.parametrize("property_", PROPERTIES, ids=lambda p: p.__name__)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_contract(case, property_, tmp_path):
+    if reason := EXEMPT.get((case.name, property_.__name__)):
+        with pytest.raises(AssertionError):
+            check(property_, case, tmp_path)
+        pytest.skip(reason)
     check(property_, case, tmp_path)
 
 
@@ -611,7 +639,8 @@ def test_a_fresh_process_goes_on_bit_by_bit(tmp_path):
         cursor = run(strategy, case, cut)[-1][0]
         saved[case.name] = [copied(strategy.snapshot()), list(cursor), torch.get_rng_state()]
     torch.save(saved, path)
-    subprocess.run([sys.executable, __file__, str(path)], cwd=ROOT, check=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, __file__, str(path)], cwd=ROOT, env=env, check=True)
     rests = torch.load(path, weights_only=True)
     for case in chosen:
         want = [row for _, row in undisturbed(case.name)[cuts(case)[-1] :]]
@@ -621,11 +650,12 @@ def test_a_fresh_process_goes_on_bit_by_bit(tmp_path):
 # ------------------------------------------------------------------------------ rules
 
 
-@pytest.mark.parametrize("case", [c for c in PLAIN if c.adapts], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", wrapped(PLAIN), ids=lambda c: c.name)
 def test_a_rule_costs_what_the_method_inside_costs(case):
-    plain, rule = make(case), make(replace(case, rule=True))
+    plain, rule = make(replace(case, rule=False)), make(case)
     assert unwrapped(rule) is rule.inner and rule.backbone is rule.inner.backbone
     for strategy in (plain, rule):
+        torch.manual_seed(1)
         for x in images(case, 4, 4):
             strategy.adapt(x)
     names = [
@@ -643,12 +673,15 @@ def test_a_rule_costs_what_the_method_inside_costs(case):
 
 
 def test_a_rule_resets_before_the_batch_after_every_n():
-    case = next(c for c in CASES if c.name == "tent-in-a-rule")
+    case = next(c for c in CASES if c.name == "cotta-in-a-rule")
     rule, plain = make(case), make(replace(case, rule=False))
     for i, x in enumerate(images(case, 4, 4, 4, 4, 4)):
         if i in (2, 4):
             plain.reset()
-        assert torch.equal(rule.adapt(x), plain.adapt(x))
+        torch.manual_seed(i)
+        scores = rule.adapt(x)
+        torch.manual_seed(i)
+        assert torch.equal(scores, plain.adapt(x))
     with pytest.raises(UserError, match=r"strategy\.every must be at least 1"):
         ResetEvery(inner=plain, every=0)
 

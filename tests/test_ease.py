@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from pathlib import Path
 
@@ -330,25 +329,6 @@ def test_many_images_and_sets_are_embedded_in_parts(monkeypatch):
         assert torch.allclose(feature, want, atol=1e-5)
 
 
-def test_prediction_has_no_side_effect_and_ignores_batching():
-    strategy = make()
-    x = torch.rand(9, 3, 16, 16, generator=generator(1, "test"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for now, width in zip(stream(), (3, 5, 6, 10), strict=True):
-            learn(strategy, now)
-            assert strategy.predict(x).shape == (9, width)
-    before = {k: v.clone() for k, v in strategy.state_dict().items()}
-    modes = [m.training for m in strategy.modules()]
-    whole = strategy.predict(x)
-    assert modes == [m.training for m in strategy.modules()]
-    assert all(torch.equal(v, before[k]) for k, v in strategy.state_dict().items())
-    single = torch.cat([strategy.predict(i[None]) for i in x])
-    assert torch.allclose(whole, single, atol=1e-5) and not whole.requires_grad
-    assert torch.allclose(whole, strategy.predict(x.flip(0)).flip(0), atol=1e-5)
-    assert whole.isfinite().all()
-
-
 # ------------------------------------------------------------------------ odd input
 
 
@@ -416,45 +396,3 @@ def test_bad_settings_and_networks_are_refused():
 
 
 # ------------------------------------------------------------------------ resuming
-
-
-@pytest.mark.parametrize("options", [{}, {"use_init_ptm": True, "optimizer": "adam", "lr": 0.01}])
-@pytest.mark.parametrize("cut", [(1, 0, 1), (1, 1, 1), (3, 1, 0)])
-def test_a_run_resumes_bit_for_bit(cut, options):
-    tasks, (stop, epoch, step) = stream(), cut
-    whole, part, fresh = (make(**options, epochs_later=3, lr_later=0.02) for _ in range(3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(5)  # dropout
-        for now in tasks:
-            learn(whole, now)
-        torch.manual_seed(5)
-        for now in tasks[:stop]:
-            learn(part, now)
-        part.begin_task(tasks[stop])
-        for e in range(epoch + 1):
-            part.begin_epoch(tasks[stop], e)
-            for i, batch in enumerate(tasks[stop].train(e)):
-                if e < epoch or i < step:
-                    part.observe(batch)
-        file = io.BytesIO()
-        torch.save(part.snapshot(), file)
-        file.seek(0)
-        dice = torch.get_rng_state()
-        for now in tasks[: stop + 1]:
-            fresh.grow(now)
-        fresh.restore(torch.load(file, weights_only=True))
-        assert fresh.extractors() == part.extractors()
-        if step == 0:
-            fresh.begin_epoch(tasks[stop], epoch)
-        torch.set_rng_state(dice)
-        assert fresh.epochs == 3
-        for batch in tasks[stop].train(epoch, step):
-            fresh.observe(batch)
-        learn(fresh, tasks[stop], begin=False, epoch=epoch + 1)
-        for now in tasks[stop + 1 :]:
-            learn(fresh, now)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, fresh.state_dict()[key]), key
-    x = torch.rand(4, 3, 16, 16)
-    assert torch.equal(whole.predict(x), fresh.predict(x))

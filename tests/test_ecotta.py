@@ -429,30 +429,6 @@ def equal(a: Any, b: Any) -> bool:
 
 
 @every
-def test_snapshot_reset_and_predict(kind):
-    method, batches = ready(**KINDS[kind]), [images(6, seed=s) for s in range(3)]
-    first = [method.adapt(x) for x in batches[:2]]
-    state = through_a_file(method.snapshot())
-    assert not any(k.startswith("backbone") and "weight" in k for k in state["tensors"])
-    # predict changes nothing and is what adapt goes on from
-    scores = method.predict(batches[2])
-    assert not scores.requires_grad and torch.equal(method.predict(batches[2]), scores)
-    assert equal(through_a_file(method.snapshot()), state)
-    assert all(p.grad is None for p in method.parameters())
-    # a fresh instance goes on bit for bit
-    fresh = ready(**KINDS[kind])
-    fresh.restore(state)
-    for x in (batches[2], batches[0]):
-        assert torch.equal(fresh.adapt(x), method.adapt(x))
-    assert equal(fresh.snapshot(), method.snapshot())
-    # reset forgets weights, moments and counts
-    method.reset()
-    again = [method.adapt(x) for x in batches[:2]]
-    assert equal(again, first)
-    assert not torch.equal(method.adapt(batches[0]), first[0])
-
-
-@every
 def test_the_frozen_network_stays(kind):
     method = ready(**KINDS[kind])
     before = copy.deepcopy(method.backbone.state_dict())

@@ -14,7 +14,6 @@ from conftest import ROOT
 from golden_cl_case import ClCase, images
 from golden_cl_case import backbone as recorded_backbone
 from omegaconf import OmegaConf
-from test_runs import Kill, records, settings, stop_after
 from torch import Tensor
 
 from backbones.adapters import Bottleneck, LoRA, Prefix
@@ -22,7 +21,6 @@ from backbones.backbone import Backbone
 from cl.lae import LAE
 from core.build import build
 from core.errors import Diverged, UserError
-from core.experiment import run_experiment
 from core.seed import generator
 from core.stream import Batch, Task
 
@@ -412,85 +410,6 @@ def test_modules_sit_on_the_first_blocks():
 
 
 # ------------------------------------------------------------------------------ contract
-
-
-@pytest.mark.parametrize("pet", PETS)
-def test_prediction_changes_nothing_and_ignores_batching(pet):
-    strategy = make(pet=pet)
-    for t in stream()[:2]:
-        learn(strategy, t)
-    strategy.train()
-    before, modes = tensors(strategy), [m.training for m in strategy.modules()]
-    whole = strategy.predict(X)
-    assert not whole.requires_grad and whole.shape == (5, 5)
-    assert_same(before, tensors(strategy))
-    assert modes == [m.training for m in strategy.modules()]
-    single = torch.cat([strategy.predict(x[None]) for x in X])
-    assert torch.allclose(whole, single, atol=1e-6)
-
-
-def test_frozen_weights_stay_and_are_left_out_of_checkpoints():
-    strategy = make()
-    before = {k: v.clone() for k, v in strategy.backbone.state_dict().items()}
-    for t in stream()[:2]:
-        learn(strategy, t)
-    assert_same(before, dict(strategy.backbone.state_dict()))
-    assert not any(k.startswith("backbone.") for k in strategy.snapshot()["tensors"])
-
-
-@pytest.mark.parametrize("pet", PETS)
-@pytest.mark.parametrize(("tasks", "epoch"), [(1, 1), (2, 0), (2, 2)])
-def test_resume_within_a_task_is_bit_equal(pet, tasks, epoch):
-    whole, part, order = make(pet=pet), make(pet=pet), stream()[:tasks]
-    for t in order:
-        learn(whole, t)
-    for t in order[:-1]:
-        learn(part, t)
-    last = order[-1]
-    part.begin_task(last)
-    for e in range(epoch + 1):
-        part.begin_epoch(last, e)
-        for i, batch in enumerate(last.train(e)):
-            if e < epoch or i < 1:
-                part.observe(batch)
-    state = through_file(part.snapshot())
-    fresh = make(pet=pet)
-    for t in order:
-        fresh.grow(t)
-    fresh.restore(state)
-    learn(fresh, last, begin=False, epoch=epoch, step=1)
-    assert_same(tensors(whole), tensors(fresh))
-    assert torch.equal(whole.predict(X), fresh.predict(X))
-
-
-@pytest.mark.parametrize("ema_start", ["after_first_task", "init"])
-def test_resume_between_tasks_is_bit_equal(ema_start):
-    whole, part, fresh = (make(ema_start=ema_start) for _ in range(3))
-    for t in stream():
-        learn(whole, t)
-    for t in stream()[:1]:
-        learn(part, t)
-        fresh.grow(t)
-    fresh.restore(through_file(part.snapshot()))
-    assert torch.equal(part.predict(X), fresh.predict(X))
-    for t in stream()[1:]:
-        learn(fresh, t)
-    assert_same(tensors(whole), tensors(fresh))
-
-
-@pytest.mark.parametrize("batches", [4, 7])
-def test_killed_run_resumes_bit_for_bit(configure, monkeypatch, batches):
-    """In the first and in the second task, some batches after the last checkpoint."""
-    words = [*settings("lae"), "strategy.epochs=2", "strategy.freeze_epochs=1"]
-    whole = run_experiment(configure(*words), [])
-    cfg = configure(*words, "on_exists=rerun", "checkpoint.every=3")
-    with monkeypatch.context() as patch:
-        stop_after(patch, batches)
-        with pytest.raises(Kill):
-            run_experiment(cfg, [])
-    again = run_experiment(cfg, [])
-    assert again["metrics"] == whole["metrics"]
-    assert records(again["run"]["folder"]) == records(whole["run"]["folder"])
 
 
 # ------------------------------------------------------------------------------ bad input

@@ -16,7 +16,6 @@ from conftest import ROOT
 from golden_cl_case import ClCase, images
 from golden_cl_case import backbone as recorded_backbone
 from omegaconf import OmegaConf
-from test_runs import Kill, records, settings, stop_after
 from torch import Tensor
 
 import cl.olora
@@ -24,7 +23,6 @@ from backbones.backbone import Backbone
 from cl.olora import OLoRA, StackedLoRA, norms, orthogonality
 from core.build import build
 from core.errors import Diverged, UserError
-from core.experiment import run_experiment
 from core.seed import generator
 from core.stream import Batch, Task
 
@@ -357,89 +355,11 @@ def test_schedule_and_clipping():
 # ------------------------------------------------------------------------------ contract
 
 
-def test_prediction_changes_nothing_and_ignores_batching():
-    strategy = make(dropout=0.1)
-    learn(strategy, stream()[0])
-    strategy.train()
-    before, modes = tensors(strategy), [m.training for m in strategy.modules()]
-    weights = [layer.weight for layer in strategy.layers]
-    whole = strategy.predict(X)
-    assert_same(before, tensors(strategy))
-    assert modes == [m.training for m in strategy.modules()]
-    assert all(w is layer.weight for w, layer in zip(weights, strategy.layers, strict=True))
-    single = torch.cat([strategy.predict(x[None]) for x in X])
-    assert torch.allclose(whole, single, atol=1e-6)
-
-
-def test_frozen_weights_stay_and_are_left_out_of_checkpoints():
-    strategy = make()
-    before = {k: v.clone() for k, v in strategy.backbone.state_dict().items()}
-    learn(strategy, stream()[0])
-    assert_same(before, dict(strategy.backbone.state_dict()))
-    assert not any(k.startswith("backbone.") for k in strategy.snapshot()["tensors"])
-
-
-@pytest.mark.parametrize(("tasks", "epoch"), [(1, 0), (2, 0), (2, 1)])
-def test_resume_within_a_task_is_bit_equal(tasks, epoch):
-    options = {"dropout": 0.2, "schedule": "cosine", "epochs": 3}
-    whole, part, order = make(**options), make(**options), stream()[:tasks]
-    torch.manual_seed(5)
-    for t in order:
-        learn(whole, t)
-    torch.manual_seed(5)
-    for t in order[:-1]:
-        learn(part, t)
-    last = order[-1]
-    part.begin_task(last)
-    for e in range(epoch + 1):
-        part.begin_epoch(last, e)
-        for i, batch in enumerate(last.train(e)):
-            if e < epoch or i < 1:
-                part.observe(batch)
-    state, dice = through_file(part.snapshot()), torch.get_rng_state()
-    fresh = make(**options)
-    for t in order:
-        fresh.grow(t)
-    fresh.restore(state)
-    torch.set_rng_state(dice)
-    learn(fresh, last, begin=False, epoch=epoch, step=1)
-    assert_same(tensors(whole), tensors(fresh))
-    assert torch.equal(whole.predict(X), fresh.predict(X))
-
-
-def test_resume_between_tasks_is_bit_equal():
-    whole, part, fresh = make(), make(), make()
-    for t in stream():
-        learn(whole, t)
-    for t in stream()[:2]:
-        learn(part, t)
-        fresh.grow(t)
-    fresh.restore(through_file(part.snapshot()))
-    assert torch.equal(part.predict(X), fresh.predict(X))
-    learn(fresh, stream()[2])
-    assert_same(tensors(whole), tensors(fresh))
-
-
 def test_copies_are_independent():
     strategy = make()
     learn(strategy, stream()[0])
     twin = deepcopy(strategy)
     assert torch.equal(twin.predict(X), strategy.predict(X))
-
-
-@pytest.mark.parametrize("batches", [4, 7])
-def test_killed_run_resumes_bit_for_bit(configure, monkeypatch, batches):
-    """In the first and in the second task, some batches after the last checkpoint."""
-    words = [*settings("olora"), "strategy.epochs=2"]
-    whole = run_experiment(configure(*words), [])
-    cfg = configure(*words, "on_exists=rerun", "checkpoint.every=3")
-    with monkeypatch.context() as patch:
-        stop_after(patch, batches)
-        with pytest.raises(Kill):
-            run_experiment(cfg, [])
-    again = run_experiment(cfg, [])
-    assert again["metrics"] == whole["metrics"]
-    assert records(again["run"]["folder"]) == records(whole["run"]["folder"])
 
 
 # ------------------------------------------------------------------------------ bad input

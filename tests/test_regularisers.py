@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from golden_cl_case import backbone as vit
 from test_cl_methods import (
     X,
-    assert_same,
     learn,
     make,
     stream,
@@ -343,69 +342,6 @@ def test_distillation_keeps_old_answers():
 
 
 # ------------------------------------------------------------------------------ all of them
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_sizes_follow_the_classes_and_prediction_changes_nothing(name):
-    strategy, tasks = make(name), stream()
-    for t, width in zip(tasks, (3, 5, 6), strict=True):
-        quiet(strategy, [t])
-        before, modes = tensors(strategy), [m.training for m in strategy.modules()]
-        whole = strategy.predict(X)
-        assert whole.shape == (9, width) and whole.isfinite().all()
-        assert_same(before, tensors(strategy))
-        assert modes == [m.training for m in strategy.modules()]
-        single = torch.cat([strategy.predict(x[None]) for x in X])
-        assert torch.allclose(whole, single, atol=1e-6)
-
-
-@pytest.mark.parametrize("epoch", [0, 1])
-@pytest.mark.parametrize("at", [1, 2])
-@pytest.mark.parametrize("name", ALL)
-def test_resume_in_the_middle_of_a_task_is_bit_equal(name, at, epoch):
-    tasks = stream()
-    options = {"fisher": "sampled"} if name == "ewc" else {}
-    whole, part = make(name, **options), make(name, **options)
-    torch.manual_seed(5)  # dropout
-    quiet(whole, tasks)
-    torch.manual_seed(5)
-    quiet(part, tasks[:at])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        part.begin_task(tasks[at])
-    for e in range(epoch + 1):
-        part.begin_epoch(tasks[at], e)
-        for i, batch in enumerate(tasks[at].train(e)):
-            if e < epoch or i < 1:
-                part.observe(batch)
-    state, dice = through_file(part.snapshot()), torch.get_rng_state()
-
-    fresh = make(name, **options)
-    for t in tasks[: at + 1]:
-        fresh.grow(t)
-    fresh.restore(state)
-    torch.set_rng_state(dice)
-    learn(fresh, tasks[at], begin=False, epoch=epoch, step=1)
-    quiet(fresh, tasks[at + 1 :])
-    assert_same(tensors(whole), tensors(fresh))
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_resume_between_tasks_is_bit_equal(name):
-    tasks = stream()
-    whole, part = make(name), make(name)
-    torch.manual_seed(5)
-    quiet(whole, tasks)
-    torch.manual_seed(5)
-    quiet(part, tasks[:2])
-    state, dice = through_file(part.snapshot()), torch.get_rng_state()
-    fresh = make(name)
-    for t in tasks[:2]:
-        fresh.grow(t)
-    fresh.restore(state)
-    torch.set_rng_state(dice)
-    quiet(fresh, tasks[2:])
-    assert_same(tensors(whole), tensors(fresh))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -318,15 +318,6 @@ def test_wrong_settings_are_explained(changes, message):
 
 
 @every
-def test_single_image_and_short_batch_adapt(name):
-    method = make(name)
-    for x in images(1, 6, 2):
-        scores = method.adapt(x)
-        assert scores.shape == (len(x), 10) and not scores.requires_grad
-        assert scores.isfinite().all()
-
-
-@every
 def test_what_moves(name):
     method = make(name)
     before = copied(dict(method.backbone.named_parameters()))
@@ -344,39 +335,13 @@ def test_what_moves(name):
     assert {n for n, p in teacher.items() if not torch.equal(p, before[n])} == moved
 
 
-@every
-def test_snapshot_continues_bit_equal(name):
-    method, batches = make(name, seed=1), images(6, 6, 6)
-    for x in batches[:2]:
-        method.adapt(x)
-    state = copied(method.snapshot())
-    fresh = make(name, seed=2)
-    fresh.restore(state)
-    assert torch.equal(fresh.predict(batches[2]), method.predict(batches[2]))
-    for x in (batches[2], batches[0]):
-        assert torch.equal(fresh.adapt(x), method.adapt(x))
-    assert equal(fresh.snapshot(), method.snapshot())
-    method.reset()
-    fresh.reset()
-    assert torch.equal(fresh.adapt(batches[0]), method.adapt(batches[0]))
-
-
-@every
-def test_reset_and_the_same_stream_give_the_same_numbers(name):
-    method, batches = make(name, reset_scales=True), images(6, 3)
-    states = {k: g.get_state() for k, g in method._generators.items()}
-    first = [method.adapt(x) for x in batches]
-    again = [method.adapt(x) for x in batches]
+def test_reset_keeps_scales_where_the_code_does():
+    (x,) = images(6)
+    method = make(reset_scales=True)
+    method.adapt(x)
     method.reset()
     assert method.scales.tolist() == [1, 1]
-    for key, state in states.items():
-        method.rng(key).set_state(state)
-    assert equal([method.adapt(x) for x in batches], first)
-    assert equal(again, first) == (name == "still")
-
-
-def test_reset_keeps_scales_where_the_code_does():
-    method, (x,) = make(reset_scales=False), images(6)
+    method = make(reset_scales=False)
     method.adapt(x)
     used = method.scales.tolist()
     assert used[0] != 1
@@ -401,21 +366,6 @@ def test_snapshot_leaves_out_what_is_known(name):
     )
     assert set(state["start"]) == {n for n, _ in method.backbone.named_parameters() if MARK in n}
     assert (method.source is not None) == (name in ("cifar", "adapters-restored"))
-
-
-@every
-def test_predict_changes_nothing(name):
-    method, (x,) = make(name, net=backbone(drop_rate=0.3)), images(6)
-    method.adapt(x)
-    modes = [m.training for m in method.modules()]
-    state, rng = copied(method.snapshot()), torch.get_rng_state()
-    first = method.predict(x)
-    assert torch.equal(method.predict(x), first) and not first.requires_grad
-    assert torch.allclose(method.predict(x[:3]), first[:3], atol=1e-5)  # an image on its own
-    assert equal(copied(method.snapshot()), state)
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert [m.training for m in method.modules()] == modes
-    assert all(p.grad is None for p in method.parameters())
 
 
 @every
