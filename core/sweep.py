@@ -291,6 +291,7 @@ def report(folder: Path) -> tuple[str, bool]:
         for reason, names in reasons.items():
             lines += [f"{state}: {name}" for name in names]
             lines.append(f"    because: {reason.splitlines()[0] if reason else 'no message'}")
+    lines += _seeds_agree(finished, fixed)
     failed = states.get("failed", [])
     if len(runs) > 1 and len(failed) == len(runs):
         same = len({r["error"] for r in runs}) == 1
@@ -298,6 +299,28 @@ def report(folder: Path) -> tuple[str, bool]:
     elif states:
         lines.append("the same command skips what is finished and goes on with the rest")
     return "\n".join(lines), not states
+
+
+def _seeds_agree(finished: Sequence[Outcome], fixed: set[str]) -> list[str]:
+    """A line on the runs that gave the same metrics for every seed of the sweep."""
+    repeats: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+    for run in finished:
+        rest = tuple(o for o in run["overrides"] if not o.startswith("seed=") and o not in fixed)
+        path = Path(run.get("run") or "", "summary.json")
+        if len(rest) < len(run["overrides"]) and path.is_file():
+            summary = json.loads(path.read_text())
+            repeats[rest].append((summary["run"]["seed"], summary["metrics"]))
+    same = [
+        " ".join(rest) or "this sweep"
+        for rest, runs in repeats.items()
+        if len({seed for seed, _ in runs}) > 1 and all(m == runs[0][1] for _, m in runs)
+    ]
+    if not same:
+        return []
+    return [
+        f"the seed changed nothing in: {', '.join(same)}. The order of classes and images comes "
+        "from scenario.order_seed; 'scenario.order_seed=${seed}' makes it follow the seed"
+    ]
 
 
 def _common(runs: Sequence[Outcome]) -> set[str]:

@@ -21,7 +21,7 @@ from PIL import Image
 from analysis import load_batches, load_experiences, load_matrix, load_runs, notes, select
 from analysis import runs as runs_module
 from analysis.plots import COLOURS, pareto_front
-from analysis.tables import grid, latex, main_table, markdown, published_table, statistics
+from analysis.tables import cell, grid, latex, main_table, markdown, published_table, statistics
 from core.errors import UserError
 
 DOMAINS = {"fog:5": 40.0, "snow:5": 50.0}
@@ -403,3 +403,16 @@ def test_make_tables_prints_the_same_tables(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == (tmp_path / "out" / "tables.md").read_text() + "\n"
     monkeypatch.setattr(sys, "argv", ["make_tables.py", str(tmp_path / "nowhere")])
     assert make_tables.main() == 2 and "no folder" in capsys.readouterr().err
+
+
+def test_seeds_that_agree_are_no_spread(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path, "source", seed=seed, metrics={"err_mean": 34.93})
+        write_run(tmp_path, "tent", seed=seed, metrics={"err_mean": 30.0 + seed})
+    runs = load_runs(tmp_path)
+    used = select(runs)
+    said = [note for note in notes(runs, used) if "every seed gave the same numbers" in note]
+    assert len(said) == 1 and "source" in said[0] and "scenario.order_seed" in said[0]
+    rows = statistics(used).set_index(["method", "metric"])
+    shown = {m: cell(rows.loc[[(m, "err_mean")]].reset_index().iloc[0]) for m in ("source", "tent")}
+    assert shown["source"].endswith("(every seed)") and "±" in shown["tent"]

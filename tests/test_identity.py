@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.experiment import complete, run_experiment
 from core.record import Lock
 
-RECORDED = json.loads((Path(__file__).parent / "golden" / "identities.json").read_text())
+RECORDED = json.loads((Path(__file__).parent / "data" / "identities.json").read_text())
 
 
 # ------------------------------------------------------------------------------ settings

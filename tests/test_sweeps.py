@@ -273,3 +273,22 @@ def test_the_array_script_saves_and_requeues(tmp_path, monkeypatch):
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=30)
     assert out == "saved\nscontrol requeue 77_1\n" and process.returncode == 0
+
+
+def test_seeds_that_changed_nothing_are_said(tmp_path):
+    def finished(strategy: str, seed: int, error: float) -> dict:
+        run = tmp_path / f"{strategy}{seed}"
+        run.mkdir()
+        summary = {"run": {"seed": seed}, "metrics": {"err_mean": error}}
+        (run / "summary.json").write_text(json.dumps(summary))
+        words = [f"strategy={strategy}", f"seed={seed}"]
+        return {"state": "finished", "run": str(run), "overrides": words}
+
+    runs = [finished("source", s, 34.93) for s in (0, 1)]
+    runs += [finished("cotta", s, 30.0 + s) for s in (0, 1)]
+    sweep.plan(tmp_path, [run.pop("overrides") for run in runs])
+    for number, run_ in enumerate(runs):
+        sweep.note(tmp_path, number, **run_)
+    text, complete = sweep.report(tmp_path)
+    assert complete and "the seed changed nothing in: strategy=source. " in text
+    assert "scenario.order_seed" in text
