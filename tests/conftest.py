@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+HANG = 1800  # seconds after which a process counts as hung; nothing is measured by it
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,11 @@ import inspect
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import timm
 import torchvision
-from conftest import ROOT
+from conftest import HANG, ROOT
 from omegaconf import OmegaConf
 
 from backbones.load import ROBUSTBENCH_FILES
@@ -26,7 +25,7 @@ STRATEGIES = sorted(p.stem for p in (CONF / "strategy").glob("*.yaml"))
 LIVE = {"backbone", "seed", "num_classes"}
 
 
-def cli(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def cli(*words: str, timeout: float = HANG) -> subprocess.CompletedProcess[str]:
     """`python run.py words...`."""
     command = [sys.executable, str(ROOT / "run.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
@@ -161,12 +160,10 @@ def test_a_user_error_is_one_line_and_status_2(tmp_path):
 
 
 def test_configuration_is_shown_without_importing_torch():
-    started = time.perf_counter()
     done = cli("strategy=cotta", "--cfg", "job")
     assert done.returncode == 0 and "restore_prob" in done.stdout
     code = "import sys, run; sys.argv = ['run.py', '--help']; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    assert time.perf_counter() - started < 60  # a second each on an idle machine
 
 
 def test_help_lists_every_strategy():
