@@ -182,7 +182,7 @@ def main() -> int:
             "python run.py -m hydra/launcher=joblib ..."
         )
     root = next((w.split("=", 1)[1] for w in reversed(runs[0]) if w.startswith("root=")), "results")
-    folder = Path(root) / ".sweeps" / time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(root).expanduser() / ".sweeps" / time.strftime("%Y%m%d-%H%M%S")
     plan(folder, runs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     came_to_end = Pool(folder, runs, places * given.per_gpu).run()

@@ -222,7 +222,7 @@ def main() -> int:
     results = given.results
     for word in given.words:
         if word.startswith("root="):
-            results = Path(word.removeprefix("root="))
+            results = Path(word.removeprefix("root=")).expanduser()
     broken = run(rows, given.words) if given.run else []
     found = measured(results)
     print(heading(given.paper.split("/")[0]) + "\n")

@@ -226,7 +226,7 @@ def tune(given: argparse.Namespace) -> int:
     root = next((w.split("=", 1)[1] for w in given.words if w.startswith("root=")), "results")
     asked = [given.words, given.search, tune_on, given.method, given.trials, given.seed]
     name = given.name or hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
-    study = Study(Path(root) / ".tune" / name, given.words)
+    study = Study(Path(root).expanduser() / ".tune" / name, given.words)
     lower = (given.metric or "").startswith(LOWER)
     values: dict[str, float] = {}
 
