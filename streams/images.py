@@ -157,7 +157,7 @@ class Derived:
         change: `(PIL image, row) -> PIL image`, deterministic.
         identity: text that names the function and all its settings.
         cache: folder for the results, `"memory"`, or None. They lie in a folder named by the
-            content of the set, a file with a checksum for each row.
+            content of the set, a .npy file with a checksum for each row.
     """
 
     def __init__(
@@ -184,7 +184,9 @@ class Derived:
         if self._folder is None:
             return None
         try:
-            with read_checked(self._folder / f"{row:06d}", KIND, f"{self._key}{row:06x}") as file:
+            with read_checked(
+                self._folder / f"{row:06d}.npy", KIND, f"{self._key}{row:06x}"
+            ) as file:
                 return np.load(file, allow_pickle=False)
         except (OSError, BadFile):
             return None
@@ -195,7 +197,7 @@ class Derived:
             self._memory[row] = pixels
         elif self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path, key = self._folder / f"{row:06d}", f"{self._key}{row:06x}"
+            path, key = self._folder / f"{row:06d}.npy", f"{self._key}{row:06x}"
             with write_checked(path, KIND, key, shared=True) as file:
                 np.save(file, pixels)
 
