@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import UserError, suggest
+from core.paths import add_resolver
 from core.torchrun import requested, speaks
 
 CONF = Path(__file__).parent / "conf"
@@ -156,6 +157,7 @@ def check_launcher(words: list[str]) -> str | None:
 
 def main() -> int:
     """Run and turn every expected failure into one message and an exit status."""
+    add_resolver()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
     if trouble := check_launcher(sys.argv[1:]):
         if speaks():

@@ -82,7 +82,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: for a missing or damaged file, for pickled objects, for anything but tensors.
     """
-    file = Path(path).expanduser()
+    file = Path(path)
     if not file.is_file():
         raise UserError(f"backbone.checkpoint={str(path)!r}: there is no such file")
     try:

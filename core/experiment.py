@@ -27,6 +27,7 @@ from core.console import Console, table
 from core.errors import UserError
 from core.files import replacing, write_json, write_text
 from core.identity import VOLATILE, identity
+from core.paths import expand_paths
 from core.prepare import prepare
 from core.provenance import Code, changed_files, code_of, git_state
 from core.record import Lock, NoRecords, RunLogger, environment
@@ -58,6 +59,7 @@ def complete(cfg: DictConfig) -> DictConfig:
     made on the fly from real images are labelled as well: they are not the released files.
     """
     cfg = cfg.copy()
+    expand_paths(cfg)
     real = cfg.data.root is not None
     with open_dict(cfg):
         choice = cfg.scenario.pop("backbones")
@@ -214,7 +216,7 @@ def _execute(
     console.say(f"{about['strategy']}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
     started = time.perf_counter()
     with Signals() as signals:
-        checkpoint = Checkpointer(log, signals, every=cfg.checkpoint.every)
+        checkpoint = Checkpointer(log, signals, key=key, every=cfg.checkpoint.every)
         run = Context(
             log,
             checkpoint,

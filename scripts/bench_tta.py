@@ -384,7 +384,9 @@ def compare_runner(args: argparse.Namespace) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         log = RunLogger(Path(folder), "bench")
-        context = Context(log, Checkpointer(log, Signals(), every=100), Console("", True), CPU)
+        context = Context(
+            log, Checkpointer(log, Signals(), key="bench", every=100), Console("", True), CPU
+        )
         result, wall, cpu = timed(lambda: run_shifts(inside, stream, context))
     loop_wall, loop_cpu = (sum(column) for column in zip(*spent, strict=True))
     steps = result["cost"]["seconds_total"]

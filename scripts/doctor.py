@@ -28,6 +28,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import UserError
+from core.paths import expand_paths
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {
@@ -146,7 +147,7 @@ def disk(report: Report, cfg: DictConfig) -> None:
     if cfg.data.cache:
         places["corrupted images (data.cache)"] = cfg.data.cache
     for what, place in places.items():
-        there = Path(place).expanduser().absolute()
+        there = Path(place).absolute()
         while not there.exists():
             there = there.parent
         free = shutil.disk_usage(there).free / 2**30
@@ -168,7 +169,7 @@ def data(report: Report, root: str | None) -> None:
     if root is None:
         report.note("data.root is not set: runs use the embedded stand-in images")
         return
-    path = Path(root).expanduser()
+    path = Path(root)
     if not path.is_dir():
         report.problem(f"data.root={root}: there is no such folder", "data.root=/path/to/data")
         return
@@ -335,7 +336,7 @@ def checkpoints(report: Report, cfg: DictConfig) -> None:
             report.ok(f"{name}: sha256 {have[:12]} (shipped)")
     given = cfg.backbone.get("checkpoint")
     if given and given != "random":
-        have = _digest(Path(given).expanduser(), "sha256")
+        have = _digest(Path(given), "sha256")
         if have:
             report.ok(f"backbone.checkpoint={given}: sha256 {have[:12]}")
         else:
@@ -514,6 +515,7 @@ def main() -> int:
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             cfg = compose("config", words)
+        expand_paths(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from core.paths import results_folder
 from core.sweep import end_with_parent, expand, note, plan, report
 from run import as_sweeps
 
@@ -181,8 +182,7 @@ def main() -> int:
             "nvidia-smi lists no GPU here; name them with --gpus 0,1, or use processor cores: "
             "python run.py -m hydra/launcher=joblib ..."
         )
-    root = next((w.split("=", 1)[1] for w in reversed(runs[0]) if w.startswith("root=")), "results")
-    folder = Path(root) / ".sweeps" / time.strftime("%Y%m%d-%H%M%S")
+    folder = results_folder(runs[0]) / ".sweeps" / time.strftime("%Y%m%d-%H%M%S")
     plan(folder, runs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     came_to_end = Pool(folder, runs, places * given.per_gpu).run()

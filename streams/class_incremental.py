@@ -118,7 +118,6 @@ def split_stream(
     skipped = Skipped()
     images = {
         split: TaskImages(
-            split,
             Reader([found], skipped, workers, on_error, store.device),
             pipeline,
             geometry,
@@ -153,8 +152,8 @@ def split_stream(
                 classes=classes,
                 steps=-(-len(pool) // batch_size),
                 train=partial(images["train"].shuffled, index, pool, batch_size, seed),
-                fit=partial(images["train"].fixed, index, pool, test_batch_size),
-                test=partial(images["test"].fixed, index, rows(test, classes), test_batch_size),
+                fit=partial(images["train"].fixed, pool, test_batch_size),
+                test=partial(images["test"].fixed, rows(test, classes), test_batch_size),
             )
         )
     facts: dict[str, object] = {
@@ -167,7 +166,7 @@ def split_stream(
         "shots": shots,
         "single_pass": single_pass,
         "fingerprint": fingerprint(
-            train.fingerprint, test.fingerprint, order, sizes, *([shots] if shots else [])
+            train.content(), test.content(), order, sizes, *([shots] if shots else [])
         ),
     }
     return TaskStream(

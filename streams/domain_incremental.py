@@ -88,9 +88,9 @@ def domain_stream(
             raise UserError(f"domain {name!r} has other classes than {names[0]!r}")
     skipped = Skipped()
 
-    def delivered(split: str, images: ImageSet) -> TaskImages:
+    def delivered(images: ImageSet) -> TaskImages:
         reader = Reader([images], skipped, workers, on_error, store.device)
-        return TaskImages(split, reader, pipeline, geometry, False, store)
+        return TaskImages(reader, pipeline, geometry, False, store)
 
     def everything(images: ImageSet) -> Rows:
         return Rows.of(images, np.arange(len(images.labels)))
@@ -101,11 +101,9 @@ def domain_stream(
             name=name,
             classes=range(len(classes)),
             steps=-(-len(train.labels) // batch_size),
-            train=partial(
-                delivered("train", train).shuffled, i, everything(train), batch_size, seed
-            ),
-            fit=partial(delivered("train", train).fixed, i, everything(train), test_batch_size),
-            test=partial(delivered("test", test).fixed, i, everything(test), test_batch_size),
+            train=partial(delivered(train).shuffled, i, everything(train), batch_size, seed),
+            fit=partial(delivered(train).fixed, everything(train), test_batch_size),
+            test=partial(delivered(test).fixed, everything(test), test_batch_size),
         )
         for i, (name, (train, test)) in enumerate(zip(names, found, strict=True))
     ]
@@ -117,7 +115,7 @@ def domain_stream(
             "classes": len(classes),
             "domains": names,
             "pipeline": pipeline,
-            "fingerprint": fingerprint(*(s.fingerprint for sets in found for s in sets)),
+            "fingerprint": fingerprint(*(s.content() for sets in found for s in sets)),
         },
         skipped=skipped,
         batch_size=batch_size,

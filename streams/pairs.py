@@ -40,7 +40,16 @@ from streams.images import Derived, Generated, ImageSet, fingerprint
 from streams.loading import Reader, Rows, as_stored
 from streams.pipelines import seeded
 from streams.severities import HIGHEST, NAMES, STEP, interpolated
-from streams.shifts import CROP, LABELS, Dataset, chosen, crop, frost_source, surroundings
+from streams.shifts import (
+    CROP,
+    LABELS,
+    Dataset,
+    chosen,
+    crop,
+    frost_content,
+    frost_source,
+    surroundings,
+)
 from streams.store import ImageStore
 
 Pair = tuple[str, str]
@@ -235,7 +244,11 @@ class _Shown:
         self.base, self.rows, self.numbers, self.crop_seed = base, rows, numbers, crop_seed
         self.labels, self.num_classes = base.labels[rows], base.num_classes
         self.class_names = base.class_names
-        self.fingerprint = fingerprint(base.fingerprint, rows, numbers, crop_seed)
+
+    def content(self, rows: np.ndarray | None = None) -> str:
+        shown = slice(None) if rows is None else rows
+        images, numbers = self.rows[shown], self.numbers[shown]
+        return fingerprint(self.base.content(np.unique(images)), images, numbers, self.crop_seed)
 
     def image(self, row: int) -> Image.Image:
         image = self.base.image(int(self.rows[row]))
@@ -395,7 +408,7 @@ def pair_stream(
             "with `python scripts/calibrate_ccc.py scenario=ccc data.root=... --out ccc.json`, or "
             "give the official ccc_accuracy_matrix.pickle, which says how it is converted"
         )
-    path = EMBEDDED if calibration is None else Path(calibration).expanduser()
+    path = EMBEDDED if calibration is None else Path(calibration)
     grid = read_calibration(path, names)
     found = images_of(dataset, data_root, image_list, order_seed, clean_images)
     notes: dict[str, object] = {}
@@ -418,6 +431,7 @@ def pair_stream(
         "jpeg_quality": jpeg_quality if data_root and dataset == "imagenet_c" else None,
         "frost_dir": frost_dir,
     }
+    named = {**settings, "frost_dir": frost_content(frost_dir)}
     sets: list[ImageSet] = []
     domain, row = np.zeros(images, np.int64), np.zeros(images, np.int64)
     of_pair = np.asarray([seen.index(pair) for pair in pairs])[dealt.walk]
@@ -427,7 +441,7 @@ def pair_stream(
         base = _Shown(found.base, dealt.row[numbers], numbers, walk_seed if found.crop else None)
         quarters = dealt.quarters[numbers]
         make = partial(_make, pair=pair, quarters=quarters, numbers=numbers, **settings)
-        text = f"{pair} {fingerprint(quarters)} {sorted(settings.items())} {C.VERSION}"
+        text = f"{pair} {fingerprint(quarters)} {sorted(named.items())} {C.VERSION}"
         sets.append(Generated(base, make, text, cache if data_root else None))
 
     skipped = Skipped()
@@ -487,7 +501,7 @@ def pair_stream(
         "jpeg_quality": settings["jpeg_quality"],
         "segments": [s.name for s in segments],
         **notes,
-        "fingerprint": fingerprint(*(s.fingerprint for s in sets), domain, around.clean_rows),
+        "fingerprint": fingerprint(*(s.content() for s in sets), domain, *around.contents),
     }
     # The accuracy that is held takes the place of the severity in a domain's name.
     return ShiftStream(

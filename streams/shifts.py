@@ -121,6 +121,14 @@ def frost_source(frost_dir: str | None) -> str:
     return C.frost_source(frost_dir)
 
 
+def frost_content(frost_dir: str | None) -> str | None:
+    """Hash of the photographs in `frost_dir`, wherever they lie; None for the texture."""
+    if frost_dir is None:
+        return None
+    files = C.FROST_FILES
+    return Files(Path(frost_dir), files, np.zeros(len(files)), [""]).content()
+
+
 def _corrupt(
     levels: Tensor,
     rows: Sequence[int],
@@ -157,8 +165,10 @@ def corrupted(
         settings: preset, seed, jpeg_quality and frost_dir of `corruptions.corrupt_batch`.
     """
 
+    named = {**settings, "frost_dir": frost_content(settings["frost_dir"])}
+
     def identity(domain: Domain) -> str:
-        return f"{domain} {sorted(settings.items())} {C.VERSION}"
+        return f"{domain} {sorted(named.items())} {C.VERSION}"
 
     return {
         d: Generated(base, partial(_corrupt, domain=d, **settings), identity(d), cache)
@@ -264,11 +274,11 @@ def corruption_stream(
         root = existing_root(data_root, dataset if released else which)
         found = _cifar(root, which, request, released)
     on_the_fly = data_root is None or not released
-    made = None if on_the_fly else generated(Path(str(data_root)).expanduser(), dataset)
+    manifest = None if on_the_fly else generated(Path(str(data_root)), dataset)
     origin = "generated on the fly" if on_the_fly else "released files"
-    if made is not None:
+    if manifest is not None:
         origin = "generated files (scripts/generate_corruptions.py)"
-        found.notes["generated"] = made
+        found.notes["generated"] = manifest.settings
     if on_the_fly and "frost" in names:
         found.notes["frost"] = frost_source(frost_dir)
 
@@ -319,9 +329,7 @@ def corruption_stream(
     ]
     hardest = max(s for _, s in domains)
     probes = {
-        d: partial(
-            _again, store, f"probe{d}", probe_reader, Rows.of(s, found.probe, d), raw, batch_size
-        )
+        d: partial(_again, store, probe_reader, Rows.of(s, found.probe, d), raw, batch_size)
         for d, s in enumerate(probe_reader.sets)
         if domains[d][1] == hardest and len(found.probe)
     }
@@ -341,6 +349,12 @@ def corruption_stream(
         skipped=skipped,
         store=store,
     )
+    # Rows of each set whose images a result depends on. (Embedded probes are another set, which
+    # follows from the settings.)
+    used = [
+        np.unique(np.concatenate([found.probe, *(r.row[r.domain == d] for *_, r in dealt)]))
+        for d in range(len(sets))
+    ]
     classes = sets[0].num_classes
     facts: dict[str, object] = {
         "classes": classes,
@@ -353,14 +367,15 @@ def corruption_stream(
         "segments": [s.name for s in segments],
         **found.notes,
         "fingerprint": fingerprint(
-            *(s.fingerprint for s in sets),
+            *(s.content(rows) for s, rows in zip(sets, used, strict=True)),
             *(np.stack([r.domain, r.row]) for *_, r in dealt),
             found.probe,
-            around.clean_rows,
+            *around.contents,
+            *([manifest.content(domains)] if manifest else []),
         ),
     }
     return ShiftStream(
-        name=label if made is None else f"{label}[generated]",
+        name=label if manifest is None else f"{label}[generated]",
         num_classes=classes,
         domains=[f"{n}:{s}" for n, s in domains],
         segments=segments,
@@ -386,7 +401,7 @@ def corruption_stream(
 def _index_file(path: str, listed: np.ndarray) -> np.ndarray:
     """Positions in the image list, read from a .npy file: an order drawn elsewhere."""
     try:
-        index = np.load(Path(path).expanduser(), allow_pickle=False).astype(np.int64).reshape(-1)
+        index = np.load(path, allow_pickle=False).astype(np.int64).reshape(-1)
     except (OSError, ValueError) as error:
         raise UserError(f"scenario.index_file={path}: not a .npy file of numbers") from error
     if not len(index) or index.min() < 0 or index.max() >= len(listed):
@@ -405,15 +420,15 @@ class Surroundings:
     """Clean images for source forgetting, and the labelled source images."""
 
     holdout: Batches | None
-    clean_rows: np.ndarray  # int64, those of the clean set that `holdout` delivers
+    contents: tuple[object, ...]  # of what `holdout` delivers, for the stream's fingerprint
     source: Callable[[], SourceImages]
 
 
 def _again(
-    store: ImageStore, key: str, reader: Reader, rows: Rows, change: Pipeline, batch_size: int
+    store: ImageStore, reader: Reader, rows: Rows, change: Pipeline, batch_size: int
 ) -> Iterator[Batch | None]:
     """Images that are scored after every segment."""
-    found = store.fixed(key, reader, rows, change, batch_size)
+    found = store.fixed(repr(change), reader, rows, change, batch_size)
     return reader.batches(rows, batch_size, change) if found is None else found
 
 
@@ -444,6 +459,7 @@ def surroundings(
     rng = np.random.default_rng(derive(order_seed, "source"))
     held_out = rng.permutation(held_out)[:source_images]
     holdout, rows = None, np.zeros(0, np.int64)
+    contents: list[object] = []
     if clean is not None and clean_images:
         rows = np.arange(len(clean.labels))
         if root is not None:
@@ -451,8 +467,10 @@ def surroundings(
         if source_from == "held_out":
             rows = rows[~np.isin(rows, held_out)]
         rows = rows[:clean_images]
+        if root is not None:  # embedded images follow from the settings
+            contents.append(clean.content(rows))
         reader = Reader([clean], skipped, workers, on_error, store.device)
-        holdout = partial(_again, store, "clean", reader, Rows.of(clean, rows), change, batch_size)
+        holdout = partial(_again, store, reader, Rows.of(clean, rows), change, batch_size)
     source = partial(
         _source,
         root=root,
@@ -467,7 +485,7 @@ def surroundings(
         on_error=on_error,
         change=change,
     )
-    return Surroundings(holdout, rows, source)
+    return Surroundings(holdout, (rows, *contents), source)
 
 
 def _source(
@@ -501,7 +519,7 @@ def _source(
             raise UserError("scenario.source_from=held_out: no clean images are under data.root")
         images, rows, text = clean, held_out, "clean evaluation images outside the stream"
     elif dataset == "imagenet_c":
-        folder = Path(root if choice == "train" else choice).expanduser()
+        folder = Path(root if choice == "train" else choice)
         images, text = Derived(imagenet_train(folder), crop, CROP), "training images"
         rows = np.arange(len(images.labels))
     else:
@@ -537,7 +555,7 @@ def _source(
             if batch is not None:
                 yield batch
 
-    return SourceImages(len(rows), text, fingerprint(images.fingerprint, rows), batches)
+    return SourceImages(len(rows), text, fingerprint(images.content(rows), rows), batches)
 
 
 # ------------------------------------------------------------------ where the images come from
@@ -576,7 +594,7 @@ def chosen(names: Sequence[str], given: str, seed: int, root: Path) -> np.ndarra
     """
     if given == "all":
         return np.random.default_rng(derive(seed, "subset")).permutation(len(names))
-    path = Path(given).expanduser()
+    path = Path(given)
     if given != "published" and not path.is_file():
         raise UserError(
             f"scenario.image_list={given}: no such file; give a text file with one "

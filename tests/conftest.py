@@ -31,6 +31,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """Digests of images are kept in a folder of the test, not of the user."""
+    folder = tmp_path / "digest-cache"
+    monkeypatch.setenv("DRIFTLINE_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def configure(tmp_path):
     """`configure("strategy=tent", ...)` composes a configuration with results in a fresh folder."""

@@ -764,5 +764,4 @@ def test_frost_refuses_what_does_not_fit(photographs):
         C.corrupt(picture(120, 40), "frost", 1, frost_dir=photographs)
     (photographs / "frost4.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks frost4\.jpg"):
-        frost.frost_photographs.cache_clear()
         C.corrupt(picture(40, 40), "frost", 1, frost_dir=photographs)
