@@ -663,7 +663,7 @@ def test_a_triton_that_cannot_serve_falls_back_with_its_reason(monkeypatch, lack
     cached = (dispatch.no_triton, dispatch._found_unfit)
     for function in cached:
         function.cache_clear()
-    reason = "not installed" if lacking == "triton" else r"Triton [\d.]+ has no triton.knobs"
+    reason = "not installed" if lacking == "triton" else "has no triton.knobs"
     try:
         with pytest.warns(UserWarning, match=reason):
             adapter(**operands())
