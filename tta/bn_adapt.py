@@ -22,6 +22,7 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.surgery import batch_norms, evaluating, mix_statistics, use_batch_statistics
 from core.errors import UserError
+from core.ranges import Unit
 from core.strategy import TTAStrategy
 
 
@@ -49,8 +50,8 @@ class BNAdapt(TTAStrategy):
         backbone: Backbone,
         *,
         statistics: Literal["batch", "mixed", "ema"],
-        alpha: float,
-        momentum: float,
+        alpha: Unit,
+        momentum: Unit,
         official_eps: bool,
     ) -> None:
         super().__init__(backbone)
