@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,20 +58,86 @@ def run(cfg: DictConfig) -> float | None:
     return metrics.get("err_mean", metrics.get("acc_inc"))
 
 
+def check_words(words: list[str]) -> str | None:
+    """What is wrong with the command line, seen before Hydra composes it, if anything.
+
+    Hydra passes over an explicit recipe that does not exist, because the group is optional, and
+    fails with a stack trace where a group is given anything but a name.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    groups = {p.name for p in CONF.iterdir() if p.is_dir()} - {"hydra"} | {"local"}
+    for word in words:
+        if word.startswith("-") or "=" not in word:
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            return _quoted(word)
+        key, value = override.key_or_group, override.value()
+        if key.startswith("hydra.run."):
+            return f"{key} has no effect here: root=... says where results go"
+        if key not in groups or override.is_delete():
+            continue
+        if isinstance(value, dict):
+            inner = next(iter(value), "key")
+            return f"{word}: {key} takes the name of an option; write {key}.{inner}=... to set one"
+        values = override.sweep_iterator() if override.is_sweep_override() else [value]
+        for one in values:
+            name = str(one)
+            if one is None and key == "experiment":
+                return "experiment=null is what an experiment left out means: leave it out"
+            if not (CONF / key / f"{name}.yaml").is_file():
+                return _unknown(key, "null" if one is None else name)
+    return None
+
+
+def _unknown(group: str, name: str) -> str:
+    """A group has no such option: the nearest one and all of them."""
+    options = sorted(
+        p.relative_to(CONF / group).with_suffix("").as_posix()
+        for p in (CONF / group).rglob("*.yaml")
+    )
+    options += ["basic"] if group == "hydra/launcher" else []
+    text = f"{group}={name}: no such option{suggest(name, options)}"
+    return f"{text}\noptions of {group}: {', '.join(options) or '(none)'}"
+
+
+def _quoted(word: str) -> str:
+    """How to type a value that Hydra's grammar takes for something else."""
+    key, _, value = word.partition("=")
+    value = value.strip("\"'")
+    quote = "'" if '"' in value else '"'
+    typed = shlex.quote(f"{key}={quote}{value}{quote}")
+    return (
+        f"{key}: {value!r} cannot be read as it stands; a value with =, #, $, blanks, brackets, "
+        f"commas or colons is typed in two pairs of quotes: {typed}"
+    )
+
+
+def flags_first(words: list[str]) -> list[str]:
+    """Flags before settings: Python's parser takes settings on one side of a flag only."""
+    takes = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+    takes |= {"--config-dir", "-cd", "--experimental-rerun"}
+    flags, settings, value_next = [], [], False
+    for word in words:
+        is_flag = value_next or word.startswith("-") or "=" not in word
+        (flags if is_flag else settings).append(word)
+        value_next = word in takes
+    return flags + settings
+
+
 def explain(error: BaseException) -> str:
     """A Hydra or OmegaConf error in one short message, with the nearest valid name."""
     text = str(error)
     found = re.search(r"Could not find '((?:hydra/)?[^/']+)/([^']+)'", text)
     if found and (CONF / found.group(1)).is_dir():
-        group, given = found.groups()
-        options = sorted(
-            p.relative_to(CONF / group).with_suffix("").as_posix()
-            for p in (CONF / group).rglob("*.yaml")
-        )
-        options += ["basic"] if group == "hydra/launcher" else []
+        return _unknown(*found.groups())
+    if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
+        key, value = found.groups()
         return (
-            f"{group}={given}: no such option{suggest(given, options)}\n"
-            f"options of {group}: {', '.join(options)}"
+            f"{key}={value}: commas separate the runs of a sweep, which needs -m (--multirun); a "
+            f"list is typed '{key}=[{value}]', a text '{key}=\"{value}\"'"
         )
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found.group(1).split("@")[0].lstrip("+~")
@@ -156,8 +223,9 @@ def check_launcher(words: list[str]) -> str | None:
 
 def main() -> int:
     """Run and turn every expected failure into one message and an exit status."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
-    if trouble := check_launcher(sys.argv[1:]):
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function as they are
+    sys.argv[1:] = flags_first(sys.argv[1:])
+    if trouble := check_words(sys.argv[1:]) or check_launcher(sys.argv[1:]):
         if speaks():
             print(f"error: {trouble}", file=sys.stderr)
         return 2

@@ -73,14 +73,28 @@ def check(node: Mapping[str, Any], /, *, at: str, live: Collection[str] = ()) ->
     if "_target_" not in node:
         raise UserError(f"{at}._target_ is missing: what {at} is made of")
     name = node["_target_"]
-    target = locate(name, at)
+    options = {k: v for k, v in node.items() if k != "_target_"}
+    check_call(locate(name, at), options, at=at, live=live, of=f" ({at}._target_={name})")
+
+
+def check_call(
+    target: Any,
+    options: Mapping[str, Any],
+    *,
+    at: str,
+    live: Collection[str] = (),
+    of: str = "",
+) -> None:
+    """Compare keyword options with the signature of a class or function.
+
+    Raises:
+        UserError: as for `check`, which says what the arguments are.
+    """
     parameters = inspect.signature(target).parameters
     kinds = {k: _hints(target).get(k, Any) for k in parameters if k not in live and k != "self"}
     required = {k for k in kinds if parameters[k].default is inspect.Parameter.empty}
-    options = {k: v for k, v in node.items() if k != "_target_"}
     if "name" not in kinds:
-        options.pop("name", None)
-    of = f" ({at}._target_={name})"
+        options = {k: v for k, v in options.items() if k != "name"}
     check_options(options, kinds, required, at=at, of=of, live=live)
 
 
@@ -120,7 +134,8 @@ def check_value(value: Any, kind: Any, *, at: str, live: Collection[str] = ()) -
         UserError: what is allowed at `at`, what was found, and the nearest allowed word.
     """
     options = [bare(one)[0] for one in alternatives(kind)]
-    if isinstance(value, dict) and "_target_" in value:
+    free = any((typing.get_origin(one) or one) is dict for one in options)
+    if isinstance(value, dict) and "_target_" in value and not free:
         check(value, at=at, live=live)
         made = result(locate(value["_target_"], at))
         classes = [one for one in options if inspect.isclass(one)]

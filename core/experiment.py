@@ -31,6 +31,7 @@ from core.prepare import prepare
 from core.provenance import Code, changed_files, code_of, git_state
 from core.record import Lock, NoRecords, RunLogger, environment
 from core.runner import Context, reference, run_shifts, run_tasks
+from core.schema import check_settings
 from core.seed import seed_all
 from core.sinks import About, Mirror, make_sinks
 from core.strategy import CLStrategy, Strategy, TTAStrategy
@@ -104,6 +105,7 @@ def run_experiment(
         UserError: for anything the user can fix.
         Stopped: after a signal, with the state saved.
     """
+    check_settings(cfg)
     cfg = complete(cfg)
     device = set_up(cfg)
     distributed.join(device)
@@ -115,8 +117,6 @@ def run_experiment(
     kind = check_kind(cfg, stream)
     if distributed.size() > 1 and issubclass(kind, TTAStrategy):
         raise UserError(_one_process(cfg.strategy.name))
-    if cfg.stage not in ("run", "prepare"):
-        raise UserError(f"stage must be run or prepare, got {cfg.stage!r}")
     if cfg.stage == "prepare":
         return _prepare_only(cfg, stream, geometry, device, console)
     key = identity(
@@ -590,8 +590,6 @@ def _folder(place: Path, name: str, on_exists: str, code: Code) -> Place:
     Folders of the same settings are numbered: `name`, `name-2`, ... A folder whose method had other
     code belongs to another run, whether that is finished or not.
     """
-    if on_exists not in ("skip", "rerun", "error"):
-        raise UserError(f"on_exists must be skip, rerun or error, got {on_exists!r}")
     notes = []
     for number in count(1):
         folder = place / (name if number == 1 else f"{name}-{number}")

@@ -397,8 +397,9 @@ def pair_stream(
     grid = read_calibration(path, names)
     found = images_of(dataset, data_root, image_list, order_seed, clean_images)
     notes: dict[str, object] = {}
+    frost = frost_source(frost_dir)
     if "frost" in names:
-        notes["frost"] = frost_source(frost_dir)
+        notes["frost"] = frost
 
     pairs: list[Pair] = []
     walks: list[Cells] = []

@@ -225,7 +225,7 @@ def corruption_stream(
         UserError: for missing data or settings that do not fit.
     """
     names = corruption_names(corruptions)
-    severities = severity if isinstance(severity, list) else [severity]
+    severities: list[int] = [*severity] if isinstance(severity, list) else [severity]
     if window is not None and batch_size != 1:
         raise UserError("scenario.window is for single images: it needs scenario.batch_size=1")
     domain_order, label_order = parse(order)
@@ -263,8 +263,9 @@ def corruption_stream(
     if made is not None:
         origin = "generated files (scripts/generate_corruptions.py)"
         found.notes["generated"] = made
+    frost = frost_source(frost_dir)
     if on_the_fly and "frost" in names:
-        found.notes["frost"] = frost_source(frost_dir)
+        found.notes["frost"] = frost
 
     sets = [found.sets[d] for d in domains]
     skipped = Skipped()
@@ -433,7 +434,15 @@ def surroundings(
     Args:
         clean: clean evaluation images, if there are any.
         held_out: rows of `clean` that neither stream nor probes use.
+
+    Raises:
+        UserError: for a `source_from` that is neither a word nor a folder.
     """
+    if source_from not in ("train", "held_out") and not Path(source_from).expanduser().is_dir():
+        raise UserError(
+            f"scenario.source_from={source_from}: there is no such folder; use train, held_out or "
+            "a folder of training images"
+        )
     # Drawn once, so that warm-up, stream and clean images stay apart.
     rng = np.random.default_rng(derive(order_seed, "source"))
     held_out = rng.permutation(held_out)[:source_images]

@@ -87,7 +87,7 @@ class CoTTA(TTAStrategy):
         betas: tuple[Below1, Below1],
         weight_decay: NonNegative,
         loss: Literal["ce", "sce"],
-        threshold: Unit | Literal["source"],
+        threshold: NonNegative | Literal["source"],
         gate: Literal["batch", "sample"],
         views: Count,
         average: Literal["logits", "probabilities"],
