@@ -24,6 +24,9 @@ from core.errors import UserError, suggest
 from core.torchrun import requested, speaks
 
 CONF = Path(__file__).parent / "conf"
+# Flags of Hydra that take a value of their own.
+FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+FLAGS |= {"--config-dir", "-cd", "--experimental-rerun"}
 PLUGINS = {  # launcher -> the package that it needs, all in the extra `sweep`
     "joblib": "hydra_joblib_launcher",
     "slurm": "hydra_submitit_launcher",
@@ -41,9 +44,10 @@ def run(cfg: DictConfig) -> float | None:
     from core import distributed
     from core.checkpoint import Stopped
     from core.experiment import run_experiment
+    from core.sweep import typed
 
     try:
-        metrics = run_experiment(cfg, list(HydraConfig.get().overrides.task))["metrics"]
+        metrics = run_experiment(cfg, typed(HydraConfig.get().overrides.task))["metrics"]
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from None
     except UserError as error:
@@ -67,9 +71,16 @@ def check_words(words: list[str]) -> str | None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     groups = {p.name for p in CONF.iterdir() if p.is_dir()} - {"hydra"} | {"local"}
+    flag = False  # whether the word before takes this one
     for word in words:
-        if word.startswith("-") or "=" not in word:
+        if word.startswith("-"):
+            flag = word in FLAGS
             continue
+        if flag:
+            flag = False
+            continue
+        if "=" not in word and not word.startswith("~"):
+            return f"{word!r} is no setting: a setting is typed key=value"
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
@@ -77,12 +88,18 @@ def check_words(words: list[str]) -> str | None:
         key, value = override.key_or_group, override.value()
         if key.startswith("hydra.run."):
             return f"{key} has no effect here: root=... says where results go"
-        if key not in groups or override.is_delete():
+        values = [value]
+        if override.is_sweep_override():
+            values = list(override.sweep_iterator())
+            if not values:
+                return f"{word} holds no value: the sweep has no run"
+        if key not in groups:
             continue
+        if override.is_delete():
+            return f"{word}: {key} cannot be left out; choose one with {key}=..."
         if isinstance(value, dict):
             inner = next(iter(value), "key")
             return f"{word}: {key} takes the name of an option; write {key}.{inner}=... to set one"
-        values = override.sweep_iterator() if override.is_sweep_override() else [value]
         for one in values:
             name = str(one)
             if one is None and key == "experiment":
@@ -117,19 +134,18 @@ def _quoted(word: str) -> str:
 
 def flags_first(words: list[str]) -> list[str]:
     """Flags before settings: Python's parser takes settings on one side of a flag only."""
-    takes = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
-    takes |= {"--config-dir", "-cd", "--experimental-rerun"}
     flags, settings, value_next = [], [], False
     for word in words:
-        is_flag = value_next or word.startswith("-") or "=" not in word
-        (flags if is_flag else settings).append(word)
-        value_next = word in takes
+        (flags if value_next or word.startswith("-") else settings).append(word)
+        value_next = word in FLAGS
     return flags + settings
 
 
 def explain(error: BaseException) -> str:
     """A Hydra or OmegaConf error in one short message, with the nearest valid name."""
     text = str(error)
+    if key := getattr(error, "full_key", None):
+        return f"{key}: {text.splitlines()[0]}"
     found = re.search(r"Could not find '((?:hydra/)?[^/']+)/([^']+)'", text)
     if found and (CONF / found.group(1)).is_dir():
         return _unknown(*found.groups())
@@ -145,6 +161,8 @@ def explain(error: BaseException) -> str:
             f"{key}: no such setting{suggest(key, _keys())}\n"
             "all settings: the same command with --cfg job"
         )
+    if text.startswith("Cannot find primary config"):
+        return text.splitlines()[0]
     return "\n".join(line for line in text.splitlines() if line.strip())
 
 
@@ -263,9 +281,9 @@ def sweep() -> int:
         print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
         status = 1
     if Planned.folder is not None:
-        text, complete = report(Planned.folder)
-        print(text, file=sys.stdout if complete else sys.stderr)
-        status = status or (0 if complete else 1)
+        text, ending = report(Planned.folder)
+        print(text, file=sys.stderr if ending else sys.stdout)
+        status = status or ending
     return status
 
 

@@ -176,8 +176,8 @@ def _network_timeout() -> Iterator[None]:
 
 def _unreachable(tag: str, source: str, reason: str) -> UserError:
     return UserError(
-        f"the weights {tag!r} are not in the local cache and cannot be downloaded from {source} "
-        f"({reason}). Fetch the file elsewhere and pass "
+        f"backbone weights with the tag {tag!r} are not in the local cache and cannot be "
+        f"downloaded from {source} ({reason}). Fetch the file elsewhere and pass "
         "backbone.checkpoint=/path/to/file.safetensors"
     )
 

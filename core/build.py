@@ -111,7 +111,7 @@ def check_options(
 
     Args:
         at: what stands before the names of the options, empty at the top level.
-        of: said of an unknown option that has no similar name.
+        of: said of an unknown option at the end.
         live: parameters of nested nodes that get an object no configuration can hold.
 
     Raises:
@@ -119,8 +119,8 @@ def check_options(
     """
     for key, value in options.items():
         if key not in kinds:
-            near = suggest(str(key), kinds) or of
-            raise UserError(f"{at or 'the configuration'} has no option {key!r}{near}")
+            near = suggest(str(key), kinds)
+            raise UserError(f"{at or 'the configuration'} has no option {key!r}{near}{of}")
         check_value(value, kinds[key], at=f"{at}.{key}" if at else key, live=live)
     for key in kinds:
         if key in required and key not in options:

@@ -557,9 +557,9 @@ def _check_labels(cfg: DictConfig, stream: Stream, backbone: Backbone) -> None:
             f"backbone={cfg.backbone.name} predicts {backbone.classes} classes, but "
             f"scenario={stream.name} holds {space} classes. {fix}."
         )
-    if backbone.num_classes < stream.num_classes:
+    if backbone.num_classes != stream.num_classes:
         raise UserError(
-            f"scenario={stream.name} has labels up to {stream.num_classes - 1}, but "
+            f"scenario={stream.name} has {stream.num_classes} classes, but "
             f"backbone={cfg.backbone.name} ({backbone.tag}) has {backbone.num_classes} outputs"
         )
 

@@ -124,16 +124,16 @@ def check_settings(cfg: DictConfig) -> None:
         key = getattr(error, "full_key", None) or "the configuration"
         raise UserError(f"{key} cannot be resolved: {str(error).splitlines()[0]}") from error
     check_value({k: v for k, v in plain.items() if k != "hydra"}, Settings, at="")
-    for place in ("scenario", "strategy", "backbone"):
+    for place in ("scenario", "strategy"):
         check_value(plain[place].get("name"), PlainName, at=f"{place}.name")
     _check_strategy(plain["strategy"])
     _check_scenario(plain["scenario"], real=plain["data"]["root"] is not None)
-    if "_target_" not in plain["backbone"] and plain["backbone"]["name"] != "auto":
-        name = plain["backbone"]["name"]
-        raise UserError(f"backbone.name={name} chooses no backbone: write backbone={name}")
+    name = plain["backbone"].get("name")
     if "_target_" in plain["backbone"]:
-        check(plain["backbone"], at="backbone")
         _made(plain["backbone"], "backbone", "Backbone")
+        check(plain["backbone"], at="backbone")
+    elif name != "auto":
+        raise UserError(f"backbone.name={name} chooses no backbone: write backbone={name}")
     _check_logger(plain["logger"])
 
 

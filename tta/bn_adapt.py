@@ -58,8 +58,9 @@ class BNAdapt(TTAStrategy):
         layers = batch_norms(backbone.net)
         if not layers:
             raise UserError(
-                f"strategy=bn_adapt changes batch normalisation, and {backbone.tag} has none. Use "
-                "a network with BatchNorm, strategy=source, or strategy=tent with layers=norm."
+                "strategy=bn_adapt changes batch normalisation, and the backbone "
+                f"{backbone.tag} has none. Use a network with BatchNorm, strategy=source, or "
+                "strategy=tent with layers=norm."
             )
         if statistics == "mixed" and not 0 < alpha < 1:
             raise UserError(

@@ -105,8 +105,8 @@ def find_blocks(backbone: Backbone) -> list[nn.Module]:
     wanted = "It is defined for convolutional networks with batch normalisation"
     if not batch_norms(backbone.net):
         raise UserError(
-            f"strategy=ecotta: {backbone.tag} has no batch normalisation. {wanted}; for a ViT use "
-            "strategy=cotta or strategy=tent strategy.layers=norm."
+            f"strategy=ecotta: the backbone {backbone.tag} has no batch normalisation. {wanted}; "
+            "for a ViT use strategy=cotta or strategy=tent strategy.layers=norm."
         )
     blocks = residual_blocks(backbone.net)
     if not blocks:
