@@ -100,7 +100,7 @@ LIVE = {
 
 
 @cache
-def keys() -> dict[str, Any]:
+def global_options() -> dict[str, Any]:
     """Every option outside of scenario, strategy, backbone and logger: dotted name -> type."""
     options: dict[str, Any] = {}
     for key, kind in get_type_hints(Settings, include_extras=True).items():

@@ -92,7 +92,7 @@ def test_a_sweep_that_fails_for_its_settings_alone_ends_as_single_runs_do(tmp_pa
 
 def test_a_complete_sweep_is_one_line(tmp_path):
     planned(tmp_path, {"state": "finished"}, {"state": "finished"})
-    assert sweep.report(tmp_path) == (f"sweep of 2 runs: 2 finished ({tmp_path})", True)
+    assert sweep.report(tmp_path) == (f"sweep of 2 runs: 2 finished ({tmp_path})", 0)
 
 
 def test_runs_are_expanded_as_hydra_does():
