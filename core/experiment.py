@@ -32,6 +32,7 @@ from core.prepare import prepare
 from core.provenance import Code, changed_files, code_of, git_state
 from core.record import Lock, NoRecords, RunLogger, environment
 from core.runner import Context, reference, run_shifts, run_tasks
+from core.schema import check_settings
 from core.seed import seed_all
 from core.sinks import About, Mirror, make_sinks
 from core.strategy import CLStrategy, Strategy, TTAStrategy
@@ -106,6 +107,7 @@ def run_experiment(
         UserError: for anything the user can fix.
         Stopped: after a signal, with the state saved.
     """
+    check_settings(cfg)
     cfg = complete(cfg)
     device = set_up(cfg)
     distributed.join(device)
@@ -117,8 +119,6 @@ def run_experiment(
     kind = check_kind(cfg, stream)
     if distributed.size() > 1 and issubclass(kind, TTAStrategy):
         raise UserError(_one_process(cfg.strategy.name))
-    if cfg.stage not in ("run", "prepare"):
-        raise UserError(f"stage must be run or prepare, got {cfg.stage!r}")
     if cfg.stage == "prepare":
         return _prepare_only(cfg, stream, geometry, device, console)
     key = identity(
@@ -559,9 +559,9 @@ def _check_labels(cfg: DictConfig, stream: Stream, backbone: Backbone) -> None:
             f"backbone={cfg.backbone.name} predicts {backbone.classes} classes, but "
             f"scenario={stream.name} holds {space} classes. {fix}."
         )
-    if backbone.num_classes < stream.num_classes:
+    if backbone.num_classes != stream.num_classes:
         raise UserError(
-            f"scenario={stream.name} has labels up to {stream.num_classes - 1}, but "
+            f"scenario={stream.name} has {stream.num_classes} classes, but "
             f"backbone={cfg.backbone.name} ({backbone.tag}) has {backbone.num_classes} outputs"
         )
 
@@ -592,8 +592,6 @@ def _folder(place: Path, name: str, on_exists: str, code: Code) -> Place:
     Folders of the same settings are numbered: `name`, `name-2`, ... A folder whose method had other
     code belongs to another run, whether that is finished or not.
     """
-    if on_exists not in ("skip", "rerun", "error"):
-        raise UserError(f"on_exists must be skip, rerun or error, got {on_exists!r}")
     notes = []
     for number in count(1):
         folder = place / (name if number == 1 else f"{name}-{number}")

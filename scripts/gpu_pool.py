@@ -186,9 +186,9 @@ def main() -> int:
     plan(folder, runs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     came_to_end = Pool(folder, runs, places * given.per_gpu).run()
-    text, complete = report(folder)
-    print(text, file=sys.stdout if complete else sys.stderr)
-    return 130 if not came_to_end else 0 if complete else 1
+    text, status = report(folder)
+    print(text, file=sys.stderr if status else sys.stdout)
+    return status if came_to_end else 130
 
 
 if __name__ == "__main__":

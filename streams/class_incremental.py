@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from core.errors import UserError
+from core.ranges import Count, CountOrZero, PlainName, Seed
 from core.seed import derive
 from core.stream import Skipped, Task, TaskStream
 from streams.datasets import cifar, existing_root, expected
@@ -56,7 +57,9 @@ def task_sizes(classes: int, base: int, increment: int) -> list[int]:
 
 
 def _load(
-    dataset: Literal["cifar10", "cifar100", "imagefolder"], root: str | None, per_class: list[int]
+    dataset: Literal["cifar10", "cifar100", "imagefolder"],
+    root: str | None,
+    per_class: tuple[int, int],
 ) -> tuple[ImageSet, ImageSet]:
     if root is None:
         from streams.embedded import TASK_CLASSES, EmbeddedImages
@@ -81,17 +84,17 @@ def _load(
 
 def split_stream(
     *,
-    label: str,
+    label: PlainName,
     dataset: Literal["cifar10", "cifar100", "imagefolder"],
-    base: int,
-    increment: int,
-    class_order: Literal["seeded", "fixed"] | list[int],
-    order_seed: int,
-    batch_size: int,
-    test_batch_size: int,
+    base: CountOrZero,
+    increment: Count,
+    class_order: Literal["seeded", "fixed"] | list[CountOrZero],
+    order_seed: Seed,
+    batch_size: Count,
+    test_batch_size: Count,
     pipeline: Name,
-    embedded_images: list[int],
-    shots: int | None,
+    embedded_images: tuple[Count, Count],
+    shots: Count | None,
     single_pass: bool,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
@@ -132,8 +135,6 @@ def split_stream(
         row = np.flatnonzero((label >= classes.start) & (label < classes.stop))
         return Rows(row, label[row], np.zeros(len(row), np.int64))
 
-    if shots is not None and shots < 1:
-        raise UserError(f"scenario.shots must be at least 1, got {shots}")
     tasks, dealt = [], []
     for index, size in enumerate(sizes):
         first = sum(sizes[:index])

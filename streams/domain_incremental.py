@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import MinLen, Predicate
 from PIL import Image
 
 from core.errors import UserError, suggest
+from core.ranges import Count, PlainName, distinct
 from core.stream import Skipped, Task, TaskStream
 from streams import corruptions as C
 from streams.datasets import existing_root, expected
@@ -42,13 +44,13 @@ def _folders(root: Path, domain: str) -> tuple[Files, Files]:
 
 def domain_stream(
     *,
-    label: str,
+    label: PlainName,
     dataset: Literal["domains"],
-    domains: list[str] | None,
-    batch_size: int,
-    test_batch_size: int,
+    domains: Annotated[list[str], MinLen(1), Predicate(distinct)] | None,
+    batch_size: Count,
+    test_batch_size: Count,
     pipeline: Name,
-    embedded_images: list[int],
+    embedded_images: tuple[Count, Count],
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     workers: int,

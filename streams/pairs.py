@@ -22,15 +22,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le, MinLen, Predicate
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 
 from core.errors import UserError, suggest
+from core.ranges import Count, CountOrZero, Percent, PlainName, Seed, distinct
 from core.seed import derive
 from core.stream import Batch, Segment, ShiftStream, Skipped
 from streams import corruptions as C
@@ -367,25 +369,25 @@ def corruption_names(given: list[str] | None, baseline: float) -> list[str]:
 
 def pair_stream(
     *,
-    label: str,
+    label: PlainName,
     dataset: Dataset,
-    baseline: float,
-    speed: int,
-    walk_seed: int,
-    corruptions: list[str] | None,
+    baseline: Percent,
+    speed: Count,
+    walk_seed: Seed,
+    corruptions: Annotated[list[str], MinLen(2), Predicate(distinct)] | None,
     calibration: str | None,
-    images: int,
+    images: Count,
     image_list: str,
-    batch_size: int,
+    batch_size: Count,
     reset: Literal["never", "segment", "batch"],
-    order_seed: int,
-    corruption_seed: int,
-    jpeg_quality: int | None,
+    order_seed: Seed,
+    corruption_seed: Seed,
+    jpeg_quality: Annotated[int, Ge(1), Le(100)] | None,
     frost_dir: str | None,
-    clean_images: int,
+    clean_images: CountOrZero,
     clean_adapting: bool,
     source_from: str,
-    source_images: int | None,
+    source_images: Count | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,
@@ -397,10 +399,6 @@ def pair_stream(
     Raises:
         UserError: for missing data or settings that do not fit.
     """
-    if not 0 <= baseline <= 100:
-        raise UserError(f"scenario.baseline must be an accuracy from 0 to 100, got {baseline}")
-    if min(speed, images, batch_size) < 1:
-        raise UserError("scenario.speed, images and batch_size must be at least 1")
     names = corruption_names(corruptions, baseline)
     if calibration is None and data_root is not None:
         raise UserError(
@@ -412,8 +410,9 @@ def pair_stream(
     grid = read_calibration(path, names)
     found = images_of(dataset, data_root, image_list, order_seed, clean_images)
     notes: dict[str, object] = {}
+    frost = frost_source(frost_dir)
     if "frost" in names:
-        notes["frost"] = frost_source(frost_dir)
+        notes["frost"] = frost
 
     pairs: list[Pair] = []
     walks: list[Cells] = []

@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le, MinLen, Predicate
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 
 from core.errors import UserError, suggest
+from core.ranges import Count, CountOrZero, PlainName, Positive, Seed, Size, distinct
 from core.seed import derive
 from core.stream import Batch, Batches, Segment, ShiftStream, Skipped, SourceImages
 from streams import corruptions as C
@@ -42,6 +44,7 @@ from streams.pipelines import PHOTOMETRIC, Pipeline
 from streams.store import ImageStore
 
 Dataset = Literal["imagenet_c", "cifar10_c", "cifar100_c"]
+Severity = Literal[1, 2, 3, 4, 5]
 LABELS = {"imagenet_c": "imagenet1k", "cifar10_c": "cifar10", "cifar100_c": "cifar100"}
 
 
@@ -191,35 +194,35 @@ def _legacy(images: ImageSet) -> ImageSet:
 
 def corruption_stream(
     *,
-    label: str,
+    label: PlainName,
     dataset: Dataset,
     corrupt: Literal["released", "on_the_fly"],
-    corruptions: str | list[str],
-    severity: int | list[int],
+    corruptions: str | Annotated[list[str], MinLen(1)],
+    severity: Severity | Annotated[list[Severity], MinLen(1), Predicate(distinct)],
     order: str,
-    rounds: int,
-    delta: float,
-    imbalance: float,
-    zipf: float,
+    rounds: Count,
+    delta: Positive,
+    imbalance: Annotated[float, Ge(1)],
+    zipf: Annotated[float, Gt(1)],
     index_file: str | None,
-    images: int | None,
+    images: Count | None,
     image_list: str,
-    batch_size: int,
-    window: int | None,
+    batch_size: Count,
+    window: Count | None,
     reset: Literal["never", "segment", "batch"],
-    order_seed: int,
-    corruption_seed: int,
-    jpeg_quality: int | None,
+    order_seed: Seed,
+    corruption_seed: Seed,
+    jpeg_quality: Annotated[int, Ge(1), Le(100)] | None,
     frost_dir: str | None,
     legacy_resize: bool,
-    resize: int | None,
-    probe_images: int,
+    resize: Size | None,
+    probe_images: CountOrZero,
     probe_from: Literal["auto", "held_out", "stream"],
-    probe_every: int,
-    clean_images: int,
+    probe_every: Count,
+    clean_images: CountOrZero,
     clean_adapting: bool,
     source_from: str,
-    source_images: int | None,
+    source_images: Count | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,
@@ -232,19 +235,10 @@ def corruption_stream(
         UserError: for missing data or settings that do not fit.
     """
     names = corruption_names(corruptions)
-    severities = severity if isinstance(severity, list) else [severity]
-    if not severities or not set(severities) <= set(range(1, 6)):
-        raise UserError(f"scenario.severity must be 1..5 or a list of these, got {severity}")
-    if batch_size < 1 or rounds < 1 or probe_every < 1:
-        raise UserError("scenario.batch_size, rounds and probe_every must be at least 1")
-    if window is not None and (window < 1 or batch_size != 1):
-        raise UserError(
-            "scenario.window is for single images: it must be at least 1, and needs "
-            "scenario.batch_size=1"
-        )
+    severities: list[int] = [*severity] if isinstance(severity, list) else [severity]
+    if window is not None and batch_size != 1:
+        raise UserError("scenario.window is for single images: it needs scenario.batch_size=1")
     domain_order, label_order = parse(order)
-    if min(delta, zipf - 1) <= 0 or imbalance < 1:
-        raise UserError("scenario.delta must be above 0, zipf above 1 and imbalance at least 1")
     steps = plan(domain_order, names, severities, rounds)
     domains = list(dict.fromkeys(s.domain for s in steps))
     request = Request(
@@ -279,8 +273,9 @@ def corruption_stream(
     if manifest is not None:
         origin = "generated files (scripts/generate_corruptions.py)"
         found.notes["generated"] = manifest.settings
+    frost = frost_source(frost_dir)
     if on_the_fly and "frost" in names:
-        found.notes["frost"] = frost_source(frost_dir)
+        found.notes["frost"] = frost
 
     sets = [found.sets[d] for d in domains]
     skipped = Skipped()
@@ -454,7 +449,15 @@ def surroundings(
     Args:
         clean: clean evaluation images, if there are any.
         held_out: rows of `clean` that neither stream nor probes use.
+
+    Raises:
+        UserError: for a `source_from` that is neither a word nor a folder.
     """
+    if source_from not in ("train", "held_out") and not Path(source_from).expanduser().is_dir():
+        raise UserError(
+            f"scenario.source_from={source_from}: there is no such folder; use train, held_out or "
+            "a folder of training images"
+        )
     # Drawn once, so that warm-up, stream and clean images stay apart.
     rng = np.random.default_rng(derive(order_seed, "source"))
     held_out = rng.permutation(held_out)[:source_images]

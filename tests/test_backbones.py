@@ -97,7 +97,7 @@ def test_every_configuration_names_weights_that_exist() -> None:
 
 
 def test_the_general_configuration_asks_for_a_tag() -> None:
-    with pytest.raises(UserError, match="backbone.tag must be str"):
+    with pytest.raises(UserError, match="backbone.tag must be text that is not empty, got None"):
         config("timm")
 
 

@@ -137,12 +137,15 @@ def test_typos_get_a_short_answer(words, expected):
     ("words", "expected"),
     [
         (["++strategy.lrr=1", "strategy=tent"], "strategy has no option 'lrr'; did you mean 'lr'?"),
-        (["strategy=tent", "strategy.lr=abc"], "strategy.lr must be float, got 'abc'"),
+        (
+            ["strategy=tent", "strategy.lr=abc"],
+            "strategy.lr must be a finite number, at least 0",
+        ),
         (["strategy=tent", "scenario=split_cifar10"], "Strategies for it: aper"),
         (["strategy=finetune"], "Strategies for it: bn_adapt, cotta"),
         (["backbone=embedded_vit"], "embedded_vit"),
         (["data.root=/nowhere/at/all"], "no such folder"),
-        (["on_exists=maybe"], "on_exists must be skip, rerun or error"),
+        (["on_exists=maybe"], "on_exists must be one of 'skip', 'rerun', 'error', got 'maybe'"),
     ],
 )
 def test_wrong_settings_are_named(configure, words, expected):

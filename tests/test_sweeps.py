@@ -53,8 +53,8 @@ def test_the_report_counts_and_gives_each_reason_once(tmp_path):
     bad = {"state": "failed", "error": "lr is too large\nmore"}
     done = {"state": "finished", "before": True}
     planned(tmp_path, done, bad, bad, {"state": "running"}, {}, {"state": "finished"})
-    text, complete = sweep.report(tmp_path)
-    assert not complete
+    text, status = sweep.report(tmp_path)
+    assert status == 1
     assert "6 runs: 2 finished (1 of them before), 2 failed, 1 killed, 1 not started" in text
     assert text.count("because: lr is too large") == 1 and "more" not in text.splitlines()[3]
     assert "failed: seed=1\nfailed: seed=2\n" in text and "killed: seed=3" in text
@@ -63,14 +63,22 @@ def test_the_report_counts_and_gives_each_reason_once(tmp_path):
 
 def test_a_sweep_in_which_every_run_fails_says_so(tmp_path):
     planned(tmp_path, *[{"state": "failed", "error": "no such folder"}] * 3)
-    text, complete = sweep.report(tmp_path)
-    assert not complete and text.endswith("every run failed, all for this one reason")
+    text, status = sweep.report(tmp_path)
+    assert status == 1 and text.endswith("every run failed, all for this one reason")
     assert len(text.splitlines()) == 6
+
+
+def test_a_sweep_that_fails_for_its_settings_alone_ends_as_single_runs_do(tmp_path):
+    wrong = {"state": "failed", "error": "seed must be", "wrong_settings": True}
+    planned(tmp_path, {"state": "finished"}, wrong, wrong)
+    assert sweep.report(tmp_path)[1] == 2
+    planned(tmp_path, wrong, {"state": "failed", "error": "RuntimeError"})
+    assert sweep.report(tmp_path)[1] == 1
 
 
 def test_a_complete_sweep_is_one_line(tmp_path):
     planned(tmp_path, {"state": "finished"}, {"state": "finished"})
-    assert sweep.report(tmp_path) == (f"sweep of 2 runs: 2 finished ({tmp_path})", True)
+    assert sweep.report(tmp_path) == (f"sweep of 2 runs: 2 finished ({tmp_path})", 0)
 
 
 def test_runs_are_expanded_as_hydra_does():
