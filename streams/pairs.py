@@ -387,7 +387,7 @@ def pair_stream(
     clean_images: CountOrZero,
     clean_adapting: bool,
     source_from: str,
-    source_images: Count | None,
+    source_images: CountOrZero | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,

@@ -222,7 +222,7 @@ def corruption_stream(
     clean_images: CountOrZero,
     clean_adapting: bool,
     source_from: str,
-    source_images: Count | None,
+    source_images: CountOrZero | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,
