@@ -38,6 +38,8 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
+import core.vision  # noqa: F401  # isort: skip
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
