@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import core.vision  # noqa: F401  # isort: skip
+
 import numpy as np
 import torch
 from annotated_types import Ge, Le, MinLen, Predicate
