@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import UserError, suggest
+from core.paths import add_resolver
 from core.torchrun import requested, speaks
 
 CONF = Path(__file__).parent / "conf"
+# Flags of Hydra that take a value of their own.
+FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+FLAGS |= {"--config-dir", "-cd", "--experimental-rerun"}
 PLUGINS = {  # launcher -> the package that it needs, all in the extra `sweep`
     "joblib": "hydra_joblib_launcher",
     "slurm": "hydra_submitit_launcher",
@@ -40,9 +45,10 @@ def run(cfg: DictConfig) -> float | None:
     from core import distributed
     from core.checkpoint import Stopped
     from core.experiment import run_experiment
+    from core.sweep import typed
 
     try:
-        metrics = run_experiment(cfg, list(HydraConfig.get().overrides.task))["metrics"]
+        metrics = run_experiment(cfg, typed(HydraConfig.get().overrides.task))["metrics"]
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from None
     except UserError as error:
@@ -57,20 +63,98 @@ def run(cfg: DictConfig) -> float | None:
     return metrics.get("err_mean", metrics.get("acc_inc"))
 
 
+def check_words(words: list[str]) -> str | None:
+    """What is wrong with the command line, seen before Hydra composes it, if anything.
+
+    Hydra passes over an explicit recipe that does not exist, because the group is optional, and
+    fails with a stack trace where a group is given anything but a name.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    groups = {p.name for p in CONF.iterdir() if p.is_dir()} - {"hydra"} | {"local"}
+    flag = False  # whether the word before takes this one
+    for word in words:
+        if word.startswith("-"):
+            flag = word in FLAGS
+            continue
+        if flag:
+            flag = False
+            continue
+        if "=" not in word and not word.startswith("~"):
+            return f"{word!r} is no setting: a setting is typed key=value"
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            return _quoted(word)
+        key, value = override.key_or_group, override.value()
+        if key.startswith("hydra.run."):
+            return f"{key} has no effect here: root=... says where results go"
+        values = [value]
+        if override.is_sweep_override():
+            values = list(override.sweep_iterator())
+            if not values:
+                return f"{word} holds no value: the sweep has no run"
+        if key not in groups:
+            continue
+        if override.is_delete():
+            return f"{word}: {key} cannot be left out; choose one with {key}=..."
+        if isinstance(value, dict):
+            inner = next(iter(value), "key")
+            return f"{word}: {key} takes the name of an option; write {key}.{inner}=... to set one"
+        for one in values:
+            name = str(one)
+            if one is None and key == "experiment":
+                return "experiment=null is what an experiment left out means: leave it out"
+            if not (CONF / key / f"{name}.yaml").is_file():
+                return _unknown(key, "null" if one is None else name)
+    return None
+
+
+def _unknown(group: str, name: str) -> str:
+    """A group has no such option: the nearest one and all of them."""
+    options = sorted(
+        p.relative_to(CONF / group).with_suffix("").as_posix()
+        for p in (CONF / group).rglob("*.yaml")
+    )
+    options += ["basic"] if group == "hydra/launcher" else []
+    text = f"{group}={name}: no such option{suggest(name, options)}"
+    return f"{text}\noptions of {group}: {', '.join(options) or '(none)'}"
+
+
+def _quoted(word: str) -> str:
+    """How to type a value that Hydra's grammar takes for something else."""
+    key, _, value = word.partition("=")
+    value = value.strip("\"'")
+    quote = "'" if '"' in value else '"'
+    typed = shlex.quote(f"{key}={quote}{value}{quote}")
+    return (
+        f"{key}: {value!r} cannot be read as it stands; a value with =, #, $, blanks, brackets, "
+        f"commas or colons is typed in two pairs of quotes: {typed}"
+    )
+
+
+def flags_first(words: list[str]) -> list[str]:
+    """Flags before settings: Python's parser takes settings on one side of a flag only."""
+    flags, settings, value_next = [], [], False
+    for word in words:
+        (flags if value_next or word.startswith("-") else settings).append(word)
+        value_next = word in FLAGS
+    return flags + settings
+
+
 def explain(error: BaseException) -> str:
     """A Hydra or OmegaConf error in one short message, with the nearest valid name."""
     text = str(error)
+    if key := getattr(error, "full_key", None):
+        return f"{key}: {text.splitlines()[0]}"
     found = re.search(r"Could not find '((?:hydra/)?[^/']+)/([^']+)'", text)
     if found and (CONF / found.group(1)).is_dir():
-        group, given = found.groups()
-        options = sorted(
-            p.relative_to(CONF / group).with_suffix("").as_posix()
-            for p in (CONF / group).rglob("*.yaml")
-        )
-        options += ["basic"] if group == "hydra/launcher" else []
+        return _unknown(*found.groups())
+    if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
+        key, value = found.groups()
         return (
-            f"{group}={given}: no such option{suggest(given, options)}\n"
-            f"options of {group}: {', '.join(options)}"
+            f"{key}={value}: commas separate the runs of a sweep, which needs -m (--multirun); a "
+            f"list is typed '{key}=[{value}]', a text '{key}=\"{value}\"'"
         )
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found.group(1).split("@")[0].lstrip("+~")
@@ -78,6 +162,8 @@ def explain(error: BaseException) -> str:
             f"{key}: no such setting{suggest(key, _keys())}\n"
             "all settings: the same command with --cfg job"
         )
+    if text.startswith("Cannot find primary config"):
+        return text.splitlines()[0]
     return "\n".join(line for line in text.splitlines() if line.strip())
 
 
@@ -156,8 +242,10 @@ def check_launcher(words: list[str]) -> str | None:
 
 def main() -> int:
     """Run and turn every expected failure into one message and an exit status."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach this function as they are
-    if trouble := check_launcher(sys.argv[1:]):
+    add_resolver()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function as they are
+    sys.argv[1:] = flags_first(sys.argv[1:])
+    if trouble := check_words(sys.argv[1:]) or check_launcher(sys.argv[1:]):
         if speaks():
             print(f"error: {trouble}", file=sys.stderr)
         return 2
@@ -195,9 +283,9 @@ def sweep() -> int:
         print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
         status = 1
     if Planned.folder is not None:
-        text, complete = report(Planned.folder)
-        print(text, file=sys.stdout if complete else sys.stderr)
-        status = status or (0 if complete else 1)
+        text, ending = report(Planned.folder)
+        print(text, file=sys.stderr if ending else sys.stdout)
+        status = status or ending
     return status
 
 

@@ -32,6 +32,10 @@ AVERAGE = ("scenario.order_seed",)  # settings that are repetitions, as the seed
 # Keys of a configuration that no number depends on, names, and the record of a search.
 NO_SETTING = (*VOLATILE, *(f"data.{key}" for key in VOLATILE_DATA), "seed", "tuned")
 NO_SETTING += tuple(f"{group}.{key}" for group in IDENTITY[:3] for key in ("name", "label"))
+SEEDS_AGREE = (
+    "every seed gave the same numbers: nothing in it draws on the seed. The order of classes and "
+    "images comes from scenario.order_seed ('scenario.order_seed=${seed}' makes it follow the seed)"
+)
 STAND_IN = {  # label in the name of a scenario -> what it says about the images
     "[embedded]": "embedded stand-in images, not the data set of that name",
     "[on_the_fly]": "corruptions made on the fly, not the released files",
@@ -297,6 +301,9 @@ def notes(runs: pd.DataFrame, used: pd.DataFrame, average: Sequence[str] = AVERA
         varied = [k.removeprefix("config.") for k in shared if some[k].map(str).nunique() > 1]
         if varied := [k for k in varied if k not in average]:
             found.append(f"{title(place)}: not all runs agree in {', '.join(varied)}")
+        for method, repeated in some.groupby("method"):
+            if seeds_agree(repeated):
+                found.append(f"{title(place)}: {method}: {SEEDS_AGREE}")
         for name, what in {
             "environment.git.dirty": "runs of changed code (their patch.diff says how)",
             "skipped_images": "runs that skipped unreadable images",
@@ -304,6 +311,14 @@ def notes(runs: pd.DataFrame, used: pd.DataFrame, average: Sequence[str] = AVERA
             n = int(some[name].fillna(0).astype(int).gt(0).sum()) if name in some else 0
             found += [f"{title(place)}: {n} {what}"] if n else []
     return found
+
+
+def seeds_agree(runs: pd.DataFrame) -> bool:
+    """Whether runs of one method differ in nothing but the seed and have the same metrics."""
+    if runs["seed"].nunique() < 2 or runs["order"].nunique() > 1:
+        return False
+    metrics = runs[named(runs, "metrics.")]
+    return bool((metrics.nunique(dropna=False) == 1).all())
 
 
 def stand_in(scenario: str) -> str:

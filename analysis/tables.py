@@ -212,7 +212,10 @@ class Table:
 
 
 def cell(row: pd.Series) -> str:
-    """`mean`, `mean ± std`, or `mean ± over seeds ± over orders`."""
+    """`mean`, `mean ± std`, or `mean ± over seeds ± over orders`; `mean (every seed)` where all
+    seeds gave one number, which is no measurement of a spread."""
+    if row["std_seeds"] == 0 and row["metric"] not in COST and math.isnan(row["std_orders"]):
+        return f"{number(row['mean'], row['metric'])} (every seed)"
     stds = [row[k] for k in ("std_seeds", "std_orders") if not math.isnan(row[k])]
     if row["metric"] in COST:
         stds = []  # spread of time and memory is the machine's, not the method's
@@ -225,7 +228,11 @@ def _spread_over(long: pd.DataFrame) -> str:
         return "One run each."
     over = {(True, False): "seeds", (False, True): "orders"}
     both = "seeds within an order ± over orders"
-    return f"Mean ± standard deviation (n-1) over {over.get((bool(seeds), bool(orders)), both)}."
+    fixed = (
+        " (every seed): the seed changes nothing there." if (long["std_seeds"] == 0).any() else ""
+    )
+    spread = over.get((bool(seeds), bool(orders)), both)
+    return f"Mean ± standard deviation (n-1) over {spread}.{fixed}"
 
 
 def grid(runs: pd.DataFrame, metrics: Sequence[str], what: str = "") -> Table:

@@ -14,14 +14,17 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlparse
+
+import core.vision  # noqa: F401  # isort: skip
 
 import huggingface_hub
 import safetensors.torch
 import timm
 import torch
 import torchvision
+from annotated_types import Ge, Le
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,6 +37,7 @@ from backbones.backbone import Backbone
 from backbones.resnext_cifar import CifarResNeXt
 from backbones.wide_resnet import WideResNet
 from core.errors import UserError, suggest
+from core.ranges import PlainName, Size
 
 RANDOM = "random"  # value of `checkpoint` that asks for random weights
 WEIGHTS = Path(__file__).parent / "weights"
@@ -82,7 +86,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: for a missing or damaged file, for pickled objects, for anything but tensors.
     """
-    file = Path(path).expanduser()
+    file = Path(path)
     if not file.is_file():
         raise UserError(f"backbone.checkpoint={str(path)!r}: there is no such file")
     try:
@@ -174,8 +178,8 @@ def _network_timeout() -> Iterator[None]:
 
 def _unreachable(tag: str, source: str, reason: str) -> UserError:
     return UserError(
-        f"the weights {tag!r} are not in the local cache and cannot be downloaded from {source} "
-        f"({reason}). Fetch the file elsewhere and pass "
+        f"backbone weights with the tag {tag!r} are not in the local cache and cannot be "
+        f"downloaded from {source} ({reason}). Fetch the file elsewhere and pass "
         "backbone.checkpoint=/path/to/file.safetensors"
     )
 
@@ -327,13 +331,13 @@ def _from_file(
 
 def timm_backbone(
     *,
-    name: str,
+    name: PlainName,
     tag: str,
     checkpoint: str | None,
     normalize: Literal["checkpoint", "none", "imagenet"],
     classes: str | None,
-    num_classes: int | None,
-    input_size: int | None,
+    num_classes: Annotated[int, Ge(0), Le(10**6)] | None,
+    input_size: Size | None,
 ) -> Backbone:
     """Any timm network, identified by `architecture.tag`.
 
@@ -357,10 +361,6 @@ def timm_backbone(
     full = resolve_tag(tag)
     arch = full.partition(".")[0]
     cfg = timm.get_pretrained_cfg(full) or PretrainedCfg()
-    if num_classes is not None and num_classes < 0:
-        raise UserError(f"backbone.num_classes must be null, 0 or positive, got {num_classes}")
-    if input_size is not None and input_size < 1:
-        raise UserError(f"backbone.input_size must be positive, got {input_size}")
     options: dict[str, Any] = {}
     if input_size not in (None, cfg.input_size[-1]) and cfg.fixed_input_size:
         options["img_size"] = (input_size, input_size)
@@ -407,7 +407,7 @@ def timm_backbone(
 
 def torchvision_backbone(
     *,
-    name: str,
+    name: PlainName,
     arch: str,
     weights: str,
     checkpoint: str | None,
@@ -473,7 +473,7 @@ def torchvision_backbone(
 
 def embedded_backbone(
     *,
-    name: str,
+    name: PlainName,
     arch: Literal["embedded_resnet", "embedded_vit", "embedded_vit_head"],
     normalize: Literal["checkpoint", "none"],
 ) -> Backbone:
@@ -510,7 +510,7 @@ def embedded_backbone(
 
 def robustbench_backbone(
     *,
-    name: str,
+    name: PlainName,
     model: Literal["Standard", "Hendrycks2020AugMix_WRN", "Hendrycks2020AugMix_ResNeXt"],
     dataset: Literal["cifar10", "cifar100"],
     checkpoint: str | None,

@@ -35,6 +35,7 @@ from backbones.heads import CosineHead, PrototypeHead
 from backbones.peft_bank import PeftBank
 from cl.common import evaluation_mode, freeze_pretrained_head, rate_factor, require_finite
 from core.errors import Diverged, UserError
+from core.ranges import Below1, Count, NonNegative, Size, Unit
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
 
@@ -68,20 +69,17 @@ class APER(CLStrategy):
         *,
         seed: int,
         tuning: Tuning,
-        epochs: int,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        rank: int,
-        dropout: float,
-        scale: float,
-        prompt_length: int,
+        epochs: Count,
+        lr: NonNegative,
+        momentum: Unit,
+        weight_decay: NonNegative,
+        rank: Size,
+        dropout: Below1,
+        scale: NonNegative,
+        prompt_length: Size,
         peft: dict[str, Any] | None,
     ) -> None:
         super().__init__(backbone, seed=seed)
-        for key, value in {"epochs": epochs, "rank": rank, "prompt_length": prompt_length}.items():
-            if value < 1:
-                raise UserError(f"strategy.{key} must be at least 1, got {value}")
         if tuning == "peft" and not peft:
             raise UserError(
                 "strategy.tuning=peft needs strategy.peft, for example "

@@ -37,7 +37,8 @@ from backbones.backbone import Backbone, weights_hash
 from backbones.bank import AdapterBank
 from backbones.heads import CosineHead
 from cl.common import evaluation_mode, rate_factor, require_finite
-from core.errors import Diverged, UserError
+from core.errors import Diverged
+from core.ranges import Below1, Count, NonNegative, Size, Unit
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
 
@@ -118,27 +119,23 @@ class Ease(CLStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        epochs: int,
-        epochs_later: int | None,
-        rank: int,
-        scale: float,
-        dropout: float,
+        epochs: Count,
+        epochs_later: Count | None,
+        rank: Size,
+        scale: NonNegative,
+        dropout: Below1,
         optimizer: Literal["sgd", "adam"],
-        lr: float,
-        lr_later: float | None,
-        momentum: float,
-        weight_decay: float,
-        alpha: float,
+        lr: NonNegative,
+        lr_later: NonNegative | None,
+        momentum: Unit,
+        weight_decay: NonNegative,
+        alpha: NonNegative,
         reweight: Literal["code", "paper"],
         recalc_sim: bool,
         use_init_ptm: bool,
-        beta: float,
+        beta: NonNegative,
     ) -> None:
         super().__init__(backbone, seed=seed)
-        if rank < 1:
-            raise UserError(f"strategy.rank must be at least 1, got {rank}")
-        if not 0 <= dropout < 1:
-            raise UserError(f"strategy.dropout must lie in [0, 1), got {dropout}")
         backbone.eval().requires_grad_(False)
         self.all_epochs = epochs, epochs if epochs_later is None else epochs_later
         self.rates = lr, lr if lr_later is None else lr_later

@@ -33,7 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from backbones.backbone import Backbone
 from cl.common import Schedule, Scope, Store, evaluation_mode
 from cl.l2 import Anchored
-from core.errors import Diverged, UserError
+from core.errors import Diverged
+from core.ranges import Count, CountOrZero, NonNegative, Unit
 from core.stream import Task
 
 
@@ -58,23 +59,23 @@ class EWC(Anchored):
         *,
         seed: int,
         num_classes: int,
-        epochs: int,
+        epochs: Count,
         optimizer: Literal["sgd"],
-        lr: float,
-        head_lr: float,
-        momentum: float,
-        weight_decay: float,
-        weight_decay_later: float,
+        lr: NonNegative,
+        head_lr: NonNegative,
+        momentum: Unit,
+        weight_decay: NonNegative,
+        weight_decay_later: NonNegative,
         schedule: Schedule,
-        milestones: list[int],
-        milestones_later: list[int],
-        lr_decay: float,
+        milestones: list[CountOrZero],
+        milestones_later: list[CountOrZero],
+        lr_decay: Unit,
         loss_scope: Scope,
         freeze_bn: bool,
-        weight: float,
-        gamma: float,
+        weight: NonNegative,
+        gamma: Unit,
         fisher: Literal["weighted", "empirical", "sampled"],
-        fisher_batch: int,
+        fisher_batch: Count,
         theta_star: Literal["last", "each"],
     ) -> None:
         super().__init__(
@@ -96,10 +97,6 @@ class EWC(Anchored):
             freeze_bn=freeze_bn,
             weight=weight,
         )
-        if not 0 <= gamma <= 1:
-            raise UserError(f"strategy.gamma must lie in [0, 1], got {gamma}")
-        if fisher_batch < 1:
-            raise UserError(f"strategy.fisher_batch must be at least 1, got {fisher_batch}")
         self.gamma, self.theta_star = gamma, theta_star
         self.fisher_kind, self.fisher_batch = fisher, fisher_batch
         self.fisher = Store()  # F, by the name of the parameter

@@ -31,6 +31,7 @@ from cl.common import (
     scope_columns,
     scoped_cross_entropy,
 )
+from core.ranges import Count, CountOrZero, NonNegative, Unit
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
 
@@ -56,17 +57,17 @@ class Finetune(CLStrategy):
         *,
         seed: int,
         num_classes: int,
-        epochs: int,
+        epochs: Count,
         optimizer: Literal["sgd"],
-        lr: float,
-        head_lr: float,
-        momentum: float,
-        weight_decay: float,
-        weight_decay_later: float,
+        lr: NonNegative,
+        head_lr: NonNegative,
+        momentum: Unit,
+        weight_decay: NonNegative,
+        weight_decay_later: NonNegative,
         schedule: Schedule,
-        milestones: list[int],
-        milestones_later: list[int],
-        lr_decay: float,
+        milestones: list[CountOrZero],
+        milestones_later: list[CountOrZero],
+        lr_decay: Unit,
         loss_scope: Scope,
         freeze_bn: bool,
     ) -> None:

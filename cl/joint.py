@@ -21,6 +21,7 @@ from backbones.backbone import Backbone
 from backbones.heads import ExpandingLinear
 from cl.common import Schedule
 from cl.finetune import Finetune
+from core.ranges import Count, CountOrZero, NonNegative, Unit
 from core.stream import Batch, Task
 
 
@@ -40,15 +41,15 @@ class Joint(Finetune):
         *,
         seed: int,
         num_classes: int,
-        epochs: int,
+        epochs: Count,
         optimizer: Literal["sgd"],
-        lr: float,
-        head_lr: float,
-        momentum: float,
-        weight_decay: float,
+        lr: NonNegative,
+        head_lr: NonNegative,
+        momentum: Unit,
+        weight_decay: NonNegative,
         schedule: Schedule,
-        milestones: list[int],
-        lr_decay: float,
+        milestones: list[CountOrZero],
+        lr_decay: Unit,
         freeze_bn: bool,
         trains: Literal["all", "head"],
         when: Literal["per_task", "final_only"],

@@ -20,7 +20,7 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from cl.common import Schedule, Scope, Store
 from cl.finetune import Finetune
-from core.errors import UserError
+from core.ranges import Count, CountOrZero, NonNegative, Unit
 from core.stream import Task
 
 
@@ -34,8 +34,6 @@ class Anchored(Finetune):
 
     def __init__(self, backbone: Backbone, *, weight: float, **options: Any) -> None:
         super().__init__(backbone, **options)
-        if weight < 0:
-            raise UserError(f"strategy.weight must not be negative, got {weight}")
         self.weight = weight
         self.anchor = Store()  # theta*, by the name of the parameter; of the head its first rows
 
@@ -84,20 +82,20 @@ class L2(Anchored):
         *,
         seed: int,
         num_classes: int,
-        epochs: int,
+        epochs: Count,
         optimizer: Literal["sgd"],
-        lr: float,
-        head_lr: float,
-        momentum: float,
-        weight_decay: float,
-        weight_decay_later: float,
+        lr: NonNegative,
+        head_lr: NonNegative,
+        momentum: Unit,
+        weight_decay: NonNegative,
+        weight_decay_later: NonNegative,
         schedule: Schedule,
-        milestones: list[int],
-        milestones_later: list[int],
-        lr_decay: float,
+        milestones: list[CountOrZero],
+        milestones_later: list[CountOrZero],
+        lr_decay: Unit,
         loss_scope: Scope,
         freeze_bn: bool,
-        weight: float,
+        weight: NonNegative,
     ) -> None:
         super().__init__(
             backbone,

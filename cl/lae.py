@@ -38,7 +38,7 @@ from cl.common import (
     scope_columns,
     scoped_cross_entropy,
 )
-from core.errors import UserError
+from core.ranges import Count, CountOrZero, NonNegative, Size, Unit
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
 
@@ -80,30 +80,24 @@ class LAE(CLStrategy):
         *,
         seed: int,
         num_classes: int,
-        epochs: int,
+        epochs: Count,
         pet: Literal["adapter", "lora", "prefix"],
-        blocks: int,
-        rank: int,
+        blocks: Count,
+        rank: Size,
         adapter_mode: Literal["parallel", "before", "after"],
-        prefix_length: int,
+        prefix_length: Size,
         compensate: bool,
-        scale: float | None,
-        lr: float,
-        freeze_epochs: int,
+        scale: NonNegative | None,
+        lr: NonNegative,
+        freeze_epochs: CountOrZero,
         freeze_first_task: bool,
-        ema_decay: float,
+        ema_decay: Unit,
         ema_start: Literal["after_first_task", "init"],
         loss_scope: Scope,
         drop_last: bool,
         experts: Literal["both", "online", "offline"],
     ) -> None:
         super().__init__(backbone, seed=seed)
-        sizes = {"blocks": blocks, "rank": rank, "prefix_length": prefix_length}
-        for key, value in sizes.items():
-            if value < 1:
-                raise UserError(f"strategy.{key} must be at least 1, got {value}")
-        if not 0 <= ema_decay <= 1:
-            raise UserError(f"strategy.ema_decay must lie in [0, 1], got {ema_decay}")
         if freeze_epochs >= epochs:
             warnings.warn(
                 f"strategy.freeze_epochs={freeze_epochs} covers all {epochs} epochs of a task: the "

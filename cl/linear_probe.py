@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from backbones.backbone import Backbone, weights_hash
 from cl.common import Schedule, Scope, evaluation_mode
 from cl.finetune import Finetune
+from core.ranges import Count, CountOrZero, NonNegative, Unit
 
 
 class LinearProbe(Finetune):
@@ -27,16 +28,16 @@ class LinearProbe(Finetune):
         *,
         seed: int,
         num_classes: int,
-        epochs: int,
+        epochs: Count,
         optimizer: Literal["sgd"],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        weight_decay_later: float,
+        lr: NonNegative,
+        momentum: Unit,
+        weight_decay: NonNegative,
+        weight_decay_later: NonNegative,
         schedule: Schedule,
-        milestones: list[int],
-        milestones_later: list[int],
-        lr_decay: float,
+        milestones: list[CountOrZero],
+        milestones_later: list[CountOrZero],
+        lr_decay: Unit,
         loss_scope: Scope,
     ) -> None:
         backbone.requires_grad_(False)

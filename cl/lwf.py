@@ -25,7 +25,7 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from cl.common import Schedule, Scope, Store, evaluation_mode, require_finite, scoped_cross_entropy
 from cl.finetune import Finetune
-from core.errors import UserError
+from core.ranges import Count, CountOrZero, NonNegative, Positive, Unit
 from core.stream import Batch, Task
 
 
@@ -44,22 +44,22 @@ class LwF(Finetune):
         *,
         seed: int,
         num_classes: int,
-        epochs: int,
+        epochs: Count,
         optimizer: Literal["sgd"],
-        lr: float,
-        head_lr: float,
-        momentum: float,
-        weight_decay: float,
-        weight_decay_later: float,
+        lr: NonNegative,
+        head_lr: NonNegative,
+        momentum: Unit,
+        weight_decay: NonNegative,
+        weight_decay_later: NonNegative,
         schedule: Schedule,
-        milestones: list[int],
-        milestones_later: list[int],
-        lr_decay: float,
+        milestones: list[CountOrZero],
+        milestones_later: list[CountOrZero],
+        lr_decay: Unit,
         loss_scope: Scope,
         freeze_bn: bool,
-        alpha: float,
-        tau: float,
-        warmup_epochs: int | None,
+        alpha: NonNegative,
+        tau: Positive,
+        warmup_epochs: CountOrZero | None,
     ) -> None:
         super().__init__(
             backbone,
@@ -79,8 +79,6 @@ class LwF(Finetune):
             loss_scope=loss_scope,
             freeze_bn=freeze_bn,
         )
-        if tau <= 0:
-            raise UserError(f"strategy.tau must be above 0, got {tau}")
         self.alpha, self.tau = alpha, tau
         self.warmup_epochs = epochs if warmup_epochs is None else warmup_epochs
         self.old = Store()  # of the current task: `index` int64 [N], ascending; `scores` [N, C_old]

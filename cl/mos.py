@@ -38,10 +38,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from backbones.adapters import Bottleneck
@@ -49,7 +50,8 @@ from backbones.backbone import Backbone, weights_hash
 from backbones.bank import AdapterBank
 from backbones.heads import PrototypeHead
 from cl.common import evaluation_mode, rate_factor, require_finite, scoped_cross_entropy
-from core.errors import Diverged, UserError
+from core.errors import Diverged
+from core.ranges import Below1, Count, CountOrZero, NonNegative, Size, Unit
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
 
@@ -136,35 +138,25 @@ class Mos(CLStrategy):
         *,
         seed: int,
         num_classes: int,
-        epochs: int,
-        rank: int,
-        scale: float,
-        dropout: float,
-        lr: float,
-        head_lr_factor: float,
-        momentum: float,
-        weight_decay: float,
+        epochs: Count,
+        rank: Size,
+        scale: NonNegative,
+        dropout: Below1,
+        lr: NonNegative,
+        head_lr_factor: NonNegative,
+        momentum: Unit,
+        weight_decay: NonNegative,
         mode: Literal["functional", "official"],
-        pull: float,
-        reg: float,
+        pull: Below1,
+        reg: NonNegative,
         statistics: Literal["covariance", "variance"],
-        statistics_batch: int,
-        align_epochs: int,
-        align_lr: float,
-        align_samples: int,
+        statistics_batch: Count,
+        align_epochs: CountOrZero,
+        align_lr: NonNegative,
+        align_samples: Annotated[int, Ge(1), Le(10**5)],
         ensemble: bool,
     ) -> None:
         super().__init__(backbone, seed=seed)
-        for name, value in (
-            ("rank", rank),
-            ("statistics_batch", statistics_batch),
-            ("align_samples", align_samples),
-        ):
-            if value < 1:
-                raise UserError(f"strategy.{name} must be at least 1, got {value}")
-        for name, share in (("pull", pull), ("dropout", dropout)):
-            if not 0 <= share < 1:
-                raise UserError(f"strategy.{name} must lie in [0, 1), got {share}")
         backbone.eval().requires_grad_(False)
         self.epochs, self.lr, self.head_lr_factor = epochs, lr, head_lr_factor
         self.momentum, self.weight_decay = momentum, weight_decay

@@ -27,9 +27,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor, nn
 
 from backbones.adapters import Adapter
@@ -45,6 +46,7 @@ from cl.common import (
 )
 from core.distributed import average_gradients, dropout
 from core.errors import UserError
+from core.ranges import Below1, Count, NonNegative, Positive, Size
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
 from kernels import adapter
@@ -155,29 +157,21 @@ class OLoRA(CLStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        epochs: int,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        lambda1: float | list[float],
-        lambda2: float,
+        epochs: Count,
+        rank: Size,
+        alpha: NonNegative,
+        dropout: Below1,
+        lambda1: NonNegative | Annotated[list[NonNegative], MinLen(1)],
+        lambda2: NonNegative,
         ortho_reduction: Literal["sum", "mean_over_old_tasks"],
         head: Literal["linear_local", "linear_global"],
         optimizer: Literal["adam", "sgd"],
-        lr: float,
+        lr: NonNegative,
         schedule: Literal["constant", "cosine"],
-        clip_norm: float | None,
+        clip_norm: Positive | None,
         evaluation: Literal["merged", "branches"],
     ) -> None:
         super().__init__(backbone, seed=seed)
-        if rank < 1:
-            raise UserError(f"strategy.rank must be at least 1, got {rank}")
-        if not 0 <= dropout < 1:
-            raise UserError(f"strategy.dropout must lie in [0, 1), got {dropout}")
-        if lambda1 == []:
-            raise UserError("strategy.lambda1 must be a number or a list with at least one")
-        if clip_norm is not None and clip_norm <= 0:
-            raise UserError(f"strategy.clip_norm must be above 0 or null, got {clip_norm}")
         self.epochs, self.lr, self.schedule, self.clip_norm = epochs, lr, schedule, clip_norm
         self.lambda1 = list(lambda1) if isinstance(lambda1, list) else [lambda1]
         self.lambda2, self.ortho_reduction = lambda2, ortho_reduction

@@ -1,69 +1,173 @@
-"""From a configuration node to an object: the one place where `_target_` is resolved."""
+"""From a configuration node to an object: the one place where `_target_` is resolved.
+
+What an option may be stands in the signature of its target (`core/ranges.py`); `check` compares a
+node with it without building anything, `build` checks and then calls the target.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import UserError, suggest
+from core.ranges import alternatives, bare, describe, fits
 
 ALLOWED = ("cl.", "tta.", "backbones.", "streams.", "core.", "kernels.")
 
 
-def locate(target: str) -> Any:
+def locate(target: Any, at: str = "") -> Any:
     """The class or function that a dotted `_target_` names, from this project's packages only.
+
+    Args:
+        at: where the node stands in the configuration, for messages.
 
     Raises:
         UserError: for a target outside `ALLOWED` or one that does not exist.
     """
-    if not target.startswith(ALLOWED):
-        raise UserError(f"_target_={target!r} is not allowed; it must start with one of {ALLOWED}")
+    key = f"{at}._target_" if at else "_target_"
+    if not isinstance(target, str) or not target.startswith(ALLOWED):
+        raise UserError(f"{key}={target!r} is not allowed; it must start with one of {ALLOWED}")
     module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        thing = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         if error.name and module.startswith(error.name):
-            raise UserError(f"_target_={target!r}: there is no module {error.name!r}") from error
+            raise UserError(f"{key}={target!r}: there is no module {error.name!r}") from error
         raise
     except AttributeError as error:
-        raise UserError(f"_target_={target!r}: {module} has no {name!r}") from error
+        raise UserError(f"{key}={target!r}: {module} has no {name!r}") from error
+    if not callable(thing):
+        raise UserError(f"{key}={target!r} is neither a class nor a function")
+    return thing
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind in (Any, inspect.Parameter.empty) or isinstance(kind, typing.TypeVar):
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is typing.Literal:
-        return value in args
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is type(None) or kind is None:
-        return value is None
-    target = origin or kind
-    if (
-        isinstance(value, list) and target in (tuple, list)
-    ) or target.__module__ == "collections.abc":
-        return isinstance(value, list) and all(_fits(v, args[0]) for v in value if args)
-    return isinstance(value, target) if isinstance(target, type) else True
+def result(target: Any) -> Any:
+    """What a located target makes: the class itself, or the annotated result of a function."""
+    return target if inspect.isclass(target) else _hints(target).get("return", Any)
 
 
-def _describe(kind: Any) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, args))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(a) for a in args)
-    return getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+def _hints(target: Any) -> dict[str, Any]:
+    return typing.get_type_hints(
+        target.__init__ if inspect.isclass(target) else target, include_extras=True
+    )
+
+
+def check(node: Mapping[str, Any], /, *, at: str, live: Collection[str] = ()) -> None:
+    """Compare the options of a node that has a `_target_` with the signature of that target.
+
+    Args:
+        node: plain mapping with `_target_`, an optional `name` and keyword options; nested nodes
+            are compared with their own targets.
+        at: where the node stands in the configuration, for messages (`"strategy"`).
+        live: parameters, of nested nodes too, that get an object no configuration can hold.
+
+    Raises:
+        UserError: for an unknown, missing or wrongly typed option, one outside its range, or a
+            target that makes something else, naming the nearest option.
+    """
+    if "_target_" not in node:
+        raise UserError(f"{at}._target_ is missing: what {at} is made of")
+    name = node["_target_"]
+    options = {k: v for k, v in node.items() if k != "_target_"}
+    check_call(locate(name, at), options, at=at, live=live, of=f" ({at}._target_={name})")
+
+
+def check_call(
+    target: Any,
+    options: Mapping[str, Any],
+    *,
+    at: str,
+    live: Collection[str] = (),
+    of: str = "",
+) -> None:
+    """Compare keyword options with the signature of a class or function.
+
+    Raises:
+        UserError: as for `check`, which says what the arguments are.
+    """
+    parameters = inspect.signature(target).parameters
+    kinds = {k: _hints(target).get(k, Any) for k in parameters if k not in live and k != "self"}
+    required = {k for k in kinds if parameters[k].default is inspect.Parameter.empty}
+    if "name" not in kinds:
+        options = {k: v for k, v in options.items() if k != "name"}
+    check_options(options, kinds, required, at=at, of=of, live=live)
+
+
+def check_options(
+    options: Mapping[str, Any],
+    kinds: Mapping[str, Any],
+    required: Collection[str],
+    *,
+    at: str,
+    of: str = "",
+    live: Collection[str] = (),
+) -> None:
+    """Every option is known and of its kind, and none is missing.
+
+    Args:
+        at: what stands before the names of the options, empty at the top level.
+        of: said of an unknown option at the end.
+        live: parameters of nested nodes that get an object no configuration can hold.
+
+    Raises:
+        UserError: for the first that is not.
+    """
+    for key, value in options.items():
+        if key not in kinds:
+            near = suggest(str(key), kinds)
+            raise UserError(f"{at or 'the configuration'} has no option {key!r}{near}{of}")
+        check_value(value, kinds[key], at=f"{at}.{key}" if at else key, live=live)
+    for key in kinds:
+        if key in required and key not in options:
+            raise UserError(f"{at}.{key} is missing" if at else f"{key} is missing")
+
+
+def check_value(value: Any, kind: Any, *, at: str, live: Collection[str] = ()) -> None:
+    """One value, nested ones included.
+
+    Raises:
+        UserError: what is allowed at `at`, what was found, and the nearest allowed word.
+    """
+    options = [bare(one)[0] for one in alternatives(kind)]
+    free = any((typing.get_origin(one) or one) is dict for one in options)
+    if isinstance(value, dict) and "_target_" in value and not free:
+        check(value, at=at, live=live)
+        made = result(locate(value["_target_"], at))
+        classes = [one for one in options if inspect.isclass(one)]
+        if classes and not any(inspect.isclass(made) and issubclass(made, c) for c in classes):
+            raise UserError(f"{at} must be {describe(kind)}, got {value['_target_']}")
+        return
+    groups = [one for one in options if typing.is_typeddict(one)]
+    if isinstance(value, dict) and groups:
+        hints = typing.get_type_hints(groups[0], include_extras=True)
+        check_options(value, hints, groups[0].__required_keys__, at=at)
+        return
+    if isinstance(value, list):
+        rows = [a for o in options for a in typing.get_args(o) if typing.is_typeddict(a)]
+        for index, row in enumerate(value if rows else []):
+            check_value(row, rows[0], at=f"{at}[{index}]")
+    if not fits(value, kind):
+        raise UserError(f"{at} must be {describe(kind)}, got {value!r}{_hint(value, kind, at)}")
+
+
+def _hint(value: Any, kind: Any, at: str) -> str:
+    """The nearest allowed word, or how to type what was meant."""
+    options = [bare(one)[0] for one in alternatives(kind)]
+    literals = [one for one in options if typing.get_origin(one) is typing.Literal]
+    words = [word for one in literals for word in typing.get_args(one)]
+    groups = [one for one in options if typing.is_typeddict(one)]
+    if words and isinstance(value, str):
+        return suggest(value, [w for w in words if isinstance(w, str)])
+    if groups:
+        return f"; set one of {', '.join(f'{at}.{k}' for k in groups[0].__annotations__)}"
+    if str in options and isinstance(value, int | float):
+        return f"; a text that looks like a number needs quotes: '{at}=\"{value}\"'"
+    return ""
 
 
 def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
@@ -71,36 +175,29 @@ def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
 
     Args:
         node: mapping with `_target_`, an optional `name`, and keyword options; an option that is
-            such a mapping itself is built first, with the same `live` objects.
+            such a mapping itself is built first, with the same live objects.
         at: where the node stands in the configuration, for messages (`"strategy"`).
         live: objects that no configuration can hold (backbone, stream facts, seed).
 
     Raises:
-        UserError: for an unknown, missing or wrongly typed option, naming the nearest one.
+        UserError: as for `check`.
     """
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     options = {str(k): v for k, v in typing.cast(dict[Any, Any], plain).items()}
-    target = locate(options.pop("_target_"))
+    check(options, at=at, live=live)
+    target = locate(options.pop("_target_"), at)
+    hints = _hints(target)
     parameters = inspect.signature(target).parameters
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     if "name" not in parameters:
         options.pop("name", None)
-    allowed = [k for k in parameters if k not in live and k != "self"]
     for key, value in options.items():
-        if key not in allowed:
-            raise UserError(f"{at} has no option {key!r}{suggest(key, allowed)}")
+        kind, _ = bare(hints.get(key, Any))
         if isinstance(value, dict) and "_target_" in value:
-            value = options[key] = build(value, at=f"{at}.{key}", **live)
-        kind = hints.get(key, Any)
-        if not _fits(value, kind):
-            raise UserError(f"{at}.{key} must be {_describe(kind)}, got {value!r}")
-        if (key == "lr" or key.endswith("_lr")) and isinstance(value, int | float) and value < 0:
-            raise UserError(f"{at}.{key} must not be negative, got {value}")
-        if kind is float:
+            options[key] = build(value, at=f"{at}.{key}", **live)
+        elif kind is float:
             options[key] = float(value)
-    for key, parameter in parameters.items():
-        if key in allowed and key not in options and parameter.default is parameter.empty:
-            raise UserError(f"{at}.{key} is missing")
+        elif typing.get_origin(kind) is tuple:
+            options[key] = tuple(value)
     return target(**{k: v for k, v in live.items() if k in parameters}, **options)
 
 

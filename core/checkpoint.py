@@ -12,12 +12,12 @@ import torch
 
 from core import distributed
 from core.errors import UserError
-from core.files import replacing
+from core.files import BadFile, read_checked, write_checked
 from core.record import RunLogger
 from core.seed import rng_state, set_rng_state
 from core.strategy import Strategy
 
-FORMAT = 2
+KIND = "checkpoint-2"  # 2: with the run's key and a checksum
 
 
 class Stopped(Exception):
@@ -68,11 +68,12 @@ class Checkpointer:
     """Writes and reads `last.pt` in the run folder.
 
     Args:
+        key: of the run, see `core.identity`; a checkpoint of another one is refused.
         every: batches between checkpoints inside an experience; 0 saves at its end only.
     """
 
-    def __init__(self, log: RunLogger, signals: Signals, *, every: int) -> None:
-        self.log, self.signals, self.every = log, signals, every
+    def __init__(self, log: RunLogger, signals: Signals, *, key: str, every: int) -> None:
+        self.log, self.signals, self.key, self.every = log, signals, key, every
         self.path = log.folder / "last.pt"
         self._since = 0
 
@@ -80,7 +81,7 @@ class Checkpointer:
         """The last state, or None for a fresh run; the records are cut back to it.
 
         Raises:
-            UserError: if the file is damaged or of another version.
+            UserError: if the file is damaged, of another run or of another version.
         """
         return distributed.from_first(self._load)
 
@@ -89,14 +90,17 @@ class Checkpointer:
             self.log.rewind({})
             return None
         try:
-            state = torch.load(self.path, weights_only=True, map_location="cpu")
+            with read_checked(self.path, KIND, self.key) as file:
+                state = torch.load(file, weights_only=True, map_location="cpu")
+        except BadFile as error:
+            raise UserError(
+                f"the checkpoint {error}. Delete it to start this run again."
+            ) from error
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"cannot read the checkpoint {self.path}: {error}. "
                 "Delete it to start this run again."
             ) from error
-        if state.get("format") != FORMAT:
-            raise UserError(f"{self.path} is of another version. Delete it to start again.")
         self.log.rewind(state["log"])
         return state
 
@@ -143,15 +147,14 @@ class Checkpointer:
     ) -> None:
         self.log.flush()
         state = {
-            "format": FORMAT,
             "cursor": dict(cursor),
             "strategy": strategy.snapshot(),
             "meters": {name: meter.snapshot() for name, meter in meters.items()},
             "rng": rng_state(),
             "log": self.log.offsets(),
         }
-        with replacing(self.path) as part:
-            torch.save(state, part)
+        with write_checked(self.path, KIND, self.key) as file:
+            torch.save(state, file)
 
     def remove(self) -> None:
         """Delete the checkpoint of a finished run."""

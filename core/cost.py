@@ -142,18 +142,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def state_bytes(strategy: Strategy) -> int:
-    """Bytes a method keeps beside the backbone: copies, moments, prototypes, statistics.
+    """Bytes a method, with all strategies inside it, keeps beside the backbone.
+
+    Copies, moments, prototypes, statistics.
 
     Storage shared between tensors counts once.
     """
     kept: dict[int, int] = {}
-    optimizers = [
-        held.state
-        for module in strategy.modules()
-        for held in vars(module).values()
-        if isinstance(held, torch.optim.Optimizer)
-    ]
-    for tensor in _tensors([strategy.state_dict(), *map(dict, optimizers)]):
+    held = [strategy.state_dict(), *(dict(o.state) for o in strategy.optimizers())]
+    for tensor in _tensors(held):
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
     for tensor in _tensors(strategy.backbone.state_dict()):

@@ -27,13 +27,15 @@ from core.console import Console, table
 from core.errors import UserError
 from core.files import replacing, write_json, write_text
 from core.identity import VOLATILE, identity
+from core.paths import expand_paths
 from core.prepare import prepare
 from core.provenance import Code, changed_files, code_of, git_state
 from core.record import Lock, NoRecords, RunLogger, environment
 from core.runner import Context, reference, run_shifts, run_tasks
+from core.schema import check_settings
 from core.seed import seed_all
 from core.sinks import About, Mirror, make_sinks
-from core.strategy import CLStrategy, Strategy, TTAStrategy, unwrapped
+from core.strategy import CLStrategy, Strategy, TTAStrategy
 from core.stream import ShiftStream, TaskStream
 from kernels import dispatch
 from streams.datasets import ORIGIN
@@ -58,6 +60,7 @@ def complete(cfg: DictConfig) -> DictConfig:
     made on the fly from real images are labelled as well: they are not the released files.
     """
     cfg = cfg.copy()
+    expand_paths(cfg)
     real = cfg.data.root is not None
     with open_dict(cfg):
         choice = cfg.scenario.pop("backbones")
@@ -80,7 +83,10 @@ def complete(cfg: DictConfig) -> DictConfig:
 def _automatic(cfg: DictConfig, choice: DictConfig, real: bool) -> str:
     """The backbone that `backbone=auto` stands for."""
     kind = "real" if real else "embedded"
-    if locate(innermost(cfg.strategy)._target_).prefers == "vit" and f"{kind}_vit" in choice:
+    if (
+        locate(cfg.strategy._target_).preferred_backbone(cfg.strategy) == "vit"
+        and f"{kind}_vit" in choice
+    ):
         kind += "_vit"
     if choice[kind] is None:
         raise UserError(
@@ -104,6 +110,7 @@ def run_experiment(
         UserError: for anything the user can fix.
         Stopped: after a signal, with the state saved.
     """
+    check_settings(cfg)
     cfg = complete(cfg)
     device = set_up(cfg)
     distributed.join(device)
@@ -115,8 +122,6 @@ def run_experiment(
     kind = check_kind(cfg, stream)
     if distributed.size() > 1 and issubclass(kind, TTAStrategy):
         raise UserError(_one_process(cfg.strategy.name))
-    if cfg.stage not in ("run", "prepare"):
-        raise UserError(f"stage must be run or prepare, got {cfg.stage!r}")
     if cfg.stage == "prepare":
         return _prepare_only(cfg, stream, geometry, device, console)
     key = identity(
@@ -214,7 +219,7 @@ def _execute(
     console.say(f"{about['strategy']}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
     started = time.perf_counter()
     with Signals() as signals:
-        checkpoint = Checkpointer(log, signals, every=cfg.checkpoint.every)
+        checkpoint = Checkpointer(log, signals, key=key, every=cfg.checkpoint.every)
         run = Context(
             log,
             checkpoint,
@@ -348,18 +353,17 @@ def _prepare(
     console: Console,
 ) -> dict[str, Any] | None:
     """The source phase, if the strategy has one; says what was done."""
-    method = unwrapped(strategy)
-    if not isinstance(method, TTAStrategy) or not isinstance(stream, ShiftStream):
+    if not isinstance(strategy, TTAStrategy) or not isinstance(stream, ShiftStream):
         return None
 
     def fresh() -> TTAStrategy:
-        made = unwrapped(make_strategy(cfg, stream, geometry, device)[0])
+        made = make_strategy(cfg, stream, geometry, device)[0]
         assert isinstance(made, TTAStrategy)
-        return made
+        return made.method
 
     try:
         return prepare(
-            method,
+            strategy.method,
             fresh,
             stream.source,
             weights=weights["hash"],
@@ -559,9 +563,9 @@ def _check_labels(cfg: DictConfig, stream: Stream, backbone: Backbone) -> None:
             f"backbone={cfg.backbone.name} predicts {backbone.classes} classes, but "
             f"scenario={stream.name} holds {space} classes. {fix}."
         )
-    if backbone.num_classes < stream.num_classes:
+    if backbone.num_classes != stream.num_classes:
         raise UserError(
-            f"scenario={stream.name} has labels up to {stream.num_classes - 1}, but "
+            f"scenario={stream.name} has {stream.num_classes} classes, but "
             f"backbone={cfg.backbone.name} ({backbone.tag}) has {backbone.num_classes} outputs"
         )
 
@@ -592,8 +596,6 @@ def _folder(place: Path, name: str, on_exists: str, code: Code) -> Place:
     Folders of the same settings are numbered: `name`, `name-2`, ... A folder whose method had other
     code belongs to another run, whether that is finished or not.
     """
-    if on_exists not in ("skip", "rerun", "error"):
-        raise UserError(f"on_exists must be skip, rerun or error, got {on_exists!r}")
     notes = []
     for number in count(1):
         folder = place / (name if number == 1 else f"{name}-{number}")

@@ -2,7 +2,8 @@
 
 An artefact is a `.safetensors` file under `<root>/prepared/<strategy>/`. Its key is a hash of the
 pretrained tensors, the source images and the settings, never of a name alone: another backbone,
-other images or other settings make another artefact.
+other images or other settings make another artefact. It holds a checksum; what is damaged, or was
+put there for another key, is made again, and the console says so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import pickle
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,30 +23,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.errors import UserError
-from core.files import replacing
+from core.files import BadFile, read_checked, replacing, write_checked
 from core.record import Lock
 from core.strategy import TTAStrategy
 from core.stream import SourceImages
 
-FORMAT = 1
+FORMAT = 2  # of artefacts; 2: with a checksum
+KIND = "preparation-2"  # unfinished; 2: with the artefact's key and a checksum
 
 
 class PartialFile:
-    """`Progress` in a file beside the artefact; replaced atomically, deleted at the end."""
+    """`Progress` in a file beside the artefact; replaced atomically, deleted at the end.
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self.say = path, say
+    Args:
+        key: of the artefact.
+        say: prints a line.
+    """
+
+    def __init__(self, path: Path, key: str, say: Callable[[str], None]) -> None:
+        self.path, self.key, self.say = path, key, say
 
     def load(self) -> dict[str, Any] | None:
-        """The last state, or None.
+        """The last state; None where there is none that can be used.
 
         Raises:
-            UserError: for a damaged file.
+            UserError: for a file that cannot be read.
         """
         if not self.path.exists():
             return None
         try:
-            return torch.load(self.path, weights_only=True, map_location="cpu")
+            with read_checked(self.path, KIND, self.key) as file:
+                return torch.load(file, weights_only=True, map_location="cpu")
+        except BadFile as error:
+            self.say(f"the unfinished preparation {error}; it starts again")
+            return None
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"cannot read the unfinished preparation {self.path}: {error}. Delete it to start "
@@ -52,8 +64,8 @@ class PartialFile:
             ) from error
 
     def save(self, state: Mapping[str, Any]) -> None:
-        with replacing(self.path) as part:
-            torch.save(dict(state), part)
+        with write_checked(self.path, KIND, self.key) as file:
+            torch.save(dict(state), file)
 
 
 def artefact_key(
@@ -94,7 +106,7 @@ def prepare(
         what the result says about it, or None if the strategy needs nothing.
 
     Raises:
-        UserError: without source images, or for a damaged file.
+        UserError: without source images, or where a file cannot be read.
     """
     settings = strategy.preparation()
     if settings is None:
@@ -113,10 +125,15 @@ def prepare(
         while not lock.acquire():
             time.sleep(1)
     try:
-        cached = path.exists()
+        stored = None
+        try:
+            stored = _load(path, text) if path.exists() else None
+        except BadFile as error:
+            say(f"the prepared artefact {error}; it is made again")
+        cached = stored is not None
         if not cached:
             say(f"preparing on {source.images:,} source images ({source.description}) -> {path}")
-            partial = PartialFile(folder / f"{key}.partial", say)
+            partial = PartialFile(folder / f"{key}.partial", key, say)
             started = time.perf_counter()
             artefact = fresh().prepare(source, partial)
             facts = {
@@ -129,9 +146,7 @@ def prepare(
             partial.path.unlink(missing_ok=True)
     finally:
         lock.release()
-    artefact, facts = _load(path)
-    if facts.get("depends") != text:
-        raise UserError(f"{path} holds the artefact of other settings. Delete it.")
+    artefact, facts = stored or _load(path, text)
     strategy.use_prepared(artefact)
     say(f"prepared on {facts['images']} source images{' (cached)' if cached else ''}: {path}")
     return {
@@ -150,14 +165,37 @@ def _save(path: Path, artefact: Mapping[str, Tensor], facts: dict[str, str]) -> 
     # Clones: safetensors refuses tensors that share memory.
     plain = {k: v.detach().cpu().clone().contiguous() for k, v in artefact.items()}
     with replacing(path) as part:
-        save_file(plain, part, metadata=facts)
+        save_file(plain, part, metadata={**facts, "checksum": _checksum(plain, facts)})
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _load(path: Path, depends: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and facts of the artefact that was made for `depends`.
+
+    Raises:
+        BadFile: if it is damaged or made for something else.
+        UserError: if it cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read the prepared artefact {path}: {error}. Delete it to prepare again."
-        ) from error
+            artefact = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            facts = dict(file.metadata() or {})
+    except OSError as error:
+        raise UserError(f"cannot read the prepared artefact {path}: {error}") from error
+    except SafetensorError as error:
+        raise BadFile(f"{path} is damaged ({error})") from error
+    if facts.pop("checksum", None) != _checksum(artefact, facts):
+        raise BadFile(f"{path} is damaged: its content does not fit its checksum")
+    if facts["depends"] != depends:
+        raise BadFile(f"{path} was made for other settings, weights or images")
+    return artefact, facts
+
+
+def _checksum(artefact: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """CRC-32 over the facts and every tensor's name, type, shape and bytes."""
+    checksum = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(artefact.items()):
+        about = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        checksum = zlib.crc32(about.encode(), checksum)
+        content = tensor.reshape(-1).view(torch.uint8).numpy()
+        checksum = zlib.crc32(content.data, checksum)
+    return f"{checksum:08x}"

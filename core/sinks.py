@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import UserError
+from core.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class WandbSink(Mirror):
         mode: Literal["offline", "online"],
         project: str,
         entity: str | None,
-        every: int,
+        every: Count,
     ) -> None:
         super().__init__(about, every=every)
         if mode == "online" and not os.environ.get("WANDB_API_KEY"):
@@ -216,7 +217,7 @@ class TensorBoardSink(Mirror):
 
     name = "tensorboard"
 
-    def __init__(self, about: About, *, every: int) -> None:
+    def __init__(self, about: About, *, every: Count) -> None:
         super().__init__(about, every=every)
         if importlib.util.find_spec("tensorboard") is None:
             raise UserError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from core.build import locate
 from core.errors import UserError
@@ -21,202 +23,241 @@ class Strategy(nn.Module):
     A subclass takes `backbone` (and `seed` if it draws random numbers) plus keyword-only
     hyper-parameters; it never sees a configuration object.
 
-    Its state needs no code: parameters and buffers of the whole module tree, also those that change
-    their size or are None at first, the optimisers and generators that any of its modules has as
-    an attribute, the methods inside it, and plain values for which a module defines
-    `get_extra_state` and `set_extra_state`, as in torch. Other attributes are not part of it.
+    Its state is what a walk over its modules meets: parameters and registered buffers (those that
+    grow too), the extra state of modules (`get_extra_state`, for plain values), and optimisers,
+    learning-rate schedules and generators that are attributes of a module. Plain tensors, lists and
+    dictionaries are no state. A strategy inside another one answers for its own part of the tree.
     """
 
-    needs: frozenset[str] = frozenset()  # of what stream and backbone provide
-    batch_dependent: bool = False  # True: `predict` depends on how images are batched
-    static: bool = False  # True: `predict` never changes once the stream has begun
-    outputs: Literal["logits", "probabilities"] = "logits"
-    prefers: Literal["vit"] | None = None  # which kind backbone=auto picks
+    needs: ClassVar[frozenset[str]] = frozenset()  # of what stream and backbone provide
+    batch_dependent: ClassVar[bool] = False  # True: `predict` depends on how images are batched
+    static: ClassVar[bool] = False  # True: `predict` never changes once the stream has begun
+    outputs: ClassVar[Literal["logits", "probabilities"]] = "logits"
+    prefers: ClassVar[Literal["vit"] | None] = None  # which kind backbone=auto picks
 
     def __init__(self, backbone: nn.Module, *, seed: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
         self.seed = seed
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: Optimizer | None = None
         self._generators: dict[str, torch.Generator] = {}
+        self._restored: dict[str, Tensor] = {}  # states of generators that are not made yet
 
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
+    @classmethod
+    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
+        """Which kind backbone=auto picks for the method with these settings."""
+        return cls.prefers
+
     def rng(self, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
         """This method's own generator for `purpose`; its state is part of the snapshot."""
         if purpose not in self._generators:
-            self._generators[purpose] = generator(self.seed, "strategy", purpose, device=device)
+            made = generator(self.seed, "strategy", purpose, device=device)
+            if purpose in self._restored:
+                made.set_state(self._restored.pop(purpose))
+            self._generators[purpose] = made
         return self._generators[purpose]
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B, C] for images `x` float [B, 3, H, W] in [0, 1]; changes nothing."""
         raise NotImplementedError
 
-    def frozen(self) -> set[str]:
-        """Names of backbone tensors that never change and are therefore left out of snapshots.
-
-        A weight that has several names is frozen under all of them.
-        """
-        fixed = {id(p) for p in self.backbone.parameters() if not p.requires_grad}
-        named = self.named_parameters(remove_duplicate=False)
-        own = {name for name, p in named if id(p) in fixed}
-        for name, method in self.methods_inside().items():
-            own = {n for n in own if not n.startswith(f"{name}.")}
-            own |= {f"{name}.{n}" for n in method.frozen()}
-        return own
-
-    def methods_inside(self) -> dict[str, Strategy]:
-        """The methods that this one is around, by their name in the module tree."""
-        inside: dict[str, Strategy] = {}
-        for name, module in self.named_modules():
-            nested = any(name.startswith(f"{outer}.") for outer in inside)
-            if name and isinstance(module, Strategy) and not nested:
-                inside[name] = module
-        return inside
-
-    def _parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """This module ("") and every other one in it that belongs to no method inside."""
-        inside = self.methods_inside()
-        for name, module in self.named_modules():
-            if not any(f"{name}.".startswith(f"{outer}.") for outer in inside):
-                yield name, module
-
-    def snapshot(self) -> dict[str, Any]:
-        """Everything that `restore` needs: tensors and plain values, without frozen weights."""
-        inside = {name: method.snapshot() for name, method in self.methods_inside().items()}
-        return self._own_snapshot() | ({"inside": inside} if inside else {})
-
-    def _own_snapshot(self) -> dict[str, Any]:
-        """`snapshot` without the methods inside."""
-        frozen = self.frozen()
-        own = self._split_off_inside(self.state_dict())[0]
-        buffers = [row for part in self._parts() for row in _buffers(*part)]
-        return {
-            "tensors": {name: value for name, value in own.items() if name not in frozen},
-            "empty": [n for n, _, _, held in buffers if held is None and n not in frozen],
-            "generators": {k: g.get_state() for k, g in self._generators.items()},
-            "attributes": {n: _state_of(held) for n, _, _, held in self._attributes()},
-        }
-
-    def _split_off_inside(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Entries of a `state_dict`: our own, and those of methods inside."""
-        prefixes = tuple(f"{name}." for name in self.methods_inside())
-        own = {name: value for name, value in state.items() if not name.startswith(prefixes)}
-        return own, {name: value for name, value in state.items() if name not in own}
-
-    def _attributes(self) -> Iterator[tuple[str, nn.Module, str, Any]]:
-        """Optimisers, schedules and generators: full name, module, attribute and value."""
-        for part, module in self._parts():
-            for attribute, value in [*vars(module).items()]:
-                if isinstance(value, torch.Generator) or _keeps_state(value):
-                    yield f"{part}.{attribute}".lstrip("."), module, attribute, value
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `snapshot` on a strategy of the same structure.
-
-        Buffers and parameters take the sizes that the snapshot has.
-
-        Raises:
-            UserError: for the snapshot of another structure.
-        """
-        tensors, frozen = state["tensors"], self.frozen()
-        for name, part in self._parts():
-            _fit(name, part, tensors, state["empty"], self.device)
-        # Plain values are copied: the method may go on changing what it is given.
-        loaded = {k: v if isinstance(v, Tensor) else deepcopy(v) for k, v in tensors.items()}
-        inside = self._split_off_inside(self.state_dict())[1]  # as it is; restored by itself below
-        missing, unexpected = self.load_state_dict(loaded | inside, strict=False)
-        wrong = {*missing, *unexpected} - frozen
-
-        for name, rng_state in state["generators"].items():
-            self.rng(name).set_state(rng_state)
-        stored = dict(state["attributes"])
-        for name, module, attribute, held in self._attributes():
-            if name in stored:
-                _set_state(held, deepcopy(stored.pop(name)))
-            elif not isinstance(held, torch.Generator):  # not made yet when the snapshot was taken
-                setattr(module, attribute, None)
-        wrong |= stored.keys()
-        methods, snapshots = self.methods_inside(), state.get("inside", {})
-        if wrong := sorted(wrong | (snapshots.keys() - methods.keys())):
-            raise UserError(
-                f"the checkpoint does not fit {type(self).__name__}: first mismatch {wrong[0]!r} "
-                f"({len(wrong)} in all). Use on_exists=rerun to start again."
-            )
-        for name, snapshot in snapshots.items():
-            methods[name].restore(snapshot)
-
     def report(self) -> dict[str, float]:
         """Counts of this method that belong into the result, for example skipped updates."""
         return {}
 
+    # ------------------------------------------------------------------ state
+
+    def strategies(self) -> dict[str, Strategy]:
+        """The strategies inside this one by name, without those inside of them."""
+        found: dict[str, Strategy] = {}
+        for name, module in self.named_modules():
+            if module is not self and isinstance(module, Strategy) and not _under(name, found):
+                found[name] = module
+        return found
+
+    def frozen(self) -> set[str]:
+        """Names of tensors that never change and are therefore left out of snapshots.
+
+        The default: parameters of the backbone without gradients, under every name they have. What
+        lies in an inner strategy is as that one says.
+        """
+        named = _tensors(self)
+        inner = self.strategies()
+        frozen = {f"{path}.{name}" for path, one in inner.items() for name in one.frozen()}
+        elsewhere = {id(t) for name, t in named.items() if _under(name, inner)}
+        fixed = {id(p) for p in self.backbone.parameters() if not p.requires_grad} - elsewhere
+        fixed |= {id(named[name]) for name in frozen}
+        return {name for name, t in named.items() if id(t) in fixed}
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that `restore` needs: tensors and plain values, without frozen weights."""
+        return self._own_state() | {
+            "inner": {name: one.snapshot() for name, one in self.strategies().items()}
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `snapshot` on a strategy of the same structure.
+
+        Buffers and parameters take the shape that they had, lists of parameters their length.
+
+        Raises:
+            UserError: where the structure is another one.
+        """
+        inner = self.strategies()
+        if inner.keys() != state["inner"].keys():
+            raise self._misfit(sorted(inner.keys() ^ state["inner"].keys()))
+        self._restore_own(state)
+        for name, one in inner.items():
+            one.restore(state["inner"][name])
+
+    def optimizers(self) -> list[Optimizer]:
+        """Every optimiser in the tree of modules, those of inner strategies too."""
+        return [*_attributes(self.named_modules(), Optimizer).values()]
+
     def updated_parameters(self) -> Iterable[Tensor]:
-        """The parameters that the optimisers move."""
-        moved = [
-            parameter
-            for _, _, _, held in self._attributes()
-            if isinstance(held, torch.optim.Optimizer)
-            for group in held.param_groups
-            for parameter in group["params"]
-        ]
-        for method in self.methods_inside().values():
-            moved += method.updated_parameters()
-        return list({id(parameter): parameter for parameter in moved}.values())
+        """The parameters that optimisers move, each once."""
+        own = _attributes(self._parts(), Optimizer).values()
+        moved = [p for o in own for group in o.param_groups for p in group["params"]]
+        moved += [p for one in self.strategies().values() for p in one.updated_parameters()]
+        return list({id(p): p for p in moved}.values())
+
+    def _parts(self) -> list[tuple[str, nn.Module]]:
+        """Modules by name, this one first, without inner strategies and what lies in them."""
+        inner = self.strategies()
+        return [(name, part) for name, part in self.named_modules() if not _under(name, inner)]
+
+    def _own_names(self) -> set[str]:
+        """Names in the state of this strategy that are not in that of an inner one."""
+        inner, named = self.strategies(), _tensors(self)
+        elsewhere = {id(t) for name, t in named.items() if _under(name, inner)}
+        return {
+            name
+            for name in self.state_dict()
+            if not _under(name, inner) and id(named.get(name)) not in elsewhere
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        """The snapshot without inner strategies."""
+        parts = self._parts()
+        names = self._own_names() - self.frozen()
+        schedules = _attributes(parts, (Optimizer, LRScheduler))
+        generators = {k: g.get_state() for k, g in _attributes(parts, torch.Generator).items()}
+        generators |= self._restored | {k: g.get_state() for k, g in self._generators.items()}
+        return {
+            "tensors": {k: v for k, v in self.state_dict().items() if k in names},
+            "empty": [name for name, buffer in _buffers(parts) if buffer is None],
+            "learning": [name for name, p in _listed(parts) if p.requires_grad and name in names],
+            "generators": generators,
+            "optimizers": {name: held.state_dict() for name, held in schedules.items()},
+        }
+
+    def _restore_own(self, state: Mapping[str, Any]) -> None:
+        parts = self._parts()
+        tensors = {
+            k: v if isinstance(v, Tensor) else deepcopy(v) for k, v in state["tensors"].items()
+        }
+        _fit(parts, tensors, self.frozen(), set(state["learning"]), self.device)
+        for name in state["empty"]:
+            part, _, key = name.rpartition(".")
+            dict(parts)[part].register_buffer(key, None)
+        missing, unexpected = self.load_state_dict(tensors, strict=False)
+        wrong = {*missing} & self._own_names() - self.frozen() | {*unexpected}
+        optimizers = _attributes(parts, (Optimizer, LRScheduler))
+        wrong |= state["optimizers"].keys() - optimizers.keys()
+        if wrong:
+            raise self._misfit(sorted(wrong))
+        for name, held in state["optimizers"].items():
+            optimizers[name].load_state_dict(deepcopy(held))
+        generators = _attributes(parts, torch.Generator) | self._generators
+        for name, rng_state in state["generators"].items():
+            if name in generators:
+                generators[name].set_state(rng_state)
+            else:
+                self._restored[name] = rng_state
+
+    def _misfit(self, names: Sequence[str]) -> UserError:
+        return UserError(
+            f"the checkpoint does not fit {type(self).__name__}: first mismatch {names[0]!r} "
+            f"({len(names)} in all). Use on_exists=rerun to start again."
+        )
 
 
-def _keeps_state(value: Any) -> bool:
-    """Whether `value` is an optimiser, a schedule or the like: no module, but with a state."""
-    return hasattr(type(value), "load_state_dict") and not isinstance(value, nn.Module)
+def _under(name: str, paths: Iterable[str]) -> bool:
+    """Whether a dotted name is one of `paths` or lies below one."""
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
 
 
-def _state_of(held: Any) -> Any:
-    return held.get_state() if isinstance(held, torch.Generator) else held.state_dict()
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under every name, the objects themselves."""
+    state = module.state_dict(keep_vars=True)
+    return {name: held for name, held in state.items() if isinstance(held, Tensor)}
 
 
-def _set_state(held: Any, state: Any) -> None:
-    if isinstance(held, torch.Generator):
-        held.set_state(state)
-    else:
-        held.load_state_dict(state)
+def _attributes(parts: Iterable[tuple[str, nn.Module]], kind: Any) -> dict[str, Any]:
+    """Objects of a class (or classes) that are attributes of modules, each once, by name."""
+    held: dict[int, tuple[str, Any]] = {}
+    for path, part in parts:
+        for key, value in vars(part).items():
+            if isinstance(value, kind):
+                held.setdefault(id(value), (f"{path}.{key}".lstrip("."), value))
+    return dict(held.values())
 
 
-def _buffers(part: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
-    """Buffers in a module's state: full name, module, attribute and value."""
-    for attribute, held in [*module._buffers.items()]:
-        if attribute not in module._non_persistent_buffers_set:
-            yield f"{part}.{attribute}".lstrip("."), module, attribute, held
+def _buffers(parts: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor | None]]:
+    """Buffers that are part of the state, with those that are None."""
+    for path, part in parts:
+        for key, buffer in part._buffers.items():
+            if key not in part._non_persistent_buffers_set:
+                yield f"{path}.{key}".lstrip("."), buffer
 
 
-@torch.no_grad()
+def _listed(parts: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters in lists and dictionaries of them, which may grow."""
+    for path, part in parts:
+        if isinstance(part, nn.ParameterList | nn.ParameterDict):
+            for key, p in part._parameters.items():
+                if p is not None:
+                    yield f"{path}.{key}", p
+
+
 def _fit(
-    part: str,
-    module: nn.Module,
+    parts: Sequence[tuple[str, nn.Module]],
     tensors: Mapping[str, Any],
-    empty: Iterable[str],
+    frozen: set[str],
+    learning: set[str],
     device: torch.device,
 ) -> None:
-    """Give the tensors of one module the sizes of those in `tensors`, so that they can be loaded.
+    """Give buffers and parameters the shapes of `tensors`, and lists of parameters their entries.
 
-    Args:
-        empty: names of buffers that are None.
-        device: of buffers that were None until now.
+    Values are left to `load_state_dict`. A parameter stays the object that an optimiser holds.
     """
-    none = set(empty)
-    for name, _, attribute, held in _buffers(part, module):
-        stored = tensors.get(name)
-        if name in none:
-            setattr(module, attribute, None)
-        elif stored is not None and (
-            held is None or (held.shape, held.dtype) != (stored.shape, stored.dtype)
-        ):
-            place = device if held is None else held.device
-            setattr(module, attribute, stored.to(place, copy=True))
-    for attribute, held in module._parameters.items():
-        stored = tensors.get(f"{part}.{attribute}".lstrip("."))
-        if held is not None and stored is not None and held.shape != stored.shape:
-            held.data, held.grad = stored.to(held.device, held.dtype, copy=True), None
+    for path, part in parts:
+        prefix = f"{path}." if path else ""
+        if isinstance(part, nn.ParameterList | nn.ParameterDict):
+            saved = [k.removeprefix(prefix) for k in tensors if _under(k, [path])]
+            for key in [k for k in part._parameters if k not in saved and prefix + k not in frozen]:
+                del part[int(key) if isinstance(part, nn.ParameterList) else key]
+            for key in [k for k in saved if k not in part._parameters]:
+                value = torch.empty_like(tensors[prefix + key], device=device)
+                new = nn.Parameter(value, requires_grad=prefix + key in learning)
+                part.append(new) if isinstance(part, nn.ParameterList) else part.update({key: new})
+        for key, p in part._parameters.items():
+            saved_p = tensors.get(prefix + key)
+            if p is not None and isinstance(saved_p, Tensor) and _differ(p, saved_p):
+                p.data = torch.empty_like(saved_p, device=p.device)
+        for key, buffer in part._buffers.items():
+            saved_b = tensors.get(prefix + key)
+            if isinstance(saved_b, Tensor) and (buffer is None or _differ(buffer, saved_b)):
+                place = device if buffer is None else buffer.device
+                part._buffers[key] = torch.empty_like(saved_b, device=place)
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or a.dtype != b.dtype
 
 
 class CLStrategy(Strategy):
@@ -310,12 +351,16 @@ class TTAStrategy(Strategy):
         """Start from `artefact` (on the CPU), the return value of an earlier `prepare`."""
         raise NotImplementedError
 
+    @property
+    def method(self) -> TTAStrategy:
+        """The method without rules around it, which is what a preparation belongs to."""
+        return self
+
     def begin_stream(self) -> None:
         """Mark the start of the stream, to which `reset` goes back."""
-        for method in self.methods_inside().values():
-            if isinstance(method, TTAStrategy):
-                method.begin_stream()
-        self._start = deepcopy(self._own_snapshot())
+        self._start = deepcopy(self._own_state())
+        for one in self._inner_methods():
+            one.begin_stream()
 
     def adapt(self, x: Tensor) -> Tensor:
         """Scores [B, C] for `x` float [B, 3, H, W] in [0, 1]; may update the method."""
@@ -323,12 +368,12 @@ class TTAStrategy(Strategy):
 
     def reset(self) -> None:
         """Back to the state after `begin_stream`; generators run on."""
-        for method in self.methods_inside().values():
-            if isinstance(method, TTAStrategy):
-                method.reset()
-        kept = self._start["attributes"]
-        moving = {name: state for name, state in kept.items() if not isinstance(state, Tensor)}
-        self.restore({**self._start, "generators": {}, "attributes": moving})
+        self._restore_own(self._start | {"generators": {}})
+        for one in self._inner_methods():
+            one.reset()
+
+    def _inner_methods(self) -> list[TTAStrategy]:
+        return [one for one in self.strategies().values() if isinstance(one, TTAStrategy)]
 
 
 class Wrapper(TTAStrategy):
@@ -345,15 +390,22 @@ class Wrapper(TTAStrategy):
 
     def __init__(self, inner: TTAStrategy) -> None:
         nn.Module.__init__(self)  # the backbone is the inner one's: it has no second name here
-        self.inner, self.seed = inner, inner.seed
-        self.optimizer, self._generators = None, {}
-        self.needs, self.prefers = inner.needs, inner.prefers
-        self.batch_dependent, self.static = inner.batch_dependent, inner.static
-        self.outputs = inner.outputs
+        self.inner, self.seed, self.optimizer = inner, inner.seed, None
+        self._generators, self._restored = {}, {}
+        for fact in ("needs", "batch_dependent", "static", "outputs", "prefers"):
+            setattr(self, fact, getattr(inner, fact))
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
         return self.inner.backbone
+
+    @property
+    def method(self) -> TTAStrategy:
+        return self.inner.method
+
+    @classmethod
+    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
+        return locate(options["inner"]["_target_"]).preferred_backbone(options["inner"])
 
     @classmethod
     def uses_source(cls, options: Mapping[str, Any]) -> bool:
@@ -373,10 +425,3 @@ class Wrapper(TTAStrategy):
 
     def report(self) -> dict[str, float]:
         return self.inner.report()
-
-
-def unwrapped(strategy: Strategy) -> Strategy:
-    """The method itself, without the rules around it."""
-    while isinstance(strategy, Wrapper):
-        strategy = strategy.inner
-    return strategy

@@ -25,7 +25,7 @@ from typing import IO, Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from core.files import write_json
 
@@ -45,7 +45,7 @@ class Planned(Callback):
         if config.hydra.sweeper._target_ != BASIC:
             return  # other sweepers choose their runs as they go
         words = [f"{k}={v}" for k, v in (config.hydra.sweeper.params or {}).items()]
-        words += list(config.hydra.overrides.task)
+        words += typed(config.hydra.overrides.task)
         folder = Path(config.hydra.sweep.dir)
         plan(folder, expand(words), int(config.hydra.launcher.get("n_jobs") or 1))
         Planned.folder = folder
@@ -83,7 +83,7 @@ def run_job(cfg: DictConfig) -> float | None:
     """
     hydra = HydraConfig.get()
     folder, number = Path(hydra.sweep.dir), int(hydra.job.num)
-    overrides = list(hydra.overrides.task)
+    overrides = typed(hydra.overrides.task)
     with _slot(folder, hydra.launcher):
         # Imported here once and inherited by every child: torch and timm take seconds.
         import core.experiment  # noqa: F401
@@ -107,6 +107,12 @@ def run_job(cfg: DictConfig) -> float | None:
         print(f"error: {done['error']}: {' '.join(overrides)}", file=sys.stderr)
     asked.pass_on()
     return done.get("value")
+
+
+def typed(words: Any) -> list[str]:
+    """The settings of a run (a node of Hydra's) as they were typed, `${...}` in them included."""
+    plain: Any = OmegaConf.to_container(words, resolve=False)
+    return [str(word) for word in plain]
 
 
 def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> None:
@@ -134,7 +140,8 @@ def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> 
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}"
         print(f"error: {text}", file=sys.stderr)
-        note(folder, number, **outcome, state="failed", error=text)
+        wrong = isinstance(error, UserError)
+        note(folder, number, **outcome, state="failed", error=text, wrong_settings=wrong)
         return
     metrics = summary["metrics"]
     place = summary.get("run", {}).get("folder")
@@ -271,8 +278,12 @@ def outcomes(folder: Path) -> list[Outcome]:
     return found
 
 
-def report(folder: Path) -> tuple[str, bool]:
-    """The end of a sweep as text, and whether every run is finished."""
+def report(folder: Path) -> tuple[str, int]:
+    """The end of a sweep as text, and its exit status.
+
+    0: every run is finished; 2: all those that are not failed for their settings, as a single run
+    of each would; 1: anything else.
+    """
     runs = outcomes(folder)
     states: dict[str, list[Outcome]] = defaultdict(list)
     for run in runs:
@@ -291,13 +302,38 @@ def report(folder: Path) -> tuple[str, bool]:
         for reason, names in reasons.items():
             lines += [f"{state}: {name}" for name in names]
             lines.append(f"    because: {reason.splitlines()[0] if reason else 'no message'}")
+    lines += _seeds_agree(finished, fixed)
     failed = states.get("failed", [])
     if len(runs) > 1 and len(failed) == len(runs):
         same = len({r["error"] for r in runs}) == 1
         lines.append("every run failed" + (", all for this one reason" if same else ""))
     elif states:
         lines.append("the same command skips what is finished and goes on with the rest")
-    return "\n".join(lines), not states
+    others = [run for runs_of in states.values() for run in runs_of]
+    wrong = all(run.get("wrong_settings") for run in others)
+    return "\n".join(lines), 0 if not others else 2 if wrong else 1
+
+
+def _seeds_agree(finished: Sequence[Outcome], fixed: set[str]) -> list[str]:
+    """A line on the runs that gave the same metrics for every seed of the sweep."""
+    repeats: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+    for run in finished:
+        rest = tuple(o for o in run["overrides"] if not o.startswith("seed=") and o not in fixed)
+        path = Path(run.get("run") or "", "summary.json")
+        if len(rest) < len(run["overrides"]) and path.is_file():
+            summary = json.loads(path.read_text())
+            repeats[rest].append((summary["run"]["seed"], summary["metrics"]))
+    same = [
+        " ".join(rest) or "this sweep"
+        for rest, runs in repeats.items()
+        if len({seed for seed, _ in runs}) > 1 and all(m == runs[0][1] for _, m in runs)
+    ]
+    if not same:
+        return []
+    return [
+        f"the seed changed nothing in: {', '.join(same)}. The order of classes and images comes "
+        "from scenario.order_seed; 'scenario.order_seed=${seed}' makes it follow the seed"
+    ]
 
 
 def _common(runs: Sequence[Outcome]) -> set[str]:

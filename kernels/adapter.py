@@ -6,7 +6,8 @@ Three ways to the same launchers, because a call must not cost more on the host 
 * a gradient in eager mode: an `autograd.Function` that takes its context in `forward`;
 * under `torch.compile`, `torch.func` or forward-mode differentiation: the operators
   `driftline::adapter_forward` and `driftline::adapter_backward` (opaque, with shapes for tracing)
-  inside a `Function` with `setup_context`, which costs several times as much a call.
+  inside a `Function` with `setup_context`, which costs several times as much a call. A transform
+  of `torch.func` that is itself compiled gets the plain formula.
 
 The backend of a launch is chosen by `kernels.dispatch`.
 """
@@ -144,6 +145,8 @@ def adapter(
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     rare = norm is not None or column_scale is not None
     plain = rare and backend == "reference" and (wants or transformed)
+    # Dynamo drops the backward pass of a Function inside a transform: zeros instead of gradients.
+    plain = plain or (transformed and torch.compiler.is_compiling())
     if plain or backend == "compile" or x.numel() == 0:
         compiles = backend == "compile" and x.numel() and not transformed
         call = _compiled() if compiles else reference.formula
@@ -548,7 +551,11 @@ def _launch_backward_op(
     needs: set[str],
 ) -> dict[str, Tensor]:
     flags = [name in needs for name in DIFFERENTIABLE]
-    found = _TracedBackward.apply(g, hidden, base, *operands, *settings, flags)
+    # Dynamo (torch 2.6 to 2.14 at least) cannot trace a Function inside a backward pass, and
+    # torch.compile refuses second derivatives by itself.
+    compiling = torch.compiler.is_compiling()
+    call = torch.ops.driftline.adapter_backward if compiling else _TracedBackward.apply
+    found = call(g, hidden, base, *operands, *settings, flags)
     return {name: found[i] for i, name in enumerate(DIFFERENTIABLE) if name in needs}
 
 

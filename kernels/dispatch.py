@@ -57,9 +57,9 @@ def use(backend: str) -> None:
     if backend == "triton":
         if not (torch.cuda.is_available() or interpreted()):
             raise BackendError(NO_GPU)
-        if not _installed():
+        if reason := no_triton():
             raise BackendError(
-                "kernel.backend=triton: Triton is not installed (pip install triton)"
+                f"kernel.backend=triton cannot run: {reason}; set kernel.backend=auto"
             )
     _State.requested, _State.used = backend, {}
     if backend == "compile" and not torch.cuda.is_available():
@@ -131,8 +131,15 @@ def _on_cpu(x: Tensor) -> bool:
 
 
 @cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def no_triton() -> str | None:
+    """Why the kernels cannot be imported, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if importlib.util.find_spec("triton.knobs") is None:
+        from triton import __version__ as version
+
+        return f"Triton {version} has no triton.knobs: 3.4 or newer is needed (as torch 2.8 has)"
+    return None
 
 
 Dtypes = tuple[torch.dtype, torch.dtype | None, torch.dtype]  # of x, base and the products
@@ -148,8 +155,8 @@ def _unfit(device: torch.device, dtypes: Dtypes, d_in: int, d_out: int, rank: in
 def _found_unfit(
     device: torch.device, dtypes: Dtypes, d_in: int, d_out: int, rank: int
 ) -> str | None:
-    if not _installed():
-        return "Triton is not installed"
+    if reason := no_triton():
+        return reason
     from kernels import triton_adapter
 
     of_x, of_base, compute = dtypes

@@ -33,8 +33,7 @@ from torch import Tensor
 from kernels import triton_device, tuning
 from kernels.dispatch import MAX_SEGMENTS
 from kernels.reference import Norm, output_dtype
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+from kernels.triton_device import INTERPRETED
 
 MAX_RANK = 144  # two rank tiles, 128 + 16
 MAX_WIDTH = 4096

@@ -10,7 +10,8 @@ tile), RT their sum, BM the row tile, BK and BD the chunk of the widths, CD the 
 import triton
 import triton.language as tl
 
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 # ------------------------------------------------------------------ wrappers
 

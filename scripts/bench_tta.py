@@ -31,11 +31,13 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as transform
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+import core.vision  # noqa: E402, F401  # isort: skip
+from torchvision.transforms import InterpolationMode  # noqa: E402
+from torchvision.transforms import functional as transform  # noqa: E402
 
 from backbones.backbone import Backbone  # noqa: E402
 from backbones.surgery import collect_parameters, use_batch_statistics  # noqa: E402
@@ -384,7 +386,9 @@ def compare_runner(args: argparse.Namespace) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         log = RunLogger(Path(folder), "bench")
-        context = Context(log, Checkpointer(log, Signals(), every=100), Console("", True), CPU)
+        context = Context(
+            log, Checkpointer(log, Signals(), key="bench", every=100), Console("", True), CPU
+        )
         result, wall, cpu = timed(lambda: run_shifts(inside, stream, context))
     loop_wall, loop_cpu = (sum(column) for column in zip(*spent, strict=True))
     steps = result["cost"]["seconds_total"]

@@ -37,6 +37,7 @@ from core.seed import derive  # noqa: E402
 from streams import corruptions as C  # noqa: E402
 from streams.pairs import corrupt_pair, corruption_names, images_of, key  # noqa: E402
 from streams.severities import HIGHEST, STEP  # noqa: E402
+from streams.shifts import frost_content  # noqa: E402
 
 QUARTERS = round(HIGHEST / STEP)
 BATCH = 64
@@ -163,7 +164,9 @@ def main(words: list[str] | None = None) -> None:
         "images_from": "outside the stream" if apart else "the images of the stream",
         "step": given.step,
         **options,
+        "frost_dir": frost_content(options["frost_dir"]),
         "version": C.VERSION,
+        **({"content": found.clean.content(rows)} if root else {}),
     }
     accuracies = read(given.out, settings)
     levels = torch.stack(

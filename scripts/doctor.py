@@ -28,6 +28,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import UserError
+from core.installation import FIX_TORCHVISION, torchvision_problem
+from core.paths import expand_paths
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {
@@ -38,6 +40,7 @@ EXTRAS = {
     "analysis": ("pandas", "matplotlib", "jupytext", "ipykernel"),
     "docs": ("mkdocs",),
 }
+TESTED = ((3, 11), (3, 12), (3, 13))  # Python, as in the Makefile and pyproject.toml
 LOW_DISK = 5.0  # GiB
 PROBE = 3  # batches
 
@@ -72,10 +75,10 @@ def versions(report: Report) -> None:
     report.section("Versions")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] in ((3, 11), (3, 12)):
+    if sys.version_info[:2] in TESTED:
         report.ok(f"python {python}")
     else:
-        report.problem(f"python {python} is not tested", "use Python 3.11 or 3.12")
+        report.problem(f"python {python} is not tested", "use Python 3.11, 3.12 or 3.13")
     for text in project["dependencies"]:
         need = Requirement(text)
         try:
@@ -146,7 +149,7 @@ def disk(report: Report, cfg: DictConfig) -> None:
     if cfg.data.cache:
         places["corrupted images (data.cache)"] = cfg.data.cache
     for what, place in places.items():
-        there = Path(place).expanduser().absolute()
+        there = Path(place).absolute()
         while not there.exists():
             there = there.parent
         free = shutil.disk_usage(there).free / 2**30
@@ -168,7 +171,7 @@ def data(report: Report, root: str | None) -> None:
     if root is None:
         report.note("data.root is not set: runs use the embedded stand-in images")
         return
-    path = Path(root).expanduser()
+    path = Path(root)
     if not path.is_dir():
         report.problem(f"data.root={root}: there is no such folder", "data.root=/path/to/data")
         return
@@ -182,6 +185,7 @@ def data(report: Report, root: str | None) -> None:
 
 def _cifar(report: Report, root: Path) -> int:
     """CIFAR: the MD5 sums that torchvision holds."""
+    import core.vision  # noqa: F401  # isort: skip
     from torchvision import datasets
 
     found = 0
@@ -335,7 +339,7 @@ def checkpoints(report: Report, cfg: DictConfig) -> None:
             report.ok(f"{name}: sha256 {have[:12]} (shipped)")
     given = cfg.backbone.get("checkpoint")
     if given and given != "random":
-        have = _digest(Path(given).expanduser(), "sha256")
+        have = _digest(Path(given), "sha256")
         if have:
             report.ok(f"backbone.checkpoint={given}: sha256 {have[:12]}")
         else:
@@ -344,6 +348,7 @@ def checkpoints(report: Report, cfg: DictConfig) -> None:
 
 def _known_weights() -> Iterator[tuple[str, Path | None, str]]:
     """Name, local file and published start of the SHA-256 sum of each backbone option."""
+    import core.vision  # noqa: F401  # isort: skip
     import huggingface_hub
     import timm
     import torch
@@ -514,17 +519,25 @@ def main() -> int:
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             cfg = compose("config", words)
+        expand_paths(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     report = Report()
     versions(report)
+    if problem := torchvision_problem():
+        report.problem(problem, FIX_TORCHVISION)
+        return _end(report)
     device(report)
     data(report, cfg.data.root)
     checkpoints(report, cfg)
     disk(report, cfg)
     if any(not w.startswith(("data.", "root=")) for w in words):
         command(report, cfg)
+    return _end(report)
+
+
+def _end(report: Report) -> int:
     print(f"\n{report.problems or 'no'} problem{'s' if report.problems != 1 else ''}")
     return 1 if report.problems else 0
 

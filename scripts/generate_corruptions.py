@@ -245,7 +245,7 @@ def generate(given: argparse.Namespace) -> None:
     Raises:
         UserError: for wrong arguments, missing data, or a folder of other settings.
     """
-    dataset, out = given.dataset, Path(given.out).expanduser()
+    dataset, out = given.dataset, Path(given.out)
     if given.data is None:
         raise UserError("--data is missing: the folder of the clean images")
     names = given.corruptions.split(",") if "," in given.corruptions else given.corruptions
@@ -290,7 +290,7 @@ def generate(given: argparse.Namespace) -> None:
                 "frost": frost,
                 "version": C.VERSION,
                 "images": len(clean.labels),
-                "source": clean.fingerprint,
+                "source": clean.content(),
             },
         )
         preset = "imagenet" if dataset == "imagenet_c" else "cifar"
@@ -331,7 +331,7 @@ def verify(given: argparse.Namespace) -> None:
     Raises:
         UserError: naming what is missing or was changed.
     """
-    folder = Path(given.out).expanduser() / FOLDERS[given.dataset]
+    folder = Path(given.out) / FOLDERS[given.dataset]
     content = read_manifest(folder)
     layout: ImageNet | Cifar
     bare = Files(folder, [], np.zeros(0, np.int64), [])
@@ -355,16 +355,20 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", help="folder of the clean images, as data.root")
+    parser.add_argument(
+        "--data", type=os.path.expanduser, help="folder of the clean images, as data.root"
+    )
     parser.add_argument("--dataset", choices=FOLDERS, required=True)
-    parser.add_argument("--out", required=True, help="a later data.root")
+    parser.add_argument("--out", type=os.path.expanduser, required=True, help="a later data.root")
     parser.add_argument(
         "--corruptions", default="standard", help="standard | extra | all | names with commas"
     )
     parser.add_argument("--severities", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--seed", type=int, default=0, help="as scenario.corruption_seed")
     parser.add_argument("--jpeg-quality", type=int, default=85, help="of ImageNet-C files")
-    parser.add_argument("--frost", help="folder of the frost photographs; else a texture")
+    parser.add_argument(
+        "--frost", type=os.path.expanduser, help="folder of the frost photographs; else a texture"
+    )
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--verify", action="store_true", help="check the hashes, write nothing")

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from core.paths import results_folder
 from core.sweep import end_with_parent, expand, note, plan, report
 from run import as_sweeps
 
@@ -181,14 +182,13 @@ def main() -> int:
             "nvidia-smi lists no GPU here; name them with --gpus 0,1, or use processor cores: "
             "python run.py -m hydra/launcher=joblib ..."
         )
-    root = next((w.split("=", 1)[1] for w in reversed(runs[0]) if w.startswith("root=")), "results")
-    folder = Path(root) / ".sweeps" / time.strftime("%Y%m%d-%H%M%S")
+    folder = results_folder(runs[0]) / ".sweeps" / time.strftime("%Y%m%d-%H%M%S")
     plan(folder, runs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     came_to_end = Pool(folder, runs, places * given.per_gpu).run()
-    text, complete = report(folder)
-    print(text, file=sys.stdout if complete else sys.stderr)
-    return 130 if not came_to_end else 0 if complete else 1
+    text, status = report(folder)
+    print(text, file=sys.stderr if status else sys.stdout)
+    return status if came_to_end else 130
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from methods_table import facts
 
 from core.console import table
 from core.errors import suggest
+from core.paths import results_folder
 from streams.datasets import LAYOUT, ORIGIN
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -219,10 +220,7 @@ def main() -> int:
     if given.words and not given.run:
         print("error: settings are for --run; without it nothing is run", file=sys.stderr)
         return 2
-    results = given.results
-    for word in given.words:
-        if word.startswith("root="):
-            results = Path(word.removeprefix("root="))
+    results = results_folder(given.words, given.results)
     broken = run(rows, given.words) if given.run else []
     found = measured(results)
     print(heading(given.paper.split("/")[0]) + "\n")

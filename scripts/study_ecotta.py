@@ -190,7 +190,7 @@ def main() -> None:
             ],
         )
     cfg = complete(cfg)
-    live = {"data_root": args.root, "on_error": "raise", "cache": args.cache, "workers": 0}
+    live = {"data_root": cfg.data.root, "cache": cfg.data.cache, "on_error": "raise", "workers": 0}
     live |= {"geometry": Geometry(), "store": ImageStore(), "seed": 0}
     stream: ShiftStream = build(cfg.scenario, at="scenario", **live)
     assert stream.source is not None

@@ -42,6 +42,7 @@ from hydra.errors import HydraException
 from core.console import table
 from core.errors import UserError
 from core.files import write_json, write_text
+from core.paths import results_folder
 from core.sweep import outcomes
 
 RUN = Path(__file__).parents[1] / "run.py"
@@ -223,10 +224,9 @@ def tune(given: argparse.Namespace) -> int:
                 "there and reported there is no measurement. Evaluate on other data, or on another "
                 "class order or sequence of domains"
             )
-    root = next((w.split("=", 1)[1] for w in given.words if w.startswith("root=")), "results")
     asked = [given.words, given.search, tune_on, given.method, given.trials, given.seed]
     name = given.name or hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
-    study = Study(Path(root) / ".tune" / name, given.words)
+    study = Study(results_folder(given.words) / ".tune" / name, given.words)
     lower = (given.metric or "").startswith(LOWER)
     values: dict[str, float] = {}
 

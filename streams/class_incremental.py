@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from core.errors import UserError
+from core.ranges import Count, CountOrZero, PlainName, Seed
 from core.seed import derive
 from core.stream import Skipped, Task, TaskStream
 from streams.datasets import cifar, existing_root, expected
@@ -56,7 +57,9 @@ def task_sizes(classes: int, base: int, increment: int) -> list[int]:
 
 
 def _load(
-    dataset: Literal["cifar10", "cifar100", "imagefolder"], root: str | None, per_class: list[int]
+    dataset: Literal["cifar10", "cifar100", "imagefolder"],
+    root: str | None,
+    per_class: tuple[int, int],
 ) -> tuple[ImageSet, ImageSet]:
     if root is None:
         from streams.embedded import TASK_CLASSES, EmbeddedImages
@@ -81,17 +84,17 @@ def _load(
 
 def split_stream(
     *,
-    label: str,
+    label: PlainName,
     dataset: Literal["cifar10", "cifar100", "imagefolder"],
-    base: int,
-    increment: int,
-    class_order: Literal["seeded", "fixed"] | list[int],
-    order_seed: int,
-    batch_size: int,
-    test_batch_size: int,
+    base: CountOrZero,
+    increment: Count,
+    class_order: Literal["seeded", "fixed"] | list[CountOrZero],
+    order_seed: Seed,
+    batch_size: Count,
+    test_batch_size: Count,
     pipeline: Name,
-    embedded_images: list[int],
-    shots: int | None,
+    embedded_images: tuple[Count, Count],
+    shots: Count | None,
     single_pass: bool,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
@@ -118,7 +121,6 @@ def split_stream(
     skipped = Skipped()
     images = {
         split: TaskImages(
-            split,
             Reader([found], skipped, workers, on_error, store.device),
             pipeline,
             geometry,
@@ -133,8 +135,6 @@ def split_stream(
         row = np.flatnonzero((label >= classes.start) & (label < classes.stop))
         return Rows(row, label[row], np.zeros(len(row), np.int64))
 
-    if shots is not None and shots < 1:
-        raise UserError(f"scenario.shots must be at least 1, got {shots}")
     tasks, dealt = [], []
     for index, size in enumerate(sizes):
         first = sum(sizes[:index])
@@ -153,8 +153,8 @@ def split_stream(
                 classes=classes,
                 steps=-(-len(pool) // batch_size),
                 train=partial(images["train"].shuffled, index, pool, batch_size, seed),
-                fit=partial(images["train"].fixed, index, pool, test_batch_size),
-                test=partial(images["test"].fixed, index, rows(test, classes), test_batch_size),
+                fit=partial(images["train"].fixed, pool, test_batch_size),
+                test=partial(images["test"].fixed, rows(test, classes), test_batch_size),
             )
         )
     facts: dict[str, object] = {
@@ -167,7 +167,7 @@ def split_stream(
         "shots": shots,
         "single_pass": single_pass,
         "fingerprint": fingerprint(
-            train.fingerprint, test.fingerprint, order, sizes, *([shots] if shots else [])
+            train.content(), test.content(), order, sizes, *([shots] if shots else [])
         ),
     }
     return TaskStream(

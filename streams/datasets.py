@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from core.errors import UserError
-from streams.images import Arrays, Files, ImageSet, NpyRows, image_folder
+from streams.images import Arrays, Files, ImageSet, NpyRows, fingerprint, image_folder
 
 Cifar = Literal["cifar10", "cifar100"]
 
@@ -62,7 +63,7 @@ def existing_root(root: str, dataset: str) -> Path:
     Raises:
         UserError: if there is no such folder.
     """
-    path = Path(root).expanduser()
+    path = Path(root)
     if not path.is_dir():
         raise UserError(f"data.root={root}: there is no such folder. {expected(dataset)}")
     return path
@@ -79,8 +80,22 @@ def _first(root: Path, names: Sequence[str], probe: Sequence[str]) -> Path | Non
 MANIFEST = "manifest.json"  # of scripts/generate_corruptions.py, beside what it wrote
 
 
-def generated(root: Path, dataset: str) -> dict[str, object] | None:
-    """With which settings the files of a released layout were made; None for the released files.
+@dataclass(frozen=True)
+class Manifest:
+    """How the files of a released layout were made here, and their hashes."""
+
+    settings: dict[str, object]
+    sha256: dict[str, str]  # of "<corruption>/<severity>"
+
+    def content(self, domains: Sequence[tuple[str, int]]) -> str:
+        """Hash of the settings and of what was written for `domains`; more may be added later."""
+        parts = [f"{name}/{severity}" for name, severity in domains]
+        sums = [self.sha256.get(part) for part in parts]
+        return fingerprint(json.dumps([self.settings, parts, sums], sort_keys=True))
+
+
+def generated(root: Path, dataset: str) -> Manifest | None:
+    """The manifest of files that were made here; None for the released files.
 
     Raises:
         UserError: for a manifest that cannot be read.
@@ -89,7 +104,8 @@ def generated(root: Path, dataset: str) -> dict[str, object] | None:
     if folder is None:
         return None
     try:
-        return dict(json.loads((folder / MANIFEST).read_text())["settings"])
+        content = json.loads((folder / MANIFEST).read_text())
+        return Manifest(dict(content["settings"]), dict(content.get("sha256", {})))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / MANIFEST} is damaged: what these files are cannot be told. Generate them "
@@ -103,6 +119,7 @@ def generated(root: Path, dataset: str) -> dict[str, object] | None:
 @cache
 def wnids() -> list[str]:
     """The 1,000 synset ids of ImageNet-1k in label order."""
+    import core.vision  # noqa: F401  # isort: skip
     from timm.data import ImageNetInfo
 
     return [str(name) for name in ImageNetInfo().label_names()]
@@ -209,6 +226,7 @@ def cifar(root: Path, which: Cifar, *, train: bool) -> Arrays:
     Raises:
         UserError: if the files are missing or damaged.
     """
+    import core.vision  # noqa: F401  # isort: skip
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if which == "cifar10" else datasets.CIFAR100

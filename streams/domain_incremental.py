@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import MinLen, Predicate
 from PIL import Image
 
 from core.errors import UserError, suggest
+from core.ranges import Count, PlainName, distinct
 from core.stream import Skipped, Task, TaskStream
 from streams import corruptions as C
 from streams.datasets import existing_root, expected
@@ -42,13 +44,13 @@ def _folders(root: Path, domain: str) -> tuple[Files, Files]:
 
 def domain_stream(
     *,
-    label: str,
+    label: PlainName,
     dataset: Literal["domains"],
-    domains: list[str] | None,
-    batch_size: int,
-    test_batch_size: int,
+    domains: Annotated[list[str], MinLen(1), Predicate(distinct)] | None,
+    batch_size: Count,
+    test_batch_size: Count,
     pipeline: Name,
-    embedded_images: list[int],
+    embedded_images: tuple[Count, Count],
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     workers: int,
@@ -88,9 +90,9 @@ def domain_stream(
             raise UserError(f"domain {name!r} has other classes than {names[0]!r}")
     skipped = Skipped()
 
-    def delivered(split: str, images: ImageSet) -> TaskImages:
+    def delivered(images: ImageSet) -> TaskImages:
         reader = Reader([images], skipped, workers, on_error, store.device)
-        return TaskImages(split, reader, pipeline, geometry, False, store)
+        return TaskImages(reader, pipeline, geometry, False, store)
 
     def everything(images: ImageSet) -> Rows:
         return Rows.of(images, np.arange(len(images.labels)))
@@ -101,11 +103,9 @@ def domain_stream(
             name=name,
             classes=range(len(classes)),
             steps=-(-len(train.labels) // batch_size),
-            train=partial(
-                delivered("train", train).shuffled, i, everything(train), batch_size, seed
-            ),
-            fit=partial(delivered("train", train).fixed, i, everything(train), test_batch_size),
-            test=partial(delivered("test", test).fixed, i, everything(test), test_batch_size),
+            train=partial(delivered(train).shuffled, i, everything(train), batch_size, seed),
+            fit=partial(delivered(train).fixed, everything(train), test_batch_size),
+            test=partial(delivered(test).fixed, everything(test), test_batch_size),
         )
         for i, (name, (train, test)) in enumerate(zip(names, found, strict=True))
     ]
@@ -117,7 +117,7 @@ def domain_stream(
             "classes": len(classes),
             "domains": names,
             "pipeline": pipeline,
-            "fingerprint": fingerprint(*(s.fingerprint for sets in found for s in sets)),
+            "fingerprint": fingerprint(*(s.content() for sets in found for s in sets)),
         },
         skipped=skipped,
         batch_size=batch_size,

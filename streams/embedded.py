@@ -426,6 +426,10 @@ class EmbeddedImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def content(self, rows: NDArray[np.int64] | None = None) -> str:
+        """The fingerprint: the images follow from the settings."""
+        return self.fingerprint
+
     def array(self, row: int) -> U8:
         """Pixels of one image: uint8 [size,size,3], possibly read-only.
 

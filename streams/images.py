@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -14,8 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from core.errors import UserError
+from core.files import BadFile, read_checked, write_checked
+from streams.content import SIZE, array_digest, file_digests, rows_digest
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+KIND = "pixels-1"  # of cached images
 
 
 class ImageSet(Protocol):
@@ -23,10 +27,16 @@ class ImageSet(Protocol):
 
     labels: np.ndarray  # int64 [N]
     num_classes: int
-    fingerprint: str  # changes when the images change, as far as can be told without decoding
 
     @property
     def class_names(self) -> Sequence[str]: ...
+
+    def content(self, rows: np.ndarray | None = None) -> str:
+        """Hash of the images and labels of `rows` (None: all), wherever they are stored.
+
+        A set that is always hashed whole may leave `rows` out of account.
+        """
+        ...
 
     def image(self, row: int) -> Image.Image: ...
 
@@ -39,7 +49,8 @@ def fingerprint(*parts: object) -> str:
     """First 12 hex digits of SHA-256 over the parts' text."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.tobytes() if isinstance(part, np.ndarray) else str(part).encode())
+        text = part.tobytes() if isinstance(part, np.ndarray) else os.fsencode(str(part))
+        digest.update(text)
         digest.update(b"\0")
     return digest.hexdigest()[:12]
 
@@ -65,9 +76,13 @@ class Arrays:
         self.labels = labels.astype(np.int64)
         self.class_names = class_names
         self.num_classes = len(class_names)
-        self.fingerprint = fingerprint(
-            pixels.shape, self.labels, pixels[:: max(1, len(pixels) // 64)]
-        )
+
+    @cached_property
+    def _digest(self) -> bytes:
+        return array_digest(np.ascontiguousarray(self.pixels))
+
+    def content(self, rows: np.ndarray | None = None) -> str:
+        return fingerprint(self.labels, self._digest.hex())
 
     def image(self, row: int) -> Image.Image:
         return Image.fromarray(self.pixels[row])
@@ -89,7 +104,19 @@ class Files:
         self.labels = labels.astype(np.int64)
         self.class_names = class_names
         self.num_classes = len(class_names)
-        self.fingerprint = fingerprint("\n".join(names), self.labels)
+        self._digests = np.zeros((len(names), SIZE), np.uint8)
+        self._read = np.zeros(len(names), bool)  # which of them are there
+
+    def content(self, rows: np.ndarray | None = None) -> str:
+        rows = np.arange(len(self.names)) if rows is None else rows
+        new = np.unique(rows[~self._read[rows]])
+        if len(new):
+            self._digests[new] = file_digests(self.root, self._named(new))
+            self._read[new] = True
+        return fingerprint("\n".join(self._named(rows)), self.labels[rows], self._digests[rows])
+
+    def _named(self, rows: np.ndarray) -> list[str]:
+        return [self.names[row] for row in rows.tolist()]
 
     def image(self, row: int) -> Image.Image:
         return open_rgb(self.root / self.names[row])
@@ -106,7 +133,13 @@ class NpyRows:
         self.class_names = class_names
         self.num_classes = len(class_names)
         self._pixels: np.ndarray | None = None
-        self.fingerprint = fingerprint(path.name, start, path.stat().st_size, self.labels)
+
+    @cached_property
+    def _digest(self) -> bytes:
+        return rows_digest(self.path, self.start, self.start + len(self.labels))
+
+    def content(self, rows: np.ndarray | None = None) -> str:
+        return fingerprint(self.labels, self._digest.hex())
 
     def image(self, row: int) -> Image.Image:
         if self._pixels is None:
@@ -122,8 +155,9 @@ class Derived:
 
     Args:
         change: `(PIL image, row) -> PIL image`, deterministic.
-        identity: text that names the function and all its settings, for the fingerprint.
-        cache: folder for the results (one .npy a row, uint8 [H, W, 3]), `"memory"`, or None.
+        identity: text that names the function and all its settings.
+        cache: folder for the results, `"memory"`, or None. They lie in a folder named by the
+            content of the set, a .npy file with a checksum for each row.
     """
 
     def __init__(
@@ -133,14 +167,15 @@ class Derived:
         identity: str,
         cache: Path | str | None = None,
     ) -> None:
-        self.base, self.change = base, change
+        self.base, self.change, self.identity = base, change, identity
         self.labels, self.num_classes = base.labels, base.num_classes
         self.class_names = base.class_names
-        self.fingerprint = fingerprint(base.fingerprint, identity)
         self._memory: dict[int, np.ndarray] | None = {} if cache == "memory" else None
-        self._folder = (
-            None if cache is None or cache == "memory" else Path(cache) / self.fingerprint
-        )
+        self._key = "" if cache is None or cache == "memory" else self.content()
+        self._folder = Path(str(cache)) / self._key if self._key else None
+
+    def content(self, rows: np.ndarray | None = None) -> str:
+        return fingerprint(self.base.content(rows), self.identity)
 
     def stored(self, row: int) -> np.ndarray | None:
         """The cached result, uint8 [H, W, 3]; None where there is none that can be read."""
@@ -149,8 +184,11 @@ class Derived:
         if self._folder is None:
             return None
         try:
-            return np.load(self._folder / f"{row:06d}.npy")
-        except (OSError, ValueError, EOFError):
+            with read_checked(
+                self._folder / f"{row:06d}.npy", KIND, f"{self._key}{row:06x}"
+            ) as file:
+                return np.load(file, allow_pickle=False)
+        except (OSError, BadFile):
             return None
 
     def keep(self, row: int, pixels: np.ndarray) -> None:
@@ -159,11 +197,9 @@ class Derived:
             self._memory[row] = pixels
         elif self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / f"{row:06d}.npy"
-            part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            with open(part, "wb") as file:
+            path, key = self._folder / f"{row:06d}.npy", f"{self._key}{row:06x}"
+            with write_checked(path, KIND, key, shared=True) as file:
                 np.save(file, pixels)
-            os.replace(part, path)
 
     def image(self, row: int) -> Image.Image:
         pixels = self.stored(row)

@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.exact import divide_
 from core.seed import derive
 from core.stream import Batch, Skipped
-from streams.images import Generated, ImageError, ImageSet, channels_last
+from streams.images import Generated, ImageError, ImageSet, channels_last, fingerprint
 from streams.pipelines import Pipeline, seeded
 
 CPU = torch.device("cpu")
@@ -207,6 +207,12 @@ class Reader:
                 index=self._sent(torch.from_numpy(rows.row[at])),
                 domain=self._sent(torch.from_numpy(rows.domain[at])),
             )
+
+    def content(self, rows: Rows) -> str:
+        """Hash of the images of `rows` in their order."""
+        domains = np.unique(rows.domain).tolist()
+        contents = [self.sets[d].content(rows.row[rows.domain == d]) for d in domains]
+        return fingerprint(*contents, rows.domain, rows.row)
 
     def _sent(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda" or tensor.is_cuda:

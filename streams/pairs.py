@@ -22,15 +22,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import core.vision  # noqa: F401  # isort: skip
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le, MinLen, Predicate
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 
 from core.errors import UserError, suggest
+from core.ranges import Count, CountOrZero, Percent, PlainName, Seed, distinct
 from core.seed import derive
 from core.stream import Batch, Segment, ShiftStream, Skipped
 from streams import corruptions as C
@@ -40,7 +44,16 @@ from streams.images import Derived, Generated, ImageSet, fingerprint
 from streams.loading import Reader, Rows, as_stored
 from streams.pipelines import seeded
 from streams.severities import HIGHEST, NAMES, STEP, interpolated
-from streams.shifts import CROP, LABELS, Dataset, chosen, crop, frost_source, surroundings
+from streams.shifts import (
+    CROP,
+    LABELS,
+    Dataset,
+    chosen,
+    crop,
+    frost_content,
+    frost_source,
+    surroundings,
+)
 from streams.store import ImageStore
 
 Pair = tuple[str, str]
@@ -235,7 +248,11 @@ class _Shown:
         self.base, self.rows, self.numbers, self.crop_seed = base, rows, numbers, crop_seed
         self.labels, self.num_classes = base.labels[rows], base.num_classes
         self.class_names = base.class_names
-        self.fingerprint = fingerprint(base.fingerprint, rows, numbers, crop_seed)
+
+    def content(self, rows: np.ndarray | None = None) -> str:
+        shown = slice(None) if rows is None else rows
+        images, numbers = self.rows[shown], self.numbers[shown]
+        return fingerprint(self.base.content(np.unique(images)), images, numbers, self.crop_seed)
 
     def image(self, row: int) -> Image.Image:
         image = self.base.image(int(self.rows[row]))
@@ -354,25 +371,25 @@ def corruption_names(given: list[str] | None, baseline: float) -> list[str]:
 
 def pair_stream(
     *,
-    label: str,
+    label: PlainName,
     dataset: Dataset,
-    baseline: float,
-    speed: int,
-    walk_seed: int,
-    corruptions: list[str] | None,
+    baseline: Percent,
+    speed: Count,
+    walk_seed: Seed,
+    corruptions: Annotated[list[str], MinLen(2), Predicate(distinct)] | None,
     calibration: str | None,
-    images: int,
+    images: Count,
     image_list: str,
-    batch_size: int,
+    batch_size: Count,
     reset: Literal["never", "segment", "batch"],
-    order_seed: int,
-    corruption_seed: int,
-    jpeg_quality: int | None,
+    order_seed: Seed,
+    corruption_seed: Seed,
+    jpeg_quality: Annotated[int, Ge(1), Le(100)] | None,
     frost_dir: str | None,
-    clean_images: int,
+    clean_images: CountOrZero,
     clean_adapting: bool,
     source_from: str,
-    source_images: int | None,
+    source_images: CountOrZero | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,
@@ -384,10 +401,6 @@ def pair_stream(
     Raises:
         UserError: for missing data or settings that do not fit.
     """
-    if not 0 <= baseline <= 100:
-        raise UserError(f"scenario.baseline must be an accuracy from 0 to 100, got {baseline}")
-    if min(speed, images, batch_size) < 1:
-        raise UserError("scenario.speed, images and batch_size must be at least 1")
     names = corruption_names(corruptions, baseline)
     if calibration is None and data_root is not None:
         raise UserError(
@@ -395,12 +408,13 @@ def pair_stream(
             "with `python scripts/calibrate_ccc.py scenario=ccc data.root=... --out ccc.json`, or "
             "give the official ccc_accuracy_matrix.pickle, which says how it is converted"
         )
-    path = EMBEDDED if calibration is None else Path(calibration).expanduser()
+    path = EMBEDDED if calibration is None else Path(calibration)
     grid = read_calibration(path, names)
     found = images_of(dataset, data_root, image_list, order_seed, clean_images)
     notes: dict[str, object] = {}
+    frost = frost_source(frost_dir)
     if "frost" in names:
-        notes["frost"] = frost_source(frost_dir)
+        notes["frost"] = frost
 
     pairs: list[Pair] = []
     walks: list[Cells] = []
@@ -418,6 +432,7 @@ def pair_stream(
         "jpeg_quality": jpeg_quality if data_root and dataset == "imagenet_c" else None,
         "frost_dir": frost_dir,
     }
+    named = {**settings, "frost_dir": frost_content(frost_dir)}
     sets: list[ImageSet] = []
     domain, row = np.zeros(images, np.int64), np.zeros(images, np.int64)
     of_pair = np.asarray([seen.index(pair) for pair in pairs])[dealt.walk]
@@ -427,7 +442,7 @@ def pair_stream(
         base = _Shown(found.base, dealt.row[numbers], numbers, walk_seed if found.crop else None)
         quarters = dealt.quarters[numbers]
         make = partial(_make, pair=pair, quarters=quarters, numbers=numbers, **settings)
-        text = f"{pair} {fingerprint(quarters)} {sorted(settings.items())} {C.VERSION}"
+        text = f"{pair} {fingerprint(quarters)} {sorted(named.items())} {C.VERSION}"
         sets.append(Generated(base, make, text, cache if data_root else None))
 
     skipped = Skipped()
@@ -487,7 +502,7 @@ def pair_stream(
         "jpeg_quality": settings["jpeg_quality"],
         "segments": [s.name for s in segments],
         **notes,
-        "fingerprint": fingerprint(*(s.fingerprint for s in sets), domain, around.clean_rows),
+        "fingerprint": fingerprint(*(s.content() for s in sets), domain, *around.contents),
     }
     # The accuracy that is held takes the place of the severity in a domain's name.
     return ShiftStream(

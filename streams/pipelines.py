@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import core.vision  # noqa: F401  # isort: skip
+
 import torch
 from PIL import Image
 from torchvision import transforms as T

@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import core.vision  # noqa: F401  # isort: skip
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le, MinLen, Predicate
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 
 from core.errors import UserError, suggest
+from core.ranges import Count, CountOrZero, PlainName, Positive, Seed, Size, distinct
 from core.seed import derive
 from core.stream import Batch, Batches, Segment, ShiftStream, Skipped, SourceImages
 from streams import corruptions as C
@@ -42,6 +46,7 @@ from streams.pipelines import PHOTOMETRIC, Pipeline
 from streams.store import ImageStore
 
 Dataset = Literal["imagenet_c", "cifar10_c", "cifar100_c"]
+Severity = Literal[1, 2, 3, 4, 5]
 LABELS = {"imagenet_c": "imagenet1k", "cifar10_c": "cifar10", "cifar100_c": "cifar100"}
 
 
@@ -121,6 +126,14 @@ def frost_source(frost_dir: str | None) -> str:
     return C.frost_source(frost_dir)
 
 
+def frost_content(frost_dir: str | None) -> str | None:
+    """Hash of the photographs in `frost_dir`, wherever they lie; None for the texture."""
+    if frost_dir is None:
+        return None
+    files = C.FROST_FILES
+    return Files(Path(frost_dir), files, np.zeros(len(files)), [""]).content()
+
+
 def _corrupt(
     levels: Tensor,
     rows: Sequence[int],
@@ -157,8 +170,10 @@ def corrupted(
         settings: preset, seed, jpeg_quality and frost_dir of `corruptions.corrupt_batch`.
     """
 
+    named = {**settings, "frost_dir": frost_content(settings["frost_dir"])}
+
     def identity(domain: Domain) -> str:
-        return f"{domain} {sorted(settings.items())} {C.VERSION}"
+        return f"{domain} {sorted(named.items())} {C.VERSION}"
 
     return {
         d: Generated(base, partial(_corrupt, domain=d, **settings), identity(d), cache)
@@ -181,35 +196,35 @@ def _legacy(images: ImageSet) -> ImageSet:
 
 def corruption_stream(
     *,
-    label: str,
+    label: PlainName,
     dataset: Dataset,
     corrupt: Literal["released", "on_the_fly"],
-    corruptions: str | list[str],
-    severity: int | list[int],
+    corruptions: str | Annotated[list[str], MinLen(1)],
+    severity: Severity | Annotated[list[Severity], MinLen(1), Predicate(distinct)],
     order: str,
-    rounds: int,
-    delta: float,
-    imbalance: float,
-    zipf: float,
+    rounds: Count,
+    delta: Positive,
+    imbalance: Annotated[float, Ge(1)],
+    zipf: Annotated[float, Gt(1)],
     index_file: str | None,
-    images: int | None,
+    images: Count | None,
     image_list: str,
-    batch_size: int,
-    window: int | None,
+    batch_size: Count,
+    window: Count | None,
     reset: Literal["never", "segment", "batch"],
-    order_seed: int,
-    corruption_seed: int,
-    jpeg_quality: int | None,
+    order_seed: Seed,
+    corruption_seed: Seed,
+    jpeg_quality: Annotated[int, Ge(1), Le(100)] | None,
     frost_dir: str | None,
     legacy_resize: bool,
-    resize: int | None,
-    probe_images: int,
+    resize: Size | None,
+    probe_images: CountOrZero,
     probe_from: Literal["auto", "held_out", "stream"],
-    probe_every: int,
-    clean_images: int,
+    probe_every: Count,
+    clean_images: CountOrZero,
     clean_adapting: bool,
     source_from: str,
-    source_images: int | None,
+    source_images: CountOrZero | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,
@@ -222,19 +237,10 @@ def corruption_stream(
         UserError: for missing data or settings that do not fit.
     """
     names = corruption_names(corruptions)
-    severities = severity if isinstance(severity, list) else [severity]
-    if not severities or not set(severities) <= set(range(1, 6)):
-        raise UserError(f"scenario.severity must be 1..5 or a list of these, got {severity}")
-    if batch_size < 1 or rounds < 1 or probe_every < 1:
-        raise UserError("scenario.batch_size, rounds and probe_every must be at least 1")
-    if window is not None and (window < 1 or batch_size != 1):
-        raise UserError(
-            "scenario.window is for single images: it must be at least 1, and needs "
-            "scenario.batch_size=1"
-        )
+    severities: list[int] = [*severity] if isinstance(severity, list) else [severity]
+    if window is not None and batch_size != 1:
+        raise UserError("scenario.window is for single images: it needs scenario.batch_size=1")
     domain_order, label_order = parse(order)
-    if min(delta, zipf - 1) <= 0 or imbalance < 1:
-        raise UserError("scenario.delta must be above 0, zipf above 1 and imbalance at least 1")
     steps = plan(domain_order, names, severities, rounds)
     domains = list(dict.fromkeys(s.domain for s in steps))
     request = Request(
@@ -264,13 +270,14 @@ def corruption_stream(
         root = existing_root(data_root, dataset if released else which)
         found = _cifar(root, which, request, released)
     on_the_fly = data_root is None or not released
-    made = None if on_the_fly else generated(Path(str(data_root)).expanduser(), dataset)
+    manifest = None if on_the_fly else generated(Path(str(data_root)), dataset)
     origin = "generated on the fly" if on_the_fly else "released files"
-    if made is not None:
+    if manifest is not None:
         origin = "generated files (scripts/generate_corruptions.py)"
-        found.notes["generated"] = made
+        found.notes["generated"] = manifest.settings
+    frost = frost_source(frost_dir)
     if on_the_fly and "frost" in names:
-        found.notes["frost"] = frost_source(frost_dir)
+        found.notes["frost"] = frost
 
     sets = [found.sets[d] for d in domains]
     skipped = Skipped()
@@ -319,9 +326,7 @@ def corruption_stream(
     ]
     hardest = max(s for _, s in domains)
     probes = {
-        d: partial(
-            _again, store, f"probe{d}", probe_reader, Rows.of(s, found.probe, d), raw, batch_size
-        )
+        d: partial(_again, store, probe_reader, Rows.of(s, found.probe, d), raw, batch_size)
         for d, s in enumerate(probe_reader.sets)
         if domains[d][1] == hardest and len(found.probe)
     }
@@ -341,6 +346,12 @@ def corruption_stream(
         skipped=skipped,
         store=store,
     )
+    # Rows of each set whose images a result depends on. (Embedded probes are another set, which
+    # follows from the settings.)
+    used = [
+        np.unique(np.concatenate([found.probe, *(r.row[r.domain == d] for *_, r in dealt)]))
+        for d in range(len(sets))
+    ]
     classes = sets[0].num_classes
     facts: dict[str, object] = {
         "classes": classes,
@@ -353,14 +364,15 @@ def corruption_stream(
         "segments": [s.name for s in segments],
         **found.notes,
         "fingerprint": fingerprint(
-            *(s.fingerprint for s in sets),
+            *(s.content(rows) for s, rows in zip(sets, used, strict=True)),
             *(np.stack([r.domain, r.row]) for *_, r in dealt),
             found.probe,
-            around.clean_rows,
+            *around.contents,
+            *([manifest.content(domains)] if manifest else []),
         ),
     }
     return ShiftStream(
-        name=label if made is None else f"{label}[generated]",
+        name=label if manifest is None else f"{label}[generated]",
         num_classes=classes,
         domains=[f"{n}:{s}" for n, s in domains],
         segments=segments,
@@ -386,7 +398,7 @@ def corruption_stream(
 def _index_file(path: str, listed: np.ndarray) -> np.ndarray:
     """Positions in the image list, read from a .npy file: an order drawn elsewhere."""
     try:
-        index = np.load(Path(path).expanduser(), allow_pickle=False).astype(np.int64).reshape(-1)
+        index = np.load(path, allow_pickle=False).astype(np.int64).reshape(-1)
     except (OSError, ValueError) as error:
         raise UserError(f"scenario.index_file={path}: not a .npy file of numbers") from error
     if not len(index) or index.min() < 0 or index.max() >= len(listed):
@@ -405,15 +417,15 @@ class Surroundings:
     """Clean images for source forgetting, and the labelled source images."""
 
     holdout: Batches | None
-    clean_rows: np.ndarray  # int64, those of the clean set that `holdout` delivers
+    contents: tuple[object, ...]  # of what `holdout` delivers, for the stream's fingerprint
     source: Callable[[], SourceImages]
 
 
 def _again(
-    store: ImageStore, key: str, reader: Reader, rows: Rows, change: Pipeline, batch_size: int
+    store: ImageStore, reader: Reader, rows: Rows, change: Pipeline, batch_size: int
 ) -> Iterator[Batch | None]:
     """Images that are scored after every segment."""
-    found = store.fixed(key, reader, rows, change, batch_size)
+    found = store.fixed(repr(change), reader, rows, change, batch_size)
     return reader.batches(rows, batch_size, change) if found is None else found
 
 
@@ -439,11 +451,20 @@ def surroundings(
     Args:
         clean: clean evaluation images, if there are any.
         held_out: rows of `clean` that neither stream nor probes use.
+
+    Raises:
+        UserError: for a `source_from` that is neither a word nor a folder.
     """
+    if source_from not in ("train", "held_out") and not Path(source_from).is_dir():
+        raise UserError(
+            f"scenario.source_from={source_from}: there is no such folder; use train, held_out or "
+            "a folder of training images"
+        )
     # Drawn once, so that warm-up, stream and clean images stay apart.
     rng = np.random.default_rng(derive(order_seed, "source"))
     held_out = rng.permutation(held_out)[:source_images]
     holdout, rows = None, np.zeros(0, np.int64)
+    contents: list[object] = []
     if clean is not None and clean_images:
         rows = np.arange(len(clean.labels))
         if root is not None:
@@ -451,8 +472,10 @@ def surroundings(
         if source_from == "held_out":
             rows = rows[~np.isin(rows, held_out)]
         rows = rows[:clean_images]
+        if root is not None:  # embedded images follow from the settings
+            contents.append(clean.content(rows))
         reader = Reader([clean], skipped, workers, on_error, store.device)
-        holdout = partial(_again, store, "clean", reader, Rows.of(clean, rows), change, batch_size)
+        holdout = partial(_again, store, reader, Rows.of(clean, rows), change, batch_size)
     source = partial(
         _source,
         root=root,
@@ -467,7 +490,7 @@ def surroundings(
         on_error=on_error,
         change=change,
     )
-    return Surroundings(holdout, rows, source)
+    return Surroundings(holdout, (rows, *contents), source)
 
 
 def _source(
@@ -501,7 +524,7 @@ def _source(
             raise UserError("scenario.source_from=held_out: no clean images are under data.root")
         images, rows, text = clean, held_out, "clean evaluation images outside the stream"
     elif dataset == "imagenet_c":
-        folder = Path(root if choice == "train" else choice).expanduser()
+        folder = Path(root if choice == "train" else choice)
         images, text = Derived(imagenet_train(folder), crop, CROP), "training images"
         rows = np.arange(len(images.labels))
     else:
@@ -537,7 +560,7 @@ def _source(
             if batch is not None:
                 yield batch
 
-    return SourceImages(len(rows), text, fingerprint(images.fingerprint, rows), batches)
+    return SourceImages(len(rows), text, fingerprint(images.content(rows), rows), batches)
 
 
 # ------------------------------------------------------------------ where the images come from
@@ -576,7 +599,7 @@ def chosen(names: Sequence[str], given: str, seed: int, root: Path) -> np.ndarra
     """
     if given == "all":
         return np.random.default_rng(derive(seed, "subset")).permutation(len(names))
-    path = Path(given).expanduser()
+    path = Path(given)
     if given != "published" and not path.is_file():
         raise UserError(
             f"scenario.image_list={given}: no such file; give a text file with one "

@@ -49,7 +49,7 @@ class ImageStore:
         """Batches in the order of `rows`, or None if the images do not fit.
 
         Args:
-            key: names these images after `change`, which must draw nothing.
+            key: names `change`, which must draw nothing; images are known by their content.
         """
         kept = self._find(key, reader, rows, change)
         if kept is None:
@@ -93,7 +93,10 @@ class ImageStore:
         return torch.tensor([tossed(*pair) for pair in pairs], device=self.device)
 
     def _find(self, key: str, reader: Reader, rows: Rows, change: Pipeline) -> Kept | None:
-        if not self.limit or not len(rows) or key in self._refused:
+        if not self.limit or not len(rows):
+            return None
+        key = f"{key} {reader.content(rows)}"
+        if key in self._refused:
             return None
         if key not in self._kept and not self._read(key, reader, rows, change):
             self._refused.add(key)
@@ -159,12 +162,10 @@ class TaskImages:
     """Training or test images of a task stream, from the store where they fit.
 
     Args:
-        split: `train` or `test`; part of the names in the store.
         name: of the pipeline.
         cifar: see `streams.pipelines.pipeline`.
     """
 
-    split: str
     reader: Reader
     name: Name
     geometry: Geometry  # known once the backbone is loaded
@@ -174,10 +175,14 @@ class TaskImages:
     def _change(self, train: bool) -> Pipeline:
         return pipeline(self.name, self.geometry, train=train, cifar=self.cifar)
 
-    def fixed(self, task: int, rows: Rows, batch_size: int) -> Iterator[Batch]:
+    @property
+    def _key(self) -> str:
+        return f"{self.name} {self.geometry} {self.cifar}"
+
+    def fixed(self, rows: Rows, batch_size: int) -> Iterator[Batch]:
         """Test pipeline, in the order of `rows`."""
-        key, change = f"{self.split}{task}", self._change(False)
-        found = self.store.fixed(key, self.reader, rows, change, batch_size)
+        change = self._change(False)
+        found = self.store.fixed(self._key, self.reader, rows, change, batch_size)
         if found is None:
             found = self.reader.batches(rows, batch_size, change)
         return (batch for batch in found if batch is not None)
@@ -191,7 +196,7 @@ class TaskImages:
         found = None
         if self.name in FLIP_ONLY:
             found = self.store.shuffled(
-                f"{self.split}{task}",
+                self._key,
                 self.reader,
                 rows,
                 self._change(False),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import core.vision  # noqa: F401  # isort: skip
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+HANG = 1800  # seconds after which a process counts as hung; nothing is measured by it
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +31,14 @@ def realdata() -> Path:
 def one_thread():
     """Two workers of the test runner share two cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """Digests of images are kept in a folder of the test, not of the user."""
+    folder = tmp_path / "digest-cache"
+    monkeypatch.setenv("DRIFTLINE_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture

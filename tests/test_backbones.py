@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def test_every_configuration_names_weights_that_exist() -> None:
 
 
 def test_the_general_configuration_asks_for_a_tag() -> None:
-    with pytest.raises(UserError, match="backbone.tag must be str"):
+    with pytest.raises(UserError, match="backbone.tag must be text that is not empty, got None"):
         config("timm")
 
 
@@ -124,11 +123,12 @@ def test_number_of_outputs() -> None:
 # ---------------------------------------------------------------- downloads
 
 
-def test_unreachable_hub_is_one_quick_message(no_hub: Path) -> None:
-    start = time.perf_counter()
+def test_unreachable_hub_is_one_message_without_waiting(
+    no_hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits to try again"))
     with pytest.raises(UserError) as failure:
         config("vit_b16_in1k")
-    assert time.perf_counter() - start < 10
     assert "vit_base_patch16_224.augreg_in21k_ft_in1k" in str(failure.value)
     assert "backbone.checkpoint=/path/to/file.safetensors" in str(failure.value)
     assert "\n" not in str(failure.value)

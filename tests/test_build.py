@@ -35,10 +35,10 @@ def test_live_objects_keep_their_identity_and_integers_become_floats():
     ("options", "message"),
     [
         ({"lrr": 1}, "strategy has no option 'lrr'; did you mean 'lr'"),
-        ({"lr": "abc"}, "strategy.lr must be float, got 'abc'"),
-        ({"steps": 1.5}, "strategy.steps must be int, got 1.5"),
-        ({"steps": True}, "strategy.steps must be int, got True"),
-        ({"mode": 3}, "strategy.mode must be str or None"),
+        ({"lr": "abc"}, "strategy.lr must be a finite number, got 'abc'"),
+        ({"steps": 1.5}, "strategy.steps must be a whole number, got 1.5"),
+        ({"steps": True}, "strategy.steps must be a whole number, got True"),
+        ({"mode": 3}, "strategy.mode must be text that is not empty or null, got 3"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -7,12 +7,11 @@ import inspect
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import timm
 import torchvision
-from conftest import ROOT
+from conftest import HANG, ROOT
 from omegaconf import DictConfig, OmegaConf
 
 from backbones.load import ROBUSTBENCH_FILES
@@ -26,7 +25,7 @@ STRATEGIES = sorted(p.stem for p in (CONF / "strategy").glob("*.yaml"))
 LIVE = {"backbone", "seed", "num_classes"}
 
 
-def cli(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def cli(*words: str, timeout: float = HANG) -> subprocess.CompletedProcess[str]:
     """`python run.py words...`."""
     command = [sys.executable, str(ROOT / "run.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
@@ -141,12 +140,15 @@ def test_typos_get_a_short_answer(words, expected):
     ("words", "expected"),
     [
         (["++strategy.lrr=1", "strategy=tent"], "strategy has no option 'lrr'; did you mean 'lr'?"),
-        (["strategy=tent", "strategy.lr=abc"], "strategy.lr must be float, got 'abc'"),
+        (
+            ["strategy=tent", "strategy.lr=abc"],
+            "strategy.lr must be a finite number, at least 0",
+        ),
         (["strategy=tent", "scenario=split_cifar10"], "Strategies for it: aper"),
         (["strategy=finetune"], "Strategies for it: bn_adapt, cotta"),
         (["backbone=embedded_vit"], "embedded_vit"),
         (["data.root=/nowhere/at/all"], "no such folder"),
-        (["on_exists=maybe"], "on_exists must be skip, rerun or error"),
+        (["on_exists=maybe"], "on_exists must be one of 'skip', 'rerun', 'error', got 'maybe'"),
     ],
 )
 def test_wrong_settings_are_named(configure, words, expected):
@@ -164,12 +166,10 @@ def test_a_user_error_is_one_line_and_status_2(tmp_path):
 
 
 def test_configuration_is_shown_without_importing_torch():
-    started = time.perf_counter()
     done = cli("strategy=cotta", "--cfg", "job")
     assert done.returncode == 0 and "restore_prob" in done.stdout
     code = "import sys, run; sys.argv = ['run.py', '--help']; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    assert time.perf_counter() - started < 60  # a second each on an idle machine
 
 
 def test_help_lists_every_strategy():

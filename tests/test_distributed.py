@@ -6,10 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import HANG, ROOT
+from test_runs import pausing, wait_for
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 
 from backbones.adapters import Bottleneck
 from backbones.backbone import Backbone
@@ -49,9 +49,8 @@ def settings(strategy: str) -> list[str]:
 
 def together(folder: Path, work: Callable[[int], None], size: int = 2) -> list[tuple[int, str]]:
     """Call `work(rank)` in `size` processes; returns exit status and output of each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # As torchrun does: the store is the parent's, which binds a free port itself.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def child(rank: int) -> None:
         out = os.open(folder / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -59,7 +58,8 @@ def together(folder: Path, work: Callable[[int], None], size: int = 2) -> list[t
         os.dup2(out, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         status = 1
         try:
             work(rank)
@@ -84,11 +84,14 @@ def together(folder: Path, work: Callable[[int], None], size: int = 2) -> list[t
         for process in children:
             process.start()
     for process in children:
-        process.join(120)
+        process.join(HANG)
     status = [-1 if p.exitcode is None else p.exitcode for p in children]
     for process in children:
         process.kill()
-    return [(s, (folder / f"rank{r}.txt").read_text()) for r, s in enumerate(status)]
+    texts = [(folder / f"rank{rank}.txt").read_text() for rank in range(size)]
+    # torch 2.8 prints a line of its own for every process group.
+    ours = ["".join(x for x in t.splitlines(True) if not x.startswith("[Gloo]")) for t in texts]
+    return list(zip(status, ours, strict=True))
 
 
 def rows(folder: str | Path) -> list[dict]:
@@ -189,9 +192,7 @@ def test_an_error_in_one_process_ends_all_with_one_message(configure, tmp_path, 
         at_tick(monkeypatch, 2, 1, fail)
         run_experiment(cfg, [])
 
-    started = time.perf_counter()
     (status, said), (other, message) = together(tmp_path, work)
-    assert time.perf_counter() - started < 60
     assert status == 2 and "error:" not in said
     assert other == 1 and message.count("the disk of this machine is full") == 1
     text = next(Path(cfg.root).rglob("failure.txt")).read_text()
@@ -320,9 +321,9 @@ def test_a_method_that_uses_gradients_too_early_is_named(tmp_path):
 # ------------------------------------------------------------------------ torchrun itself
 
 
-def torchrun(root: Path, *words: str) -> subprocess.Popen[str]:
+def torchrun(root: Path, *words: str, script: tuple[str, ...]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--standalone", "run.py", *words, f"root={root}", "runtime.threads=1"]
+    command += ["--standalone", *script, *words, f"root={root}", "runtime.threads=1"]
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -330,15 +331,12 @@ def torchrun(root: Path, *words: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_saves_and_a_run_without_it_goes_on(configure, tmp_path):
-    words = [*settings("lae"), "strategy.epochs=8", "checkpoint.every=1"]
+    words = [*settings("lae"), "checkpoint.every=1"]
     root = tmp_path / "two"
-    process = torchrun(root, *words)
-    for _ in range(2400):
-        if any(root.rglob("last.pt")) or process.poll() is not None:
-            break
-        time.sleep(0.05)
+    process = torchrun(root, *words, script=pausing(tmp_path / "paused", "lae", 3))
+    wait_for(tmp_path / "paused", process)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=HANG)
     assert process.returncode != 0
     assert out.count("stopped; the same command goes on from here") == 1, out
     assert not list(root.rglob("summary.json"))

@@ -20,7 +20,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import ROOT
+from conftest import HANG, ROOT
 from omegaconf import OmegaConf
 
 from core.sweep import expand
@@ -59,7 +59,7 @@ def shell(commands: str, folder: Path) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     command = ["bash", "-euo", "pipefail", "-c", commands]
     return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG, check=False
     )
 
 
@@ -232,7 +232,7 @@ def test_every_golden_case_of_a_method_counts_in_the_table():
 def test_the_site_builds(tmp_path):
     pytest.importorskip("mkdocs", reason='mkdocs is missing: pip install -e ".[docs]"')
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     front = (tmp_path / "index.html").read_text()
     assert 'href="presets.html"' in front and 'src="result.svg"' in front

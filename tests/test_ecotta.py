@@ -300,8 +300,8 @@ def test_other_networks_are_refused_with_the_reason(name, said):
     [
         ({"parts": [1, 1]}, "add up to 4"),
         ({"parts": [2, 2, 0]}, "at least 1"),
-        ({"parts": []}, "add up to 4"),
-        ({"parts": 0}, "strategy.parts must be at least 1"),
+        ({"parts": []}, "one or more"),
+        ({"parts": 0}, "strategy.parts must be a whole number, at least 1"),
         ({"parts": "halves"}, "strategy.parts"),
         ({"entropy_margin": 0.0}, "strategy.entropy_margin"),
         ({"reg_weight": -1.0}, "strategy.reg_weight"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
 
+from core.errors import UserError
 from kernels import adapter, chosen, dispatch, use
 from kernels import dora as dora_module
 from kernels.adapter import SECOND_DERIVATIVE, Operands
@@ -494,6 +496,28 @@ def test_compiled_under_autocast_and_with_dynamic_rows():
         assert all(torch.equal(found[k], right[k]) for k in right)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", ["vmap", "grad", "vmap of grad"])
+def test_compiled_transforms_give_the_eager_values(transform):
+    call = operands((4, 3), 8, 2, form="S", scale=0.5) | {"act": "gelu"}
+    rest = {k: v for k, v in call.items() if k != "x"}
+    y = lambda x: adapter(x, **rest)  # noqa: E731
+    loss = lambda x: y(x).pow(2).sum()  # noqa: E731
+    function = {"vmap": vmap(y), "grad": grad(loss), "vmap of grad": vmap(grad(loss))}[transform]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: function(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(call["x"]), function(call["x"]))
+
+
+def test_compiled_second_derivative_is_an_error():
+    torch.compiler.reset()
+    call = learn(operands((3, 5), 8, 2))
+    y = torch.compile(adapter, fullgraph=True, backend="aot_eager")(**call)
+    (first,) = torch.autograd.grad(y.pow(2).sum(), call["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        first.sum().backward()
+
+
 def of_down(call: dict[str, Any], function: Any) -> Any:
     """A function of `down` and `x` alone."""
     rest = {k: v for k, v in call.items() if k not in ("down", "x")}
@@ -622,6 +646,34 @@ def test_fall_back_warns_once(monkeypatch):
         adapter(**operands())
     assert chosen()["used"] == "reference"
     assert "rank 300 > 144" in chosen()["reason"]
+
+
+@pytest.mark.parametrize("lacking", ["triton", "triton.knobs"])
+def test_a_triton_that_cannot_serve_falls_back_with_its_reason(monkeypatch, lacking):
+    """As with torch 2.6 and 2.7, whose Triton has no knobs, and with no Triton at all."""
+    find_spec = importlib.util.find_spec
+    if lacking == "triton.knobs":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    names = [lacking] if lacking == "triton.knobs" else ["triton", "triton.knobs"]
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *_: None if name in names else find_spec(name)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_on_cpu", lambda _: False)
+    cached = (dispatch.no_triton, dispatch._found_unfit)
+    for function in cached:
+        function.cache_clear()
+    reason = "not installed" if lacking == "triton" else "has no triton.knobs"
+    try:
+        with pytest.warns(UserWarning, match=reason):
+            adapter(**operands())
+        assert chosen()["used"] == "reference"
+        assert reason in chosen()["reason"]
+        with pytest.raises(UserError, match=f"{reason}.*set kernel.backend=auto"):
+            use("triton")
+    finally:
+        for function in cached:
+            function.cache_clear()
 
 
 def test_float32_of_a_high_rank_is_left_to_torch(monkeypatch):

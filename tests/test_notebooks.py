@@ -8,7 +8,7 @@ import sys
 
 import jupytext
 import pytest
-from conftest import ROOT
+from conftest import HANG, ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUN_ALL = """
@@ -26,7 +26,7 @@ def test_every_notebook_runs_from_top_to_bottom():
     paths = [path.with_suffix(".py").name for path in NOTEBOOKS]
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, *paths],
-        cwd=ROOT / "notebooks", capture_output=True, text=True, timeout=300,
+        cwd=ROOT / "notebooks", capture_output=True, text=True, timeout=HANG,
         env={**os.environ, "MPLBACKEND": "agg", "RESULTS_ROOT": str(ROOT / "results" / "example")},
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -242,10 +242,10 @@ def test_real_images_are_cropped_at_random_and_labelled_generated(configure, tmp
     [
         ("scenario.corruptions=[gaussian_noise,spatter]", "'spatter' cannot be part of a pair"),
         ("scenario.corruptions=[contrst,fog]", "did you mean 'contrast'"),
-        ("scenario.corruptions=[fog]", "at least two"),
+        ("scenario.corruptions=[fog]", "a list of at least 2"),
         ("scenario.corruptions=[contrast,fog]", "lacks 2 of 2 pairs.*first: contrast then fog"),
-        ("scenario.baseline=101", "accuracy from 0 to 100"),
-        ("scenario.speed=0", "speed, images and batch_size"),
+        ("scenario.baseline=101", "scenario.baseline must be a number, at least 0 and at most 100"),
+        ("scenario.speed=0", "scenario.speed must be a whole number, at least 1"),
     ],
 )
 def test_wrong_settings_are_named(configure, word, message):

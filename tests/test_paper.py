@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import HANG, ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import methods_table
@@ -30,7 +30,7 @@ def finished(
 
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/paper.py", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
 
 
 def test_every_preset_belongs_to_a_method_and_holds_figures():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from core.errors import UserError
-from core.prepare import PartialFile, prepare
+from core.files import BadFile
+from core.prepare import PartialFile, _load, prepare
 from core.strategy import Progress, TTAStrategy
 from core.stream import Batch, SourceImages
 from tta.warmup import WarmUp
@@ -68,7 +73,10 @@ class Warmed(TTAStrategy):
 
 @pytest.fixture
 def run(tmp_path):
-    """`run(weights=..., images=..., **recipe)` prepares; returns (strategy, report, calls)."""
+    """`run(weights=..., images=..., **recipe)` prepares; returns (strategy, report, calls).
+
+    `run.said` holds the lines of the console.
+    """
     calls: list[str] = []
 
     def make(**recipe: Any) -> Warmed:
@@ -84,10 +92,11 @@ def run(tmp_path):
             lambda: source(images),
             weights=weights,
             folder=tmp_path,
-            say=lambda text: None,
+            say=go.said.append,
         )
         return strategy, report, calls
 
+    go.said = []
     return go
 
 
@@ -135,12 +144,89 @@ def test_an_interrupted_warm_up_goes_on_to_the_same_result(run, tmp_path, monkey
         assert torch.equal(a, b)
 
 
-def test_damaged_files_are_named(run, tmp_path):
+def flips(size: int, header: int) -> list[int]:
+    """Places of bytes: all of the header, 14 of what follows."""
+    return [*range(header), *np.linspace(header, size - 1, 14).astype(int).tolist()]
+
+
+def test_every_flipped_bit_of_an_artefact_is_noticed(run):
     _, report, _ = run()
     path = Path(report["artefact"])
+    whole = path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata()["depends"]
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in flips(len(whole), header):
+        for bit in (0, 3, 6):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            with pytest.raises(BadFile):
+                _load(path, text)
+    path.write_bytes(whole)
+    assert set(_load(path, text)[0]) == {"weight", "bias"}
+
+
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(UserError, match="cannot read the prepared artefact"):
-        run()
+
+
+def flip(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 4
+    path.write_bytes(whole)
+
+
+def without_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+    del tensors["bias"]
+    save_file(tensors, path, metadata=facts)
+
+
+def without_facts(path: Path) -> None:
+    save_file(load_file(path), path)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, without_a_tensor, without_facts])
+def test_a_damaged_artefact_is_made_again_and_that_is_said(run, damage):
+    first, report, _ = run()
+    damage(Path(report["artefact"]))
+    again, remade, calls = run()
+    assert calls == ["prepare"] * 2 and not remade["cached"]
+    assert any("is damaged" in line and "made again" in line for line in run.said)
+    assert torch.equal(first.extra.weight, again.extra.weight)
+    assert run()[1]["cached"]
+
+
+def test_the_artefact_of_other_settings_is_not_taken(run):
+    _, other, _ = run(lr=0.2)
+    _, mine, _ = run()
+    shutil.copyfile(other["artefact"], mine["artefact"])
+    again, remade, calls = run()
+    assert not remade["cached"] and calls == ["prepare"] * 3
+    assert any("made for other settings" in line for line in run.said)
+    fresh, _, _ = run(weights="v")
+    assert torch.equal(again.extra.weight, fresh.extra.weight)
+
+
+@pytest.mark.parametrize("damage", ["flip", "foreign", "old"])
+def test_an_unfinished_preparation_that_cannot_be_used_starts_again(run, tmp_path, damage):
+    whole, report, _ = run()
+    key = report["key"]
+    Path(report["artefact"]).unlink()
+    partial = PartialFile(tmp_path / f"{key}.partial", key, print)
+    if damage == "old":
+        torch.save({"epoch": 1}, partial.path)
+    else:
+        theirs = PartialFile(partial.path, "0" * 16 if damage == "foreign" else key, print)
+        theirs.save({"epoch": 1})
+    if damage == "flip":
+        flip(partial.path)
+    again, _, _ = run()
+    assert any("the unfinished preparation" in line and "starts again" in line for line in run.said)
+    assert torch.equal(whole.extra.weight, again.extra.weight) and not partial.path.exists()
 
 
 def test_without_source_images_the_error_says_so(run, tmp_path):

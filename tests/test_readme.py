@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import HANG, ROOT
 
 README = (ROOT / "README.md").read_text()
 
@@ -40,7 +40,7 @@ def test_a_new_method_is_one_python_file_and_one_yaml_file(tmp_path):
     (copy / "conf" / "strategy" / "prior_shift.yaml").write_text(settings)
     command = [sys.executable, "run.py", "strategy=prior_shift", "scenario.images=60"]
     command += ["scenario.corruptions=[contrast,fog]", "runtime.threads=1"]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     summary = json.loads(next(copy.rglob("prior_shift/*/*/summary.json")).read_text())
     assert summary["metrics"]["err_mean"] != summary["source"]["metrics"]["err_mean"]

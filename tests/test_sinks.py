@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import HANG, ROOT
 
 from core.errors import UserError
 from core.experiment import run_experiment
@@ -108,12 +108,12 @@ def test_wandb_offline_needs_no_account_and_writes_into_the_run_folder(about, mo
     runs = list(about.folder.glob("wandb/offline-run-*"))
     assert runs and list(runs[0].glob("*.wandb"))
     command = [sys.executable, "scripts/sync_wandb.py", str(about.folder)]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert (
         listed.returncode == 0 and "wandb sync" in listed.stdout and str(runs[0]) in listed.stdout
     )
     (runs[0] / "run-test-run.wandb.synced").touch()  # the mark that an upload leaves
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert "nothing to upload" in listed.stdout
 
 

@@ -395,7 +395,7 @@ def test_derived_cache_gives_the_same_image_and_survives_damage(tmp_path):
     stored = next((tmp_path / "cache").rglob("*.npy"))
     stored.write_bytes(stored.read_bytes()[:50])
     assert np.array_equal(np.asarray(cached.image(1)), want) and calls == [1, 1]
-    assert Derived(base, change, "other", tmp_path / "cache").fingerprint != cached.fingerprint
+    assert Derived(base, change, "other", tmp_path / "cache").content() != cached.content()
 
 
 # ------------------------------------------------------------------------ corruptions on the fly

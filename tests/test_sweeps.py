@@ -9,12 +9,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import HANG, ROOT
 from omegaconf import OmegaConf
+from test_runs import pausing, wait_for
 
 import run
 from core import sweep
@@ -32,25 +32,11 @@ SMALL = [
 ]
 
 
-def start(root: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "run.py", *words, f"root={root}"]
+def start(root: Path, *words: str, script: tuple[str, ...] = ("run.py",)) -> subprocess.Popen[str]:
+    command = [sys.executable, *script, *words, f"root={root}"]
     return subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-
-
-def running(root: Path, word: str, process: subprocess.Popen[str]) -> int:
-    """Process id of the run with `word` among its settings, once it has a checkpoint."""
-    for _ in range(6000):
-        for path in root.glob(".sweeps/*/[0-9]*.json"):
-            one = json.loads(path.read_text())
-            name = word.split("=")[1]
-            begun = any(root.glob(f"*/{name}/*/*/last.pt"))
-            if one["state"] == "running" and "pid" in one and word in one["overrides"] and begun:
-                return one["pid"]
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    raise AssertionError(f"{word} never ran")
 
 
 def planned(folder: Path, *outcomes: dict[str, object]) -> None:
@@ -67,8 +53,8 @@ def test_the_report_counts_and_gives_each_reason_once(tmp_path):
     bad = {"state": "failed", "error": "lr is too large\nmore"}
     done = {"state": "finished", "before": True}
     planned(tmp_path, done, bad, bad, {"state": "running"}, {}, {"state": "finished"})
-    text, complete = sweep.report(tmp_path)
-    assert not complete
+    text, status = sweep.report(tmp_path)
+    assert status == 1
     assert "6 runs: 2 finished (1 of them before), 2 failed, 1 killed, 1 not started" in text
     assert text.count("because: lr is too large") == 1 and "more" not in text.splitlines()[3]
     assert "failed: seed=1\nfailed: seed=2\n" in text and "killed: seed=3" in text
@@ -77,14 +63,22 @@ def test_the_report_counts_and_gives_each_reason_once(tmp_path):
 
 def test_a_sweep_in_which_every_run_fails_says_so(tmp_path):
     planned(tmp_path, *[{"state": "failed", "error": "no such folder"}] * 3)
-    text, complete = sweep.report(tmp_path)
-    assert not complete and text.endswith("every run failed, all for this one reason")
+    text, status = sweep.report(tmp_path)
+    assert status == 1 and text.endswith("every run failed, all for this one reason")
     assert len(text.splitlines()) == 6
+
+
+def test_a_sweep_that_fails_for_its_settings_alone_ends_as_single_runs_do(tmp_path):
+    wrong = {"state": "failed", "error": "seed must be", "wrong_settings": True}
+    planned(tmp_path, {"state": "finished"}, wrong, wrong)
+    assert sweep.report(tmp_path)[1] == 2
+    planned(tmp_path, wrong, {"state": "failed", "error": "RuntimeError"})
+    assert sweep.report(tmp_path)[1] == 1
 
 
 def test_a_complete_sweep_is_one_line(tmp_path):
     planned(tmp_path, {"state": "finished"}, {"state": "finished"})
-    assert sweep.report(tmp_path) == (f"sweep of 2 runs: 2 finished ({tmp_path})", True)
+    assert sweep.report(tmp_path) == (f"sweep of 2 runs: 2 finished ({tmp_path})", 0)
 
 
 def test_runs_are_expanded_as_hydra_does():
@@ -137,7 +131,7 @@ def test_a_missing_plugin_names_the_extra(monkeypatch):
 
 def test_a_typo_in_a_launcher_gets_a_short_answer():
     command = [sys.executable, "run.py", "-m", "hydra/launcher=jobib", "seed=0,1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 2 and "did you mean 'joblib'" in done.stderr
     assert "slurm, submitit_local, basic" in done.stderr and "Traceback" not in done.stderr
 
@@ -159,27 +153,26 @@ def test_slurm_saves_and_requeues_on_its_warning(configure):
 @pytest.mark.slow
 def test_a_killed_and_a_failed_run_stop_nothing_and_the_repeat_completes(tmp_path):
     words = ["-m", *SMALL, "strategy=tent,finetune,bn_adapt", "checkpoint.every=1"]
-    words += ["scenario.images=200"]
-    first = start(tmp_path, *words)
-    os.kill(running(tmp_path, "strategy=tent", first), signal.SIGKILL)
-    out, _ = first.communicate(timeout=300)
+    first = start(tmp_path, *words, script=pausing(tmp_path / "paused", "tent", 1))
+    os.kill(wait_for(tmp_path / "paused", first), signal.SIGKILL)
+    out, _ = first.communicate(timeout=HANG)
     assert first.returncode == 1
     assert "sweep of 3 runs: 1 finished, 1 killed, 1 failed" in out, out
     assert "killed: strategy=tent\n    because: killed by SIGKILL" in out
     assert "failed: strategy=finetune\n    because: strategy=finetune does not fit" in out
     second = start(tmp_path, *[w.replace("finetune,", "") for w in words])
-    out, _ = second.communicate(timeout=300)
+    out, _ = second.communicate(timeout=HANG)
     assert second.returncode == 0 and "resuming in segment 0" in out, out
     assert "sweep of 2 runs: 2 finished (1 of them before)" in out
 
 
 @pytest.mark.slow
 def test_ctrl_c_saves_the_run_and_reports(tmp_path):
-    words = ["-m", *SMALL, "strategy=tent,bn_adapt", "checkpoint.every=1", "scenario.images=600"]
-    process = start(tmp_path, *words)
-    running(tmp_path, "strategy=tent", process)
+    words = ["-m", *SMALL, "strategy=tent,bn_adapt", "checkpoint.every=1"]
+    process = start(tmp_path, *words, script=pausing(tmp_path / "paused", "tent", 1))
+    wait_for(tmp_path / "paused", process)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=HANG)
     assert process.returncode == 130, out
     assert "sweep of 2 runs: 0 finished, 1 stopped, 1 not started" in out, out
     assert "Traceback" not in out
@@ -195,8 +188,8 @@ def test_other_launchers_report_the_same_way(tmp_path, launcher):
     pytest.importorskip(f"hydra_plugins.{plugin}")
     more = [f"hydra/launcher={launcher[0]}", *launcher[1:]]
     process = start(tmp_path, "-m", *more, *SMALL, "strategy=source,finetune")
-    out, _ = process.communicate(timeout=500)
-    assert process.returncode == 1
+    out, _ = process.communicate(timeout=HANG)
+    assert process.returncode == 2
     assert "sweep of 2 runs: 1 finished, 1 failed" in out and "Traceback" not in out, out
     assert "failed: strategy=finetune" in out and "validated against" not in out
 
@@ -271,5 +264,24 @@ def test_the_array_script_saves_and_requeues(tmp_path, monkeypatch):
     assert process.stdout is not None
     assert process.stdout.readline() == "words ['x=[a, b]', 'seed=1']\n"
     process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=HANG)
     assert out == "saved\nscontrol requeue 77_1\n" and process.returncode == 0
+
+
+def test_seeds_that_changed_nothing_are_said(tmp_path):
+    def finished(strategy: str, seed: int, error: float) -> dict:
+        run = tmp_path / f"{strategy}{seed}"
+        run.mkdir()
+        summary = {"run": {"seed": seed}, "metrics": {"err_mean": error}}
+        (run / "summary.json").write_text(json.dumps(summary))
+        words = [f"strategy={strategy}", f"seed={seed}"]
+        return {"state": "finished", "run": str(run), "overrides": words}
+
+    runs = [finished("source", s, 34.93) for s in (0, 1)]
+    runs += [finished("cotta", s, 30.0 + s) for s in (0, 1)]
+    sweep.plan(tmp_path, [run.pop("overrides") for run in runs])
+    for number, run_ in enumerate(runs):
+        sweep.note(tmp_path, number, **run_)
+    text, status = sweep.report(tmp_path)
+    assert status == 0 and "the seed changed nothing in: strategy=source. " in text
+    assert "scenario.order_seed" in text

@@ -24,8 +24,11 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+from kernels import dispatch  # noqa: E402
 
+if reason := dispatch.no_triton():
+    pytest.skip(reason, allow_module_level=True)
+import triton  # noqa: E402
 from interpreted_kernels import BF16, FP16, FP32, NEEDS, Case, make  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402

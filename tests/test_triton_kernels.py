@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+from kernels import dispatch
 
+if reason := dispatch.no_triton():
+    pytest.skip(reason, allow_module_level=True)
 import interpreted_kernels as shared
 from interpreted_kernels import BF16, CASES, FP16, FP32, Case
 

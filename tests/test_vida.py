@@ -303,9 +303,9 @@ def test_attention_that_reads_weights_directly_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"views": 1}, "strategy.views must be at least 2"),
-        ({"view_chunk": 0}, "strategy.view_chunk must be at least 1"),
-        ({"rank_low": 0}, "strategy.rank_low must be at least 1"),
+        ({"views": 1}, "strategy.views must be a whole number, at least 2"),
+        ({"view_chunk": 0}, "strategy.view_chunk must be a whole number, at least 1"),
+        ({"rank_low": 0}, "strategy.rank_low must be a whole number, at least 1"),
         ({"scale_rule": "both"}, "strategy.scale_rule must be one of 'official', 'paper'"),
     ],
 )

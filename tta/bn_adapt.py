@@ -22,6 +22,7 @@ from torch import Tensor
 from backbones.backbone import Backbone
 from backbones.surgery import batch_norms, evaluating, mix_statistics, use_batch_statistics
 from core.errors import UserError
+from core.ranges import Unit
 from core.strategy import TTAStrategy
 
 
@@ -49,16 +50,17 @@ class BNAdapt(TTAStrategy):
         backbone: Backbone,
         *,
         statistics: Literal["batch", "mixed", "ema"],
-        alpha: float,
-        momentum: float,
+        alpha: Unit,
+        momentum: Unit,
         official_eps: bool,
     ) -> None:
         super().__init__(backbone)
         layers = batch_norms(backbone.net)
         if not layers:
             raise UserError(
-                f"strategy=bn_adapt changes batch normalisation, and {backbone.tag} has none. Use "
-                "a network with BatchNorm, strategy=source, or strategy=tent with layers=norm."
+                "strategy=bn_adapt changes batch normalisation, and the backbone "
+                f"{backbone.tag} has none. Use a network with BatchNorm, strategy=source, or "
+                "strategy=tent with layers=norm."
             )
         if statistics == "mixed" and not 0 < alpha < 1:
             raise UserError(

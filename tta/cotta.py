@@ -17,7 +17,7 @@ in the same state, for networks without dropout).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -33,7 +33,8 @@ from backbones.surgery import (
     use_batch_statistics,
     view_statistics,
 )
-from core.errors import Diverged, UserError
+from core.errors import Diverged
+from core.ranges import Below1, Count, NonNegative, Unit
 from core.strategy import Progress, TTAStrategy
 from core.stream import SourceImages
 from tta import augment, teacher
@@ -80,29 +81,26 @@ class CoTTA(TTAStrategy):
         *,
         seed: int,
         optimizer: Literal["sgd", "adam"],
-        lr: float,
-        momentum: float,
+        lr: NonNegative,
+        momentum: Unit,
         nesterov: bool,
-        betas: Sequence[float],
-        weight_decay: float,
+        betas: tuple[Below1, Below1],
+        weight_decay: NonNegative,
         loss: Literal["ce", "sce"],
-        threshold: float | Literal["source"],
+        threshold: NonNegative | Literal["source"],
         gate: Literal["batch", "sample"],
-        views: int,
+        views: Count,
         average: Literal["logits", "probabilities"],
         always_draw: bool,
-        restore_prob: float,
-        ema: float,
-        steps: int,
+        restore_prob: Unit,
+        ema: Unit,
+        steps: Count,
         episodic: bool,
         mode: Literal["train", "eval"],
         rng: Literal["reference", "device"],
-        view_chunk: int,
+        view_chunk: Count,
     ) -> None:
         super().__init__(backbone, seed=seed)
-        for key, value in (("steps", steps), ("views", views), ("view_chunk", view_chunk)):
-            if value < 1:
-                raise UserError(f"strategy.{key} must be at least 1, got {value}")
         self.symmetric, self.gate, self.average = loss == "sce", gate, average
         self.by_source = threshold == "source"
         self.threshold = math.nan if threshold == "source" else threshold

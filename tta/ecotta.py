@@ -36,16 +36,20 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import core.vision  # noqa: F401  # isort: skip
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen
 from torch import Tensor, nn
 from torchvision.models import mobilenetv2, mobilenetv3
 
 from backbones.backbone import Backbone
 from backbones.surgery import batch_norms, make_optimizer, use_batch_statistics
 from core.errors import Diverged, UserError
+from core.ranges import Below1, Count, NonNegative, Positive, Unit
 from core.seed import derive
 from core.strategy import Progress, TTAStrategy
 from core.stream import Batch, SourceImages
@@ -103,8 +107,8 @@ def find_blocks(backbone: Backbone) -> list[nn.Module]:
     wanted = "It is defined for convolutional networks with batch normalisation"
     if not batch_norms(backbone.net):
         raise UserError(
-            f"strategy=ecotta: {backbone.tag} has no batch normalisation. {wanted}; for a ViT use "
-            "strategy=cotta or strategy=tent strategy.layers=norm."
+            f"strategy=ecotta: the backbone {backbone.tag} has no batch normalisation. {wanted}; "
+            "for a ViT use strategy=cotta or strategy=tent strategy.layers=norm."
         )
     blocks = residual_blocks(backbone.net)
     if not blocks:
@@ -165,8 +169,6 @@ def blocks_per_part(
             counts[-1] += 1
         return counts
     if isinstance(parts, int):
-        if parts < 1:
-            raise UserError(f"strategy.parts must be at least 1, got {parts}")
         parts = min(parts, total)
         short, longer = divmod(total, parts)
         even = [short] * (parts - longer) + [short + 1] * longer
@@ -276,7 +278,7 @@ class EcoTTA(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        parts: Sequence[int] | int | Literal["stages"],
+        parts: Count | Literal["stages"] | Annotated[Sequence[Count], MinLen(1)],
         meta_kernel: Literal[1, 3],
         init: Literal["community", "identity"],
         warmup: WarmUp | None,
@@ -284,21 +286,17 @@ class EcoTTA(TTAStrategy):
         meta_bn: Literal["batch", "running"],
         update: bool,
         procedure: Literal["community", "joint"],
-        entropy_margin: float,
-        reg_weight: float,
+        entropy_margin: Positive,
+        reg_weight: NonNegative,
         on_empty: Literal["skip", "momentum"],
         optimizer: Literal["sgd", "adam"],
-        lr: float,
-        momentum: float,
+        lr: NonNegative,
+        momentum: Unit,
         nesterov: bool,
-        betas: Sequence[float],
-        weight_decay: float,
+        betas: tuple[Below1, Below1],
+        weight_decay: NonNegative,
     ) -> None:
         super().__init__(backbone, seed=seed)
-        if entropy_margin <= 0:
-            raise UserError(f"strategy.entropy_margin must be above 0, got {entropy_margin}")
-        if reg_weight < 0:
-            raise UserError(f"strategy.reg_weight must not be negative, got {reg_weight}")
         self.init, self.warmup, self.update = init, warmup, update
         self.frozen_bn, self.meta_bn = frozen_bn, meta_bn
         self.procedure, self.on_empty = procedure, on_empty

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from backbones.backbone import Backbone
 from core.errors import UserError
+from core.ranges import Count, NonNegative
 from core.strategy import TTAStrategy
 
 BLOCK_VALUES = 2**24  # values of a block of differences: 64 MiB in float32
@@ -145,17 +146,14 @@ class LAME(TTAStrategy):
         backbone: Backbone,
         *,
         affinity: Literal["rbf", "knn", "linear"],
-        knn: int,
+        knn: Count,
         force_symmetry: bool,
         rbf_self: Literal["count", "skip"],
-        weight: float,
-        max_steps: int,
-        tolerance: float,
+        weight: NonNegative,
+        max_steps: Count,
+        tolerance: NonNegative,
     ) -> None:
         super().__init__(backbone)
-        for key, value in (("knn", knn), ("max_steps", max_steps)):
-            if value < 1:
-                raise UserError(f"strategy.{key} must be at least 1, got {value}")
         if affinity == "rbf" and rbf_self == "count" and knn == 1:
             raise UserError(
                 "strategy.affinity=rbf with strategy.knn=1 counts each image as its own only "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from core.errors import UserError
+from core.ranges import Count
 from core.strategy import TTAStrategy, Wrapper
 
 
@@ -17,13 +17,11 @@ class ResetEvery(Wrapper):
 
     Args:
         inner: the method that adapts.
-        every: n, at least 1. Batches that a reset from outside precedes count from there on.
+        every: n. After a reset from outside, batches count anew.
     """
 
-    def __init__(self, *, inner: TTAStrategy, every: int) -> None:
+    def __init__(self, *, inner: TTAStrategy, every: Count) -> None:
         super().__init__(inner)
-        if every < 1:
-            raise UserError(f"strategy.every must be at least 1, got {every}")
         self.every = every
         self.batches = 0  # since the last reset
 

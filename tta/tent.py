@@ -12,7 +12,6 @@ running statistics are kept for BatchNorm1d either, which changes no prediction 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -30,6 +29,7 @@ from backbones.surgery import (
     use_batch_statistics,
 )
 from core.errors import UserError
+from core.ranges import Below1, Count, NonNegative, Unit
 from core.strategy import TTAStrategy
 
 LAYERS: dict[str, Select] = {
@@ -73,17 +73,15 @@ class Tent(TTAStrategy):
         layers: Literal["bn", "norm", "name"],
         mode: Literal["train", "eval"],
         optimizer: Literal["sgd", "adam"],
-        lr: float,
-        momentum: float,
+        lr: NonNegative,
+        momentum: Unit,
         nesterov: bool,
-        betas: Sequence[float],
-        weight_decay: float,
-        steps: int,
+        betas: tuple[Below1, Below1],
+        weight_decay: NonNegative,
+        steps: Count,
         episodic: bool,
     ) -> None:
         super().__init__(backbone)
-        if steps < 1:
-            raise UserError(f"strategy.steps must be at least 1, got {steps}")
         trained = list(collect_parameters(backbone.net, LAYERS[layers]).values())
         if not trained:
             raise UserError(

@@ -27,10 +27,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le, MinLen
 from torch import Tensor, nn
 
 from backbones.adapters import dual_rank
@@ -38,6 +39,7 @@ from backbones.backbone import Backbone
 from backbones.load import load_strict, load_tensors
 from backbones.surgery import evaluating, make_optimizer
 from core.errors import Diverged, UserError
+from core.ranges import Below1, Count, NonNegative, Size, Unit
 from core.seed import generator
 from core.strategy import Progress, TTAStrategy
 from core.stream import Batch, SourceImages
@@ -168,39 +170,34 @@ class ViDA(TTAStrategy):
         *,
         seed: int,
         optimizer: Literal["sgd", "adam"],
-        lr: float,
-        adapter_lr: float,
-        momentum: float,
+        lr: NonNegative,
+        adapter_lr: NonNegative,
+        momentum: Unit,
         nesterov: bool,
-        betas: Sequence[float],
-        weight_decay: float,
+        betas: tuple[Below1, Below1],
+        weight_decay: NonNegative,
         loss: Literal["ce", "sce"],
-        attention: Sequence[str],
-        rank_low: int,
-        rank_high: int,
+        attention: Annotated[Sequence[str], MinLen(1)],
+        rank_low: Size,
+        rank_high: Size,
         train_base: bool,
-        views: int,
-        view_chunk: int,
+        views: Annotated[int, Ge(2), Le(10**9)],
+        view_chunk: Count,
         uncertainty: Literal["logit_variance", "prob_distance"],
-        uncertainty_weight: float,
-        max_uncertainty: float | None,
-        threshold: float,
+        uncertainty_weight: NonNegative,
+        max_uncertainty: NonNegative | None,
+        threshold: NonNegative,
         scale_rule: Literal["official", "paper"],
         reset_scales: bool,
-        ema: float,
-        ema_adapters: float,
-        restore_prob: float,
+        ema: Unit,
+        ema_adapters: Unit,
+        restore_prob: Unit,
         checkpoint: str | None,
         warmup: WarmUp | None,
         update: bool,
         rng: Literal["reference", "device"],
     ) -> None:
         super().__init__(backbone, seed=seed)
-        least = {"rank_low": 1, "rank_high": 1, "views": 2, "view_chunk": 1}
-        given = {"rank_low": rank_low, "rank_high": rank_high, "views": views}
-        for key, value in (given | {"view_chunk": view_chunk}).items():
-            if value < least[key]:
-                raise UserError(f"strategy.{key} must be at least {least[key]}, got {value}")
         self.symmetric, self.attention, self.ranks = loss == "sce", attention, (rank_low, rank_high)
         self.views, self.view_chunk, self.threshold = views, view_chunk, threshold
         self.by_logits, self.uncertainty_weight = (

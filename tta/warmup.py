@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from backbones.surgery import make_optimizer
 from core.errors import UserError
+from core.ranges import Below1, Count, CountOrZero, NonNegative, Unit
 from core.strategy import Progress
 from core.stream import Batch, SourceImages
 
@@ -21,36 +22,31 @@ class WarmUp:
     """Epochs over labelled source images with a scheduled learning rate.
 
     Args:
-        epochs: passes over the images.
-        batch_size: images per step; a last short batch is kept.
+        epochs: Count
+        batch_size: Count
         optimizer: `sgd` (reads `momentum`, `nesterov`) or `adam` (reads `betas`).
-        lr: highest learning rate.
-        rise: epochs over which the rate climbs linearly from 0, per step.
+        lr: NonNegative
+        rise: CountOrZero
         schedule: after that. `constant`; `steps`: times `gamma` at each of `milestones` (epochs);
             `cosine`: to 0 at the end, per epoch.
         augment: pipeline of the images, `none` or `photometric` (colour jitter, blur, greyscale).
-        every: steps between two saved states of an unfinished warm-up.
+        every: Count
     """
 
-    epochs: int
-    batch_size: int
+    epochs: Count
+    batch_size: Count
     optimizer: Literal["sgd", "adam"]
-    lr: float
-    momentum: float
+    lr: NonNegative
+    momentum: Unit
     nesterov: bool
-    betas: Sequence[float]
-    weight_decay: float
-    rise: int
+    betas: tuple[Below1, Below1]
+    weight_decay: NonNegative
+    rise: CountOrZero
     schedule: Literal["constant", "steps", "cosine"]
-    milestones: Sequence[int]
-    gamma: float
+    milestones: Sequence[CountOrZero]
+    gamma: NonNegative
     augment: Literal["none", "photometric"]
-    every: int
-
-    def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "every"):
-            if getattr(self, key) < 1:
-                raise UserError(f"strategy.warmup.{key} must be at least 1")
+    every: Count
 
     def settings(self) -> dict[str, Any]:
         """All options that change the result, for the artefact's key."""

@@ -72,7 +72,7 @@ def _fft_length(n: int) -> int:
 def _disc_spectrum(
     radius: float, sigma: float, size: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    kernel = torch.from_numpy(np.rint(disc_kernel(radius, sigma) * np.float64(_SCALE)))
+    kernel = torch.from_numpy(np.rint(disc_kernel(radius, sigma).astype(np.float64) * _SCALE))
     return torch.fft.rfft2(kernel.flip(0, 1), s=size).div_(_SCALE).to(dtype.to_complex())
 
 

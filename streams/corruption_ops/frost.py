@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -32,7 +33,6 @@ def frost_source(frost_dir: str | Path | None) -> Literal["photographs", "synthe
     return "synthetic texture" if frost_dir is None else "photographs"
 
 
-@lru_cache(maxsize=4)
 def frost_photographs(folder: str) -> tuple[Array, ...]:
     """The five photographs, uint8 [Hf, Wf, 3] RGB, decoded once per process."""
     missing = [name for name in FROST_FILES if not (Path(folder) / name).is_file()]
@@ -41,6 +41,12 @@ def frost_photographs(folder: str) -> tuple[Array, ...]:
             f"frost_dir {folder!r} lacks {', '.join(missing)}; it must hold the reference's "
             f"{', '.join(FROST_FILES)} (or pass frost_dir=None for the synthetic texture)"
         )
+    stats = [os.stat(Path(folder) / name) for name in FROST_FILES]
+    return _decoded(folder, tuple((s.st_size, s.st_ino, s.st_ctime_ns) for s in stats))
+
+
+@lru_cache(maxsize=4)
+def _decoded(folder: str, _: tuple[tuple[int, int, int], ...]) -> tuple[Array, ...]:
     photographs = []
     for name in FROST_FILES:
         with Image.open(Path(folder) / name) as photograph:

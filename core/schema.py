@@ -1,0 +1,178 @@
+"""The configuration outside of scenario, strategy and backbone: every key and what it may be.
+
+`check_settings` compares a composed configuration with these types and with the signatures that its
+`_target_`s name, before anything is computed or written. Keys are those of conf/config.yaml, where
+they are explained. Needs no torch before a strategy is looked up.
+"""
+
+# No `from __future__ import annotations`: it would hide NotRequired from TypedDict.
+import inspect
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_type_hints, is_typeddict
+
+from annotated_types import Ge, Le, Predicate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from core.build import check, check_call, check_options, check_value, locate, result
+from core.errors import UserError
+from core.ranges import CountOrZero, PlainName, Seed
+from core.sinks import SINKS
+
+
+def device_name(text: str) -> bool:
+    """auto, cpu, cuda or cuda:<number>"""
+    return re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text) is not None
+
+
+class Kernel(TypedDict):
+    backend: Literal["auto", "triton", "reference", "compile"]
+
+
+class Data(TypedDict):
+    root: str | None
+    on_error: Literal["raise", "skip"]
+    cache: str | None
+
+
+class Checkpoint(TypedDict):
+    every: CountOrZero
+    keep: bool
+
+
+class Runtime(TypedDict):
+    device: Annotated[str, Predicate(device_name)]
+    workers: Annotated[int, Ge(0), Le(256)] | None
+    image_store_mb: CountOrZero
+    feature_cache_mb: CountOrZero
+    threads: Annotated[int, Ge(1), Le(1024)] | None
+
+
+class Reference(TypedDict):
+    strategy: str
+    metric: str
+    value: float
+    status: Literal["seen", "quoted", "unverified"]
+    comparable: bool
+    source: str
+
+
+class Settings(TypedDict):
+    seed: Seed
+    precision: Literal["fp32", "tf32"]
+    deterministic: bool
+    channels_last: bool
+    kernel: Kernel
+    on_nan: Literal["stop", "rollback", "record"]
+    forgetting: Literal["standard", "nonnegative", "first_minus_last"]
+    data: Data
+    root: str
+    stage: Literal["run", "prepare"]
+    on_exists: Literal["skip", "rerun", "error"]
+    checkpoint: Checkpoint
+    reference: list[Reference] | None
+    runtime: Runtime
+    scenario: dict[str, Any]
+    strategy: dict[str, Any]
+    backbone: dict[str, Any]
+    logger: dict[str, Any]
+    tuned: NotRequired[dict[str, Any]]  # by scripts/tune.py
+
+
+class Choice(TypedDict):
+    """`backbones` of a scenario: what backbone=auto stands for."""
+
+    real: str | None
+    embedded: str | None
+    real_vit: NotRequired[str | None]
+    embedded_vit: NotRequired[str | None]
+
+
+# Parameters that get an object no configuration can hold, see core/experiment.py.
+LIVE = {
+    "scenario": ("data_root", "on_error", "cache", "workers", "seed", "geometry", "store"),
+    "strategy": ("backbone", "seed", "num_classes"),
+    "backbone": (),
+    "logger": ("about",),
+}
+
+
+@cache
+def global_options() -> dict[str, Any]:
+    """Every option outside of scenario, strategy, backbone and logger: dotted name -> type."""
+    options: dict[str, Any] = {}
+    for key, kind in get_type_hints(Settings, include_extras=True).items():
+        if is_typeddict(kind):
+            inner = get_type_hints(kind, include_extras=True)
+            options |= {f"{key}.{k}": v for k, v in inner.items()}
+        elif key not in LIVE:
+            options[key] = kind
+    return options
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Compare the whole configuration with what each option may be.
+
+    Raises:
+        UserError: one line with the option, what is allowed, what was found and the nearest word.
+    """
+    try:
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the configuration"
+        raise UserError(f"{key} cannot be resolved: {str(error).splitlines()[0]}") from error
+    check_value({k: v for k, v in plain.items() if k != "hydra"}, Settings, at="")
+    for place in ("scenario", "strategy"):
+        check_value(plain[place].get("name"), PlainName, at=f"{place}.name")
+    _check_strategy(plain["strategy"])
+    _check_scenario(plain["scenario"], real=plain["data"]["root"] is not None)
+    name = plain["backbone"].get("name")
+    if "_target_" in plain["backbone"]:
+        _made(plain["backbone"], "backbone", "Backbone")
+        check(plain["backbone"], at="backbone")
+    elif name != "auto":
+        raise UserError(f"backbone.name={name} chooses no backbone: write backbone={name}")
+    _check_logger(plain["logger"])
+
+
+def _made(node: Mapping[str, Any], at: str, *wanted: str) -> None:
+    """The target makes something of a class named in `wanted`, which tests need not import."""
+    made = result(locate(node["_target_"], at))
+    names = {c.__name__ for c in inspect.getmro(made)} if inspect.isclass(made) else set()
+    if not names & set(wanted):
+        raise UserError(f"{at}._target_={node['_target_']} makes no {at}")
+
+
+def _check_strategy(node: Mapping[str, Any]) -> None:
+    if "_target_" in node:
+        _made(node, "strategy", "CLStrategy", "TTAStrategy")
+    check(node, at="strategy", live=LIVE["strategy"])
+
+
+def _check_scenario(node: Mapping[str, Any], *, real: bool) -> None:
+    """As it will be once the values for real or for embedded images are filled in."""
+    extra = ("backbones", "real", "embedded", "label", "name")
+    check_value(node.get("backbones"), Choice, at="scenario.backbones")
+    check_value(node.get("label"), PlainName | None, at="scenario.label")
+    options = {k: v for k, v in node.items() if k not in extra}
+    for key in ("real", "embedded"):
+        defaults = node.get(key, {})
+        check_value(defaults, dict[str, Any], at=f"scenario.{key}")
+        for option, value in defaults.items():
+            if option not in options:
+                raise UserError(f"scenario.{key}.{option}: scenario has no option {option!r}")
+            if options[option] is None and key == ("real" if real else "embedded"):
+                options[option] = value
+    if "_target_" in node:
+        _made(node, "scenario", "ShiftStream", "TaskStream")
+    check({**options, "label": node["name"]}, at="scenario", live=LIVE["scenario"])
+
+
+def _check_logger(node: Mapping[str, Any]) -> None:
+    kinds = {name: dict[str, Any] | None for name in SINKS}
+    check_options(node, kinds, SINKS, at="logger")
+    for name, options in node.items():
+        if options is not None:
+            check_call(SINKS[name], options, at=f"logger.{name}", live=LIVE["logger"])

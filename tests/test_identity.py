@@ -1,0 +1,250 @@
+"""A finished run is the run that was asked for: settings, code of the method, and the folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
+from test_runs import CL, TTA, Kill, records, settings, stop_after
+
+from core import experiment, identity, provenance
+from core.errors import UserError
+from core.experiment import complete, run_experiment
+from core.record import Lock
+
+RECORDED = json.loads((Path(__file__).parent / "data" / "identities.json").read_text())
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("words", list(RECORDED))
+def test_identities_stay_what_they_were(configure, words):
+    """Recorded. A new option belongs into `core.identity.SINCE` with the value that runs had
+    before it, else every finished run of its method is lost; then this passes unchanged."""
+    cfg = complete(configure(*words.split()))
+    assert identity.identity(cfg, "data") == RECORDED[words]
+
+
+def test_a_young_option_counts_only_with_another_value(configure, monkeypatch):
+    cfg = configure("strategy=tent")
+    before = identity.identity(cfg)
+    OmegaConf.set_struct(cfg, False)
+    cfg.strategy.window = None
+    cfg.ema = 0.5
+    assert identity.identity(cfg) != before
+    monkeypatch.setitem(identity.SINCE, "tta.tent.Tent", {"window": None})
+    monkeypatch.setitem(identity.SINCE, "", {"ema": 0.5})
+    assert identity.identity(cfg) == before
+    cfg.strategy.window = 3
+    assert identity.identity(cfg) != before
+    other = configure("strategy=cotta")  # another method has no such option
+    OmegaConf.set_struct(other, False)
+    plain = identity.identity(other)
+    other.strategy.window = None
+    assert identity.identity(other) != plain
+
+
+# ------------------------------------------------------------------------------ code
+
+
+def test_words_and_layout_are_not_code(tmp_path):
+    texts = {
+        "plain": 'def f(x):\n    """One."""\n    return x + 1\n',
+        "same": 'def f(x):  # why\n\n    """Two."""\n    return (x +\n            1)\n',
+        "other": "def f(x):\n    return x + 2\n",
+    }
+    prints = {}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        prints[name] = provenance.fingerprint(tmp_path / f"{name}.py")
+    assert prints["plain"] == prints["same"] != prints["other"]
+
+
+@pytest.mark.parametrize("strategy", [*TTA, *CL])
+def test_the_code_of_a_method_is_its_file_and_what_it_imports(strategy):
+    target = str(OmegaConf.load(ROOT / "conf" / "strategy" / f"{strategy}.yaml")["_target_"])
+    code = provenance.code_of(target)
+    own = target.rpartition(".")[0].replace(".", "/") + ".py"
+    assert own in code["method"]
+    assert "backbones/backbone.py" in code["method"] or strategy == "source"
+    assert "core/runner.py" in code["framework"] and not {*code["method"]} & {*code["framework"]}
+    expected = {"cotta": "tta/augment.py", "ease": "backbones/bank.py", "ewc": "cl/finetune.py"}
+    assert expected.get(strategy, own) in code["method"]
+
+
+class Editor:
+    """Makes a process see other code: fingerprints of chosen files are replaced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.edited: dict[str, str] = {}
+        real = provenance.code_of
+
+        def code_of(target: str) -> provenance.Code:
+            code = real(target)
+            for part in ("method", "framework"):
+                code[part] |= {k: v for k, v in self.edited.items() if k in code[part]}
+            return code
+
+        monkeypatch.setattr(experiment, "code_of", code_of)
+
+
+@pytest.fixture
+def editor(monkeypatch) -> Editor:
+    return Editor(monkeypatch)
+
+
+def test_an_edited_method_runs_anew_and_says_why(configure, editor, capsys):
+    cfg = configure(*settings("bn_adapt"))
+    first = run_experiment(cfg, [])
+    editor.edited["tta/bn_adapt.py"] = "changed"
+    second = run_experiment(cfg, [])
+    assert second["run"]["folder"] == first["run"]["folder"] + "-2"
+    assert second["source"]["folder"] == first["source"]["folder"]  # that method has not changed
+    assert "code of which was another: tta/bn_adapt.py" in capsys.readouterr().out
+    editor.edited.clear()
+    assert run_experiment(cfg, [])["run"]["folder"] == first["run"]["folder"]
+    cfg.on_exists = "error"
+    with pytest.raises(UserError, match="finished already"):
+        run_experiment(cfg, [])
+
+
+def test_an_unfinished_run_does_not_go_on_with_other_code(configure, editor, monkeypatch, capsys):
+    run_experiment(configure(*settings("source")), [])
+    cfg = configure(*settings("tent"), "checkpoint.every=1")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Kill):
+            run_experiment(cfg, [])
+    editor.edited["backbones/surgery.py"] = "changed"
+    assert run_experiment(cfg, [])["run"]["folder"].endswith("-2")
+    text = capsys.readouterr().out
+    assert "was another: backbones/surgery.py" in text and "resuming" not in text
+    editor.edited.clear()
+    assert not run_experiment(cfg, [])["run"]["folder"].endswith("-2")
+    assert "resuming" in capsys.readouterr().out
+
+
+def test_other_code_of_the_framework_is_one_warning(configure, editor, capsys):
+    cfg = configure(*settings("source"))
+    first = run_experiment(cfg, [])
+    editor.edited["core/runner.py"] = "changed"
+    assert run_experiment(cfg, [])["run"]["folder"] == first["run"]["folder"]
+    said = capsys.readouterr().out
+    assert said.count("code outside the method has changed since") == 1
+    assert "core/runner.py" in said
+
+
+def test_a_run_without_recorded_code_is_not_the_run_asked_for(configure, capsys):
+    cfg = configure(*settings("source"))
+    first = Path(run_experiment(cfg, [])["run"]["folder"])
+    path = first / "environment.json"
+    known = json.loads(path.read_text())
+    del known["code"]
+    path.write_text(json.dumps(known))
+    assert run_experiment(cfg, [])["run"]["folder"] == f"{first}-2"
+    assert "the method's code of which is not recorded" in capsys.readouterr().out
+
+
+def test_another_version_of_python_is_no_other_code():
+    now = provenance.code_of("tta.tent.Tent")
+    before = {**now, "method": {"tta/tent.py": "changed"}}
+    assert "tta/tent.py" in provenance.changed_files("method", before, now)
+    assert provenance.changed_files("method", {**before, "python": "3.8"}, now) == []
+
+
+def test_a_new_method_is_in_the_patch_though_git_does_not_track_it(tmp_path):
+    copy = tmp_path / "checkout"
+    (copy / "core").mkdir(parents=True)
+    (copy / "tta").mkdir()
+    for name in ("__init__", "provenance"):
+        shutil.copy(ROOT / "core" / f"{name}.py", copy / "core")
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", *words], cwd=copy, check=True, capture_output=True)
+
+    code = "import json; from core.provenance import git_state; print(json.dumps(git_state()))"
+
+    def state() -> list:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    git("init", "-q")
+    git("add", "-A")
+    git("-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "start")
+    (about, patch) = state()
+    assert about["commit"] and about["dirty"] is False and patch == ""
+    (copy / "tta" / "mine.py").write_text("RATE = 0.125\n")
+    (copy / "notes.txt").write_text("no code\n")
+    (about, patch) = state()
+    assert about["dirty"] and "+RATE = 0.125" in patch and "notes.txt" not in patch
+    shutil.rmtree(copy / ".git")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)  # somebody else's repository
+    assert state() == [{"commit": None, "dirty": None}, ""]
+
+
+# ------------------------------------------------------------------------------ the folder
+
+
+def test_a_run_that_another_process_finished_in_between_is_not_run_again(configure, monkeypatch):
+    """It ends between the look at its folder and the lock."""
+    cfg = configure(*settings("source"))
+    done = run_experiment(cfg, [])
+    folder = Path(done["run"]["folder"])
+    hidden = (folder / "summary.json").rename(folder / "hidden.json")
+    real = Lock.acquire
+
+    def acquire(self: Lock) -> bool:
+        if hidden.exists() and self.path.parent == folder:
+            hidden.rename(folder / "summary.json")
+        return real(self)
+
+    monkeypatch.setattr(Lock, "acquire", acquire)
+    monkeypatch.setattr(experiment, "_execute", None)  # nothing is computed
+    assert run_experiment(cfg, [])["metrics"] == done["metrics"]
+
+
+# ------------------------------------------------------------------------------ resumed results
+
+COUNTERS = (
+    *("images", "batches", "forward_images", "backward_images", "evaluation_images"),
+    *("evaluation_forward_images", "features_computed", "features_reused", "parameters_updated"),
+)
+
+
+@pytest.mark.parametrize("strategy", CL)
+def test_a_resumed_result_is_that_of_an_undisturbed_run(configure, monkeypatch, strategy):
+    """Killed after every checkpoint in turn: metrics, per class, cost counters, kernel, records."""
+    words = [*settings(strategy), "scenario.increment=5"]
+    whole = run_experiment(configure(*words), [])
+    cfg = configure(*words, "on_exists=rerun", "checkpoint.every=4")
+    from core.checkpoint import Checkpointer
+
+    real = Checkpointer.save
+
+    def save(self, *args, **cursor):
+        real(self, *args, **cursor)
+        raise Kill
+
+    kills = 0
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpointer, "save", save)
+            try:
+                again = run_experiment(cfg, [])
+                break
+            except Kill:
+                kills += 1
+    assert kills >= 2
+    assert again["metrics"] == whole["metrics"] and again["per_class"] == whole["per_class"]
+    assert again["per_class"] and again["kernel"] == whole["kernel"]
+    for name in COUNTERS:
+        assert again["cost"].get(name) == whole["cost"].get(name), name
+    assert records(again["run"]["folder"]) == records(whole["run"]["folder"])
