@@ -152,11 +152,11 @@ class OptimizerLeftOut(Sound):
 
     def __init__(self, backbone: nn.Module, *, seed: int) -> None:
         super().__init__(backbone, seed=seed)
-        self.optimizers = [self.optimizer]
+        self.hidden = [self.optimizer]
         self.optimizer = None
 
     def adapt(self, x: Tensor) -> Tensor:
-        self.optimizer = self.optimizers[0]
+        self.optimizer = self.hidden[0]
         try:
             return super().adapt(x)
         finally:
