@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from test_runs import CL, TTA, Kill, records, settings, stop_after
 
 from core import experiment, identity, provenance
+from core.build import nodes
 from core.errors import UserError
 from core.experiment import complete, run_experiment
 from core.record import Lock
@@ -68,11 +69,12 @@ def test_words_and_layout_are_not_code(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", [*TTA, *CL])
-def test_the_code_of_a_method_is_its_file_and_what_it_imports(strategy):
-    target = str(OmegaConf.load(ROOT / "conf" / "strategy" / f"{strategy}.yaml")["_target_"])
-    code = provenance.code_of(target)
-    own = target.rpartition(".")[0].replace(".", "/") + ".py"
-    assert own in code["method"]
+def test_the_code_of_a_method_is_its_file_and_what_it_imports(configure, strategy):
+    targets = [str(node._target_) for node in nodes(configure(f"strategy={strategy}").strategy)]
+    code = provenance.code_of(*targets)
+    files = [target.rpartition(".")[0].replace(".", "/") + ".py" for target in targets]
+    own = files[0]
+    assert {*files} <= code["method"].keys()  # with the method inside a rule
     assert "backbones/backbone.py" in code["method"] or strategy == "source"
     assert "core/runner.py" in code["framework"] and not {*code["method"]} & {*code["framework"]}
     expected = {"cotta": "tta/augment.py", "ease": "backbones/bank.py", "ewc": "cl/finetune.py"}
