@@ -455,7 +455,7 @@ def surroundings(
     Raises:
         UserError: for a `source_from` that is neither a word nor a folder.
     """
-    if source_from not in ("train", "held_out") and not Path(source_from).expanduser().is_dir():
+    if source_from not in ("train", "held_out") and not Path(source_from).is_dir():
         raise UserError(
             f"scenario.source_from={source_from}: there is no such folder; use train, held_out or "
             "a folder of training images"
