@@ -10,11 +10,14 @@ import os
 import re
 import shlex
 import sys
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +31,9 @@ CONF = Path(__file__).parent / "conf"
 # Flags of Hydra that take a value of their own.
 FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
 FLAGS |= {"--config-dir", "-cd", "--experimental-rerun"}
+HYDRAS_OWN = ("hydra.run.", "hydra.job.chdir", "hydra.output_subdir")
+FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(")  # of Hydra's grammar
+MOST_RUNS = 10_000  # of one word of a sweep
 PLUGINS = {  # launcher -> the package that it needs, all in the extra `sweep`
     "joblib": "hydra_joblib_launcher",
     "slurm": "hydra_submitit_launcher",
@@ -69,44 +75,67 @@ def check_words(words: list[str]) -> str | None:
     Hydra passes over an explicit recipe that does not exist, because the group is optional, and
     fails with a stack trace where a group is given anything but a name.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from core.sweep import reader
 
-    groups = {p.name for p in CONF.iterdir() if p.is_dir()} - {"hydra"} | {"local"}
+    draws = any(word.lstrip("+").startswith("hydra/sweeper=") for word in words)
     flag = False  # whether the word before takes this one
-    for word in words:
+    for index, word in enumerate(words):
         if word.startswith("-"):
             flag = word in FLAGS
             continue
         if flag:
             flag = False
             continue
-        if "=" not in word and not word.startswith("~"):
-            return f"{word!r} is no setting: a setting is typed key=value"
+        key, sign, _ = word.partition("=")
+        if not word.startswith("~") and not (sign and key.lstrip("+")):
+            return _no_setting(word, words[index - 1] if index else "")
         try:
-            override = OverridesParser.create().parse_override(word)
-        except HydraException:
-            return _quoted(word)
-        key, value = override.key_or_group, override.value()
-        if key.startswith("hydra.run."):
-            return f"{key} has no effect here: root=... says where results go"
-        values = [value]
-        if override.is_sweep_override():
-            values = list(override.sweep_iterator())
-            if not values:
-                return f"{word} holds no value: the sweep has no run"
-        if key not in groups:
-            continue
-        if override.is_delete():
-            return f"{word}: {key} cannot be left out; choose one with {key}=..."
-        if isinstance(value, dict):
-            inner = next(iter(value), "key")
-            return f"{word}: {key} takes the name of an option; write {key}.{inner}=... to set one"
-        for one in values:
-            name = str(one)
-            if one is None and key == "experiment":
-                return "experiment=null is what an experiment left out means: leave it out"
-            if not (CONF / key / f"{name}.yaml").is_file():
-                return _unknown(key, "null" if one is None else name)
+            override = reader([word]).parse_overrides([word])[0]
+        except HydraException as error:
+            return _unreadable(word, words[index + 1 :], error)
+        if trouble := _check_override(word, override, draws):
+            return trouble
+    return None
+
+
+def _check_override(word: str, override: Override, draws: bool) -> str | None:
+    """What is wrong with one setting that Hydra can read.
+
+    Args:
+        draws: a sweeper that draws values out of intervals was asked for.
+    """
+    groups = {p.name for p in CONF.iterdir() if p.is_dir()} - {"hydra"} | {"local"}
+    key, value = override.key_or_group, override.value()
+    if key.startswith(HYDRAS_OWN):
+        return f"{key}: folders of Hydra's own are not used here; root=... says where results go"
+    values = [value]
+    if override.is_interval_sweep():
+        if draws:
+            return None
+        return f"{word}: an interval names no values; list them: {key}=0,1,2 or {key}=range(0,3)"
+    if override.is_sweep_override():
+        values = list(islice(override.sweep_iterator(), MOST_RUNS + 1))
+        if not values:
+            return f"{word} holds no value: the sweep has no run"
+        if len(values) > MOST_RUNS:
+            return f"{word} stands for more than {MOST_RUNS:,} runs"
+    if key not in groups:
+        return None
+    if override.is_delete():
+        return f"{word}: {key} cannot be left out; choose one with {key}=..."
+    if isinstance(value, dict):
+        inner = next(iter(value), "key")
+        return f"{word}: {key} takes the name of an option; write {key}.{inner}=... to set one"
+    if isinstance(value, list):
+        return (
+            f"{word}: {key} takes one name; a run with each: -m {key}={','.join(map(str, value))}"
+        )
+    for one in values:
+        name = str(one)
+        if one is None and key == "experiment":
+            return "experiment=null is what an experiment left out means: leave it out"
+        if not (CONF / key / f"{name}.yaml").is_file():
+            return _unknown(key, "null" if one is None else name)
     return None
 
 
@@ -121,16 +150,48 @@ def _unknown(group: str, name: str) -> str:
     return f"{text}\noptions of {group}: {', '.join(options) or '(none)'}"
 
 
-def _quoted(word: str) -> str:
-    """How to type a value that Hydra's grammar takes for something else."""
+def _no_setting(word: str, before: str) -> str:
+    """A word without `key=`, which may be the rest of a value with a blank."""
+    text = f"{word!r} is no setting: a setting is typed key=value"
+    key, sign, value = before.partition("=")
+    if not sign or before.startswith("-"):
+        return text
+    return f"{text}; a value with a blank is typed in two pairs of quotes: " + _in_quotes(
+        key, f"{value} {word}"
+    )
+
+
+def _unreadable(word: str, following: list[str], error: HydraException) -> str:
+    """What is wrong with a word that Hydra cannot read, and how to type what was meant."""
+    from core.sweep import reader
+
     key, _, value = word.partition("=")
+    name = key.lstrip("+~")
+    if FUNCTION.match(value):
+        return f"{name}: {value!r} cannot be read: {str(error).splitlines()[-1].strip()}"
+    if value.startswith(("[", "{")):
+        for end in range(1, len(following) + 1):  # the shell has cut it at its blanks
+            whole = " ".join([word, *following[:end]])
+            with suppress(HydraException):
+                reader([whole]).parse_overrides([whole])
+                quoted = shlex.quote(whole)
+                return check_words([whole]) or (
+                    f"{name}: {value!r} ends at a blank; type the word in quotes: {quoted}"
+                )
+        if any(value.count(a) > value.count(b) for a, b in ("[]", "{}")):
+            return f"{name}: {value!r} lacks its closing bracket"
+    value = value.strip("\"'")
+    return (
+        f"{name}: {value!r} cannot be read as it stands; a value with =, #, $, ~, blanks, "
+        f"brackets, commas or colons is typed in two pairs of quotes: {_in_quotes(key, value)}"
+    )
+
+
+def _in_quotes(key: str, value: str) -> str:
+    """A setting as text for the shell and for Hydra's grammar."""
     value = value.strip("\"'")
     quote = "'" if '"' in value else '"'
-    typed = shlex.quote(f"{key}={quote}{value}{quote}")
-    return (
-        f"{key}: {value!r} cannot be read as it stands; a value with =, #, $, blanks, brackets, "
-        f"commas or colons is typed in two pairs of quotes: {typed}"
-    )
+    return shlex.quote(f"{key}={quote}{value}{quote}")
 
 
 def flags_first(words: list[str]) -> list[str]:
@@ -158,10 +219,10 @@ def explain(error: BaseException) -> str:
         )
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found.group(1).split("@")[0].lstrip("+~")
-        return (
-            f"{key}: no such setting{suggest(key, _keys())}\n"
-            "all settings: the same command with --cfg job"
-        )
+        keys = _keys()
+        above = [k for k in keys if key.startswith(f"{k}.")]  # of these, none was meant
+        near = suggest(key, [k for k in keys if k not in above])
+        return f"{key}: no such setting{near}\nall settings: the same command with --cfg job"
     if text.startswith("Cannot find primary config"):
         return text.splitlines()[0]
     return "\n".join(line for line in text.splitlines() if line.strip())
@@ -280,8 +341,10 @@ def sweep() -> int:
     except SystemExit as end:
         status = int(end.code or 0)
     except Exception as error:  # of the launcher: those of the runs are in the report
-        print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-        status = 1
+        text, status = f"{type(error).__name__}: {str(error).splitlines()[0]}", 1
+        if isinstance(error, OSError) and Planned.folder is None:
+            text, status = f"the folder of the sweep, hydra.sweep.dir (in root), fails: {error}", 2
+        print(f"error: {text}", file=sys.stderr)
     if Planned.folder is not None:
         text, ending = report(Planned.folder)
         print(text, file=sys.stderr if ending else sys.stdout)

@@ -12,7 +12,7 @@ import socket
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlparse
@@ -101,7 +101,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
             "not a torch.save file. Objects are not unpickled because that can run code; save the "
             "weights alone with torch.save(model.state_dict(), ...) or as .safetensors"
         ) from error
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # of any type: torch.load reads foreign bytes as opcodes
         raise UserError(
             f"backbone.checkpoint={str(path)!r} cannot be read, it may be incomplete "
             f"({_reason(error)}). Download or copy it again"
@@ -163,6 +163,17 @@ def _fixed_seed() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@contextmanager
+def _other_size(arch: str, size: int) -> Iterator[None]:
+    """What a network says to an input size that is not its own, as an error naming the option."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"backbone.input_size={size} does not fit {arch} ({_reason(error)})"
+        ) from error
 
 
 @contextmanager
@@ -362,10 +373,11 @@ def timm_backbone(
     arch = full.partition(".")[0]
     cfg = timm.get_pretrained_cfg(full) or PretrainedCfg()
     options: dict[str, Any] = {}
-    if input_size not in (None, cfg.input_size[-1]) and cfg.fixed_input_size:
-        options["img_size"] = (input_size, input_size)
+    other = input_size if input_size != cfg.input_size[-1] else None
+    if other is not None and cfg.fixed_input_size:
+        options["img_size"] = (other, other)
     net: Any  # timm networks have more than nn.Module promises
-    with _fixed_seed():
+    with _fixed_seed(), nullcontext() if other is None else _other_size(arch, other):
         if checkpoint == RANDOM:
             # the tag would claim weights that are not there
             full = arch
@@ -387,6 +399,9 @@ def timm_backbone(
             net = _published(full, cfg, options)
         if num_classes == 0:
             net.reset_classifier(0)
+        if other is not None:  # most networks refuse an image, not the size
+            with torch.no_grad():
+                net.eval()(torch.zeros(1, 3, other, other))
     if classes is None and checkpoint != RANDOM and net.num_classes == cfg.num_classes:
         # e.g. "imagenet-21k-goog" -> "imagenet21k_goog"; None for a head of another size
         subset = infer_imagenet_subset({"num_classes": net.num_classes})

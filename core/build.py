@@ -10,6 +10,7 @@ import importlib
 import inspect
 import typing
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -51,6 +52,7 @@ def result(target: Any) -> Any:
     return target if inspect.isclass(target) else _hints(target).get("return", Any)
 
 
+@cache
 def _hints(target: Any) -> dict[str, Any]:
     return typing.get_type_hints(
         target.__init__ if inspect.isclass(target) else target, include_extras=True

@@ -15,6 +15,7 @@ class Diverged(UserError):
 
 
 def suggest(given: str, allowed: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest allowed name, or an empty string."""
-    near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """`"; did you mean 'x'?"` for the nearest allowed name in any case, or an empty string."""
+    names = {name.lower(): name for name in allowed}
+    near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""

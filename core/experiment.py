@@ -89,10 +89,11 @@ def _automatic(cfg: DictConfig, choice: DictConfig, real: bool) -> str:
     ):
         kind += "_vit"
     if choice[kind] is None:
+        what = "a vision transformer" if kind.endswith("_vit") else "a network"
         raise UserError(
-            f"strategy={cfg.strategy.name} needs a vision transformer, and none is agreed on for "
-            f"scenario={cfg.scenario.name}. Name one, for example "
-            "backbone=timm backbone.tag=vit_base_patch16_384.augreg_in21k_ft_in1k"
+            f"strategy={cfg.strategy.name} needs {what}, and none is agreed on for "
+            f"scenario={cfg.scenario.name} (scenario.backbones.{kind} is null). Name one, for "
+            "example backbone=timm backbone.tag=vit_base_patch16_384.augreg_in21k_ft_in1k"
         )
     return str(choice[kind])
 

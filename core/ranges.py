@@ -23,10 +23,10 @@ LARGEST = 1e12  # of numbers without an upper limit; beyond it, float32 arithmet
 
 
 def plain_name(text: str) -> bool:
-    """a name that can be a folder: not empty, not '.' or '..', no '/', at most 120 characters"""
+    """a name that can be a folder: not empty, no dot in front, no '/', at most 120 characters"""
     return (
         bool(text.strip())
-        and text not in (".", "..")
+        and not text.startswith(".")
         and not set(text) & set("/\\\0\n")
         and (len(text.encode()) <= 120)
     )

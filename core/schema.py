@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_type_hints, is_typeddict
 
 from annotated_types import Ge, Le, Predicate
@@ -17,9 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.build import check, check_call, check_options, check_value, locate, result
-from core.errors import UserError
+from core.errors import UserError, suggest
 from core.ranges import CountOrZero, PlainName, Seed
 from core.sinks import SINKS
+
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def device_name(text: str) -> bool:
@@ -129,6 +132,8 @@ def check_settings(cfg: DictConfig) -> None:
     _check_strategy(plain["strategy"])
     _check_scenario(plain["scenario"], real=plain["data"]["root"] is not None)
     name = plain["backbone"].get("name")
+    if name == "auto":
+        _check_choice(plain["scenario"]["backbones"])
     if "_target_" in plain["backbone"]:
         _made(plain["backbone"], "backbone", "Backbone")
         check(plain["backbone"], at="backbone")
@@ -168,6 +173,16 @@ def _check_scenario(node: Mapping[str, Any], *, real: bool) -> None:
     if "_target_" in node:
         _made(node, "scenario", "ShiftStream", "TaskStream")
     check({**options, "label": node["name"]}, at="scenario", live=LIVE["scenario"])
+
+
+def _check_choice(choice: Mapping[str, str | None]) -> None:
+    """What backbone=auto may stand for exists."""
+    names = [path.stem for path in (CONF / "backbone").glob("*.yaml") if path.stem != "auto"]
+    for kind, name in choice.items():
+        if name is not None and name not in names:
+            raise UserError(
+                f"scenario.backbones.{kind}={name}: no such backbone{suggest(name, names)}"
+            )
 
 
 def _check_logger(node: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from core.files import write_json
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
+CONF = Path(__file__).parents[1] / "conf"
 Outcome = dict[str, Any]
 # Our launcher files are laid over the plugins' own of the same name, as intended.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against")
@@ -55,7 +56,17 @@ def expand(words: list[str]) -> list[list[str]]:
     """The runs that sweep words stand for: `["seed=0,1"]` -> `[["seed=0"], ["seed=1"]]`."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    return BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)[0]
+    return BasicSweeper.split_arguments(reader(words).parse_overrides(words), None)[0]
+
+
+def reader(words: list[str]) -> OverridesParser:
+    """Hydra's parser of settings; `strategy=glob(t*)` looks the names up in conf/."""
+    if not any("glob(" in word for word in words):
+        return OverridesParser.create()
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.utils import create_config_search_path
+
+    return OverridesParser.create(ConfigLoaderImpl(create_config_search_path(str(CONF))))
 
 
 def plan(folder: Path, runs: list[list[str]], at_once: int = 1) -> None:

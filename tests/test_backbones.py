@@ -286,6 +286,28 @@ def test_local_files_of_timm_networks(tmp_path: Path) -> None:
     assert larger.input_size == 192 and larger.logits(images(1, 192)).shape == (1, 5)
 
 
+@pytest.mark.parametrize("first", range(0, 256, 5))
+def test_no_foreign_file_ends_in_a_stack_trace(first: int, tmp_path: Path) -> None:
+    """torch.load takes the bytes of any file as pickle opcodes and fails in as many ways."""
+    random = np.random.default_rng(first)
+    for length in (0, 1, 20, 300):
+        content = bytes([first]) + random.bytes(length)
+        (tmp_path / "file.pt").write_bytes(content)
+        with pytest.raises(UserError, match="backbone.checkpoint="):
+            load.load_tensors(tmp_path / "file.pt")
+    (tmp_path / "text.pt").write_text("root:x:0:0:root:/root:/bin/bash\n" * 5)
+    with pytest.raises(UserError, match="backbone.checkpoint="):
+        load.load_tensors(tmp_path / "text.pt")
+
+
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 7), ("test_vit", 161)])
+def test_input_sizes_that_do_not_fit_are_named(name: str, size: int) -> None:
+    with pytest.raises(UserError, match=rf"backbone\.input_size={size} does not fit {name}"):
+        config(name, input_size=size)
+    own, other = config("test_resnet"), config("test_resnet", input_size=64)
+    assert weights_hash(own.net.state_dict()) == weights_hash(other.net.state_dict())
+
+
 def test_hash_sees_one_bit_and_no_order() -> None:
     tensors = {"a": torch.randn(4, 3), "b": torch.zeros(2)}
     first = weights_hash(tensors)

@@ -31,6 +31,7 @@ from core.build import _hints, check, locate
 from core.errors import UserError
 from core.experiment import run_experiment
 from core.ranges import NonNegative, Positive, Seed, Unit, describe, fits
+from core.sweep import expand
 
 CONF = ROOT / "conf"
 
@@ -266,10 +267,53 @@ def test_the_quoted_form_that_is_shown_can_be_typed(value):
         (["strategy=tent", "strategy.lr=${nothing}"], "strategy.lr cannot be resolved"),
         (["strategy=tent", "strategy.betas=[0.9]"], "strategy.betas must be a list of 2"),
         (["strategy=vida", "strategy.warmup.lr=-1"], "strategy.warmup.lr must be"),
+        (["=5"], "'=5' is no setting"),
+        (["strategy={lr:", "1}"], "write strategy.lr=... to set one"),
+        (["strategy=tent", "strategy.betas=[0.9,", "0.99]"], "'strategy.betas=[0.9, 0.99]'"),
+        (["scenario.corruptions=[fog"], "scenario.corruptions: '[fog' lacks its closing bracket"),
+        (["data.root=/my", "own", "data"], """'data.root="/my own"'"""),
+        (["strategy=[tent,cotta]"], "-m strategy=tent,cotta"),
+        (["strategy=tent", "strategy.lr.rate=1"], "strategy.lr.rate: no such setting"),
+        (["precision=FP32"], "did you mean 'fp32'?"),
+        (["scenario.backbones.embedded=embeded_resnet"], "did you mean 'embedded_resnet'?"),
+        (["scenario.label=.sweeps"], "no dot in front"),
+        (["hydra.output_subdir=x"], "root=... says where results go"),
+        (["-m", "seed=interval(0,3)"], "seed=range(0,3)"),
+        (["-m", "seed=range(a)"], "seed: 'range(a)' cannot be read: "),
+        (["-m", "seed=range(1000000000000)"], "stands for more than 10,000 runs"),
+        (["-m", "strategy=glob(x*)"], "strategy=glob(x*) holds no value"),
     ],
 )
 def test_words_that_would_mislead(words, said):
     assert said in answer(*words)
+
+
+def test_suggestions_are_never_part_of_what_was_typed():
+    """`strategy={lr: 1}` and `logger.wandb.foo=1` were once answered with their own beginning."""
+    for words in (["strategy=tent", "strategy.lr.rate=1"], ["logger=wandb", "logger.wandb.foo=1"]):
+        near = re.search(r"did you mean '(.*?)'", answer(*words))
+        assert near is None or not words[-1].startswith(near.group(1))
+
+
+def test_a_glob_stands_for_the_names_in_conf():
+    assert run.check_words(["-m", "strategy=glob(l*)"]) is None
+    names = sorted(p.stem for p in (CONF / "strategy").glob("l*.yaml"))
+    assert sorted(expand(["strategy=glob(l*)"])) == [[f"strategy={name}"] for name in names]
+
+
+def test_an_interval_is_left_to_a_sweeper_that_draws():
+    assert run.check_words(["-m", "hydra/sweeper=optuna", "strategy.lr=interval(0,1)"]) is None
+
+
+def test_a_sweep_without_a_place_for_its_folder(tmp_path):
+    """In a process: Hydra makes the folder. The place is a file, which no user may write below."""
+    (tmp_path / "file").write_text("")
+    words = ["-m", "seed=0,1", f"root={tmp_path / 'file' / 'results'}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and "root" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "sweep of" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("flag", ["--config-name", "--config-dir", "--config-path"])
