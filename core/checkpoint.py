@@ -17,7 +17,7 @@ from core.record import RunLogger
 from core.seed import rng_state, set_rng_state
 from core.strategy import Strategy
 
-KIND = "checkpoint-2"  # 2: with the run's key and a checksum
+KIND = "checkpoint-3"  # 2: with the run's key and a checksum; 3: state of inner strategies
 
 
 class Stopped(Exception):

@@ -109,8 +109,9 @@ class Strategy(nn.Module):
         """
         inner = self.strategies()
         if inner.keys() != state["inner"].keys():
-            raise self._misfit(sorted(inner.keys() ^ state["inner"].keys()))
+            raise self._misfit(inner.keys() ^ state["inner"].keys())
         self._restore_own(state)
+        self._restore_generators(state["generators"])
         for name, one in inner.items():
             one.restore(state["inner"][name])
 
@@ -127,8 +128,8 @@ class Strategy(nn.Module):
 
     def _parts(self) -> list[tuple[str, nn.Module]]:
         """Modules by name, this one first, without inner strategies and what lies in them."""
-        inner = self.strategies()
-        return [(name, part) for name, part in self.named_modules() if not _under(name, inner)]
+        elsewhere = {id(part) for one in self.strategies().values() for part in one.modules()}
+        return [(name, part) for name, part in self.named_modules() if id(part) not in elsewhere]
 
     def _own_names(self) -> set[str]:
         """Names in the state of this strategy that are not in that of an inner one."""
@@ -156,33 +157,48 @@ class Strategy(nn.Module):
         }
 
     def _restore_own(self, state: Mapping[str, Any]) -> None:
-        parts = self._parts()
+        """`restore` without generators and inner strategies."""
+        parts, frozen = self._parts(), self.frozen()
+        optimizers = _attributes(parts, (Optimizer, LRScheduler))
+        wrong = set(state["empty"]) - {name for name, _ in _buffers(parts)}
+        # One that appears or goes within a stream or task could neither be resumed nor reset.
+        wrong |= optimizers.keys() ^ state["optimizers"].keys()
+        if wrong:
+            raise self._misfit(wrong)
+        # Loading copies tensors; other values would be handed on as they are.
         tensors = {
             k: v if isinstance(v, Tensor) else deepcopy(v) for k, v in state["tensors"].items()
         }
-        _fit(parts, tensors, self.frozen(), set(state["learning"]), self.device)
+        _fit(parts, tensors, frozen, set(state["learning"]), self.device)
         for name in state["empty"]:
-            part, _, key = name.rpartition(".")
-            dict(parts)[part].register_buffer(key, None)
+            path, _, key = name.rpartition(".")
+            self.get_submodule(path)._buffers[key] = None
         missing, unexpected = self.load_state_dict(tensors, strict=False)
-        wrong = {*missing} & self._own_names() - self.frozen() | {*unexpected}
-        optimizers = _attributes(parts, (Optimizer, LRScheduler))
-        wrong |= state["optimizers"].keys() - optimizers.keys()
+        wrong = (set(missing) & self._own_names() - frozen) | set(unexpected)
         if wrong:
-            raise self._misfit(sorted(wrong))
+            raise self._misfit(wrong)
         for name, held in state["optimizers"].items():
-            optimizers[name].load_state_dict(deepcopy(held))
-        generators = _attributes(parts, torch.Generator) | self._generators
-        for name, rng_state in state["generators"].items():
-            if name in generators:
-                generators[name].set_state(rng_state)
+            try:
+                optimizers[name].load_state_dict(deepcopy(held))
+            except ValueError as error:  # it holds other parameters than it did
+                raise self._misfit({name}) from error
+
+    def _restore_generators(self, states: Mapping[str, Tensor]) -> None:
+        held = _attributes(self._parts(), torch.Generator)
+        # One that was not made yet shall start anew when it is asked for.
+        self._generators = {k: g for k, g in self._generators.items() if k in states}
+        self._restored = {}
+        for name, rng_state in states.items():
+            if made := held.get(name, self._generators.get(name)):
+                made.set_state(rng_state)
             else:
                 self._restored[name] = rng_state
 
-    def _misfit(self, names: Sequence[str]) -> UserError:
+    def _misfit(self, names: set[str]) -> UserError:
         return UserError(
-            f"the checkpoint does not fit {type(self).__name__}: first mismatch {names[0]!r} "
-            f"({len(names)} in all). Use on_exists=rerun to start again."
+            f"the state does not fit {type(self).__name__}: first mismatch {min(names)!r} "
+            f"({len(names)} in all). For a checkpoint, on_exists=rerun starts again; a method of "
+            "your own makes modules and optimisers in its constructor or in grow."
         )
 
 
@@ -240,11 +256,15 @@ def _fit(
         if isinstance(part, nn.ParameterList | nn.ParameterDict):
             saved = [k.removeprefix(prefix) for k in tensors if _under(k, [path])]
             for key in [k for k in part._parameters if k not in saved and prefix + k not in frozen]:
-                del part[int(key) if isinstance(part, nn.ParameterList) else key]
+                if isinstance(part, nn.ParameterDict):
+                    part.pop(key)
+                else:  # torch's list has no way to remove an entry
+                    delattr(part, key)
+                    part._size -= 1
             for key in [k for k in saved if k not in part._parameters]:
                 value = torch.empty_like(tensors[prefix + key], device=device)
                 new = nn.Parameter(value, requires_grad=prefix + key in learning)
-                part.append(new) if isinstance(part, nn.ParameterList) else part.update({key: new})
+                part.update({key: new}) if isinstance(part, nn.ParameterDict) else part.append(new)
         for key, p in part._parameters.items():
             saved_p = tensors.get(prefix + key)
             if p is not None and isinstance(saved_p, Tensor) and _differ(p, saved_p):
@@ -368,7 +388,7 @@ class TTAStrategy(Strategy):
 
     def reset(self) -> None:
         """Back to the state after `begin_stream`; generators run on."""
-        self._restore_own(self._start | {"generators": {}})
+        self._restore_own(self._start)
         for one in self._inner_methods():
             one.reset()
 
