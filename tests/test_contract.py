@@ -640,7 +640,7 @@ def test_a_fresh_process_goes_on_bit_by_bit(tmp_path):
     strategies = {p.stem for p in CONF.glob("*.yaml")}
     chosen, saved, path = [c for c in PLAIN if c.name in strategies], {}, tmp_path / "states.pt"
     for case in chosen:
-        strategy, cut = make(case), cuts(case)[-1]
+        cut, strategy = cuts(case)[-1], make(case)
         cursor = run(strategy, case, cut)[-1][0]
         saved[case.name] = [copied(strategy.snapshot()), list(cursor), torch.get_rng_state()]
     torch.save(saved, path)

@@ -49,8 +49,18 @@ def settings(strategy: str) -> list[str]:
 
 def together(folder: Path, work: Callable[[int], None], size: int = 2) -> list[tuple[int, str]]:
     """Call `work(rank)` in `size` processes; returns exit status and output of each."""
-    # As torchrun does: the store is the parent's, which binds a free port itself.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("fork")
+    bound, port = context.Event(), context.Value("i", 0)
+
+    stores: list[TCPStore] = []  # alive as long as the process that binds one
+
+    def meet(rank: int) -> None:
+        """A store that binds a free port itself; not in the parent, whose threads a fork loses."""
+        if rank == 0:
+            stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+            port.value = stores[0].port
+            bound.set()
+        bound.wait(HANG)
 
     def child(rank: int) -> None:
         out = os.open(folder / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -58,10 +68,11 @@ def together(folder: Path, work: Callable[[int], None], size: int = 2) -> list[t
         os.dup2(out, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         status = 1
         try:
+            meet(rank)
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.value)}
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
             work(rank)
             distributed.leave()
             status = 0
@@ -79,7 +90,6 @@ def together(folder: Path, work: Callable[[int], None], size: int = 2) -> list[t
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's idle threads
-        context = multiprocessing.get_context("fork")
         children = [context.Process(target=child, args=(r,)) for r in range(size)]
         for process in children:
             process.start()
