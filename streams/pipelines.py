@@ -36,7 +36,7 @@ def _raw(image: Image.Image) -> Image.Image:
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:
-    return image if image.size == (size, size) else T.functional.resize(image, [size, size])
+    return image if image.size == (size, size) else T.Resize([size, size])(image)
 
 
 def pipeline(name: Name, geometry: Geometry, *, train: bool, cifar: bool) -> Pipeline:
