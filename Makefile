@@ -1,18 +1,27 @@
-# make demo | make test do all the set-up on a fresh machine with Python 3.11 or 3.12.
+# make demo | make test do all the set-up on a fresh machine with Python 3.11, 3.12 or 3.13.
 SHELL := /bin/bash
-PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check docs setup clean
+.PHONY: demo test test-oldest check docs setup clean
 
 demo: $(READY)
 	$(BIN)/python run.py strategy=cotta scenario=imagenet_c
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# The same tests with the oldest versions that pyproject.toml admits; needs Python 3.11.
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest -n auto --dist worksteal
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	python3.11 -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -28,7 +37,7 @@ docs: $(READY)
 setup: $(READY)
 
 $(READY): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 not found; name one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 not found; name one: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $(READY)

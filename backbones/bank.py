@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import core.vision  # noqa: F401
 from backbones.adapters import Adapter, Bottleneck, Prefix, Prompt
 from backbones.backbone import Backbone
 from core import distributed

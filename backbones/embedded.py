@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import core.vision  # noqa: F401  # isort: skip
+
 from timm.layers import PatchEmbed
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer

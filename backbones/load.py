@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlparse
 
+import core.vision  # noqa: F401  # isort: skip
+
 import huggingface_hub
 import safetensors.torch
 import timm

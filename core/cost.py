@@ -142,17 +142,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def state_bytes(strategy: Strategy) -> int:
-    """Bytes a method keeps beside the backbone: copies, moments, prototypes, statistics.
+    """Bytes a method, with all strategies inside it, keeps beside the backbone.
+
+    Copies, moments, prototypes, statistics.
 
     Storage shared between tensors counts once.
     """
     kept: dict[int, int] = {}
-    held = [*strategy.state_dict().values()]
-    if strategy.optimizer is not None:
-        held += _tensors(dict(strategy.optimizer.state))
-    for tensor in held:
+    held = [strategy.state_dict(), *(dict(o.state) for o in strategy.optimizers())]
+    for tensor in _tensors(held):
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-    for tensor in strategy.backbone.state_dict().values():
+    for tensor in _tensors(strategy.backbone.state_dict()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(kept.values())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from core.errors import UserError
 from core.seed import generator
@@ -19,6 +21,11 @@ class Strategy(nn.Module):
 
     A subclass takes `backbone` (and `seed` if it draws random numbers) plus keyword-only
     hyper-parameters; it never sees a configuration object.
+
+    Its state is what a walk over its modules meets: parameters and registered buffers (those that
+    grow too), the extra state of modules (`get_extra_state`, for plain values), and optimisers,
+    learning-rate schedules and generators that are attributes of a module. Plain tensors, lists and
+    dictionaries are no state. A strategy inside another one answers for its own part of the tree.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()  # of what stream and backbone provide
@@ -31,65 +38,225 @@ class Strategy(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.seed = seed
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: Optimizer | None = None
         self._generators: dict[str, torch.Generator] = {}
+        self._restored: dict[str, Tensor] = {}  # states of generators that are not made yet
 
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
+    @classmethod
+    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
+        """Which kind backbone=auto picks for the method with these settings."""
+        return cls.prefers
+
     def rng(self, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
         """This method's own generator for `purpose`; its state is part of the snapshot."""
         if purpose not in self._generators:
-            self._generators[purpose] = generator(self.seed, "strategy", purpose, device=device)
+            made = generator(self.seed, "strategy", purpose, device=device)
+            if purpose in self._restored:
+                made.set_state(self._restored.pop(purpose))
+            self._generators[purpose] = made
         return self._generators[purpose]
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B, C] for images `x` float [B, 3, H, W] in [0, 1]; changes nothing."""
         raise NotImplementedError
 
-    def frozen(self) -> set[str]:
-        """Names of backbone tensors that never change and are therefore left out of snapshots."""
-        return {
-            f"backbone.{name}"
-            for name, p in self.backbone.named_parameters()
-            if not p.requires_grad
-        }
-
-    def snapshot(self) -> dict[str, Any]:
-        """Everything that `restore` needs: tensors and plain values, without frozen weights."""
-        frozen = self.frozen()
-        state: dict[str, Any] = {
-            "tensors": {k: v for k, v in self.state_dict().items() if k not in frozen},
-            "generators": {k: g.get_state() for k, g in self._generators.items()},
-        }
-        if self.optimizer is not None:
-            state["optimizer"] = self.optimizer.state_dict()
-        return state
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `snapshot` on a strategy of the same structure."""
-        missing, unexpected = self.load_state_dict(state["tensors"], strict=False)
-        wrong = sorted({*missing, *unexpected} - self.frozen())
-        if wrong:
-            raise UserError(
-                f"the checkpoint does not fit {type(self).__name__}: first mismatch {wrong[0]!r} "
-                f"({len(wrong)} in all). Use on_exists=rerun to start again."
-            )
-        for name, rng_state in state["generators"].items():
-            self.rng(name).set_state(rng_state)
-        if self.optimizer is not None and "optimizer" in state:
-            self.optimizer.load_state_dict(deepcopy(state["optimizer"]))
-
     def report(self) -> dict[str, float]:
         """Counts of this method that belong into the result, for example skipped updates."""
         return {}
 
+    # ------------------------------------------------------------------ state
+
+    def strategies(self) -> dict[str, Strategy]:
+        """The strategies inside this one by name, without those inside of them."""
+        found: dict[str, Strategy] = {}
+        for name, module in self.named_modules():
+            if module is not self and isinstance(module, Strategy) and not _under(name, found):
+                found[name] = module
+        return found
+
+    def frozen(self) -> set[str]:
+        """Names of tensors that never change and are therefore left out of snapshots.
+
+        The default: parameters of the backbone without gradients, under every name they have. What
+        lies in an inner strategy is as that one says.
+        """
+        named = _tensors(self)
+        inner = self.strategies()
+        frozen = {f"{path}.{name}" for path, one in inner.items() for name in one.frozen()}
+        elsewhere = {id(t) for name, t in named.items() if _under(name, inner)}
+        fixed = {id(p) for p in self.backbone.parameters() if not p.requires_grad} - elsewhere
+        fixed |= {id(named[name]) for name in frozen}
+        return {name for name, t in named.items() if id(t) in fixed}
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that `restore` needs: tensors and plain values, without frozen weights."""
+        return self._own_state() | {
+            "inner": {name: one.snapshot() for name, one in self.strategies().items()}
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `snapshot` on a strategy of the same structure.
+
+        Buffers and parameters take the shape that they had, lists of parameters their length.
+
+        Raises:
+            UserError: where the structure is another one.
+        """
+        inner = self.strategies()
+        if inner.keys() != state["inner"].keys():
+            raise self._misfit(sorted(inner.keys() ^ state["inner"].keys()))
+        self._restore_own(state)
+        for name, one in inner.items():
+            one.restore(state["inner"][name])
+
+    def optimizers(self) -> list[Optimizer]:
+        """Every optimiser in the tree of modules, those of inner strategies too."""
+        return [*_attributes(self.named_modules(), Optimizer).values()]
+
     def updated_parameters(self) -> Iterable[Tensor]:
-        """The parameters that the optimiser moves."""
-        if self.optimizer is None:
-            return []
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        """The parameters that optimisers move, each once."""
+        own = _attributes(self._parts(), Optimizer).values()
+        moved = [p for o in own for group in o.param_groups for p in group["params"]]
+        moved += [p for one in self.strategies().values() for p in one.updated_parameters()]
+        return list({id(p): p for p in moved}.values())
+
+    def _parts(self) -> list[tuple[str, nn.Module]]:
+        """Modules by name, this one first, without inner strategies and what lies in them."""
+        inner = self.strategies()
+        return [(name, part) for name, part in self.named_modules() if not _under(name, inner)]
+
+    def _own_names(self) -> set[str]:
+        """Names in the state of this strategy that are not in that of an inner one."""
+        inner, named = self.strategies(), _tensors(self)
+        elsewhere = {id(t) for name, t in named.items() if _under(name, inner)}
+        return {
+            name
+            for name in self.state_dict()
+            if not _under(name, inner) and id(named.get(name)) not in elsewhere
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        """The snapshot without inner strategies."""
+        parts = self._parts()
+        names = self._own_names() - self.frozen()
+        schedules = _attributes(parts, (Optimizer, LRScheduler))
+        generators = {k: g.get_state() for k, g in _attributes(parts, torch.Generator).items()}
+        generators |= self._restored | {k: g.get_state() for k, g in self._generators.items()}
+        return {
+            "tensors": {k: v for k, v in self.state_dict().items() if k in names},
+            "empty": [name for name, buffer in _buffers(parts) if buffer is None],
+            "learning": [name for name, p in _listed(parts) if p.requires_grad and name in names],
+            "generators": generators,
+            "optimizers": {name: held.state_dict() for name, held in schedules.items()},
+        }
+
+    def _restore_own(self, state: Mapping[str, Any]) -> None:
+        parts = self._parts()
+        tensors = {
+            k: v if isinstance(v, Tensor) else deepcopy(v) for k, v in state["tensors"].items()
+        }
+        _fit(parts, tensors, self.frozen(), set(state["learning"]), self.device)
+        for name in state["empty"]:
+            part, _, key = name.rpartition(".")
+            dict(parts)[part].register_buffer(key, None)
+        missing, unexpected = self.load_state_dict(tensors, strict=False)
+        wrong = {*missing} & self._own_names() - self.frozen() | {*unexpected}
+        optimizers = _attributes(parts, (Optimizer, LRScheduler))
+        wrong |= state["optimizers"].keys() - optimizers.keys()
+        if wrong:
+            raise self._misfit(sorted(wrong))
+        for name, held in state["optimizers"].items():
+            optimizers[name].load_state_dict(deepcopy(held))
+        generators = _attributes(parts, torch.Generator) | self._generators
+        for name, rng_state in state["generators"].items():
+            if name in generators:
+                generators[name].set_state(rng_state)
+            else:
+                self._restored[name] = rng_state
+
+    def _misfit(self, names: Sequence[str]) -> UserError:
+        return UserError(
+            f"the checkpoint does not fit {type(self).__name__}: first mismatch {names[0]!r} "
+            f"({len(names)} in all). Use on_exists=rerun to start again."
+        )
+
+
+def _under(name: str, paths: Iterable[str]) -> bool:
+    """Whether a dotted name is one of `paths` or lies below one."""
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under every name, the objects themselves."""
+    state = module.state_dict(keep_vars=True)
+    return {name: held for name, held in state.items() if isinstance(held, Tensor)}
+
+
+def _attributes(parts: Iterable[tuple[str, nn.Module]], kind: Any) -> dict[str, Any]:
+    """Objects of a class (or classes) that are attributes of modules, each once, by name."""
+    held: dict[int, tuple[str, Any]] = {}
+    for path, part in parts:
+        for key, value in vars(part).items():
+            if isinstance(value, kind):
+                held.setdefault(id(value), (f"{path}.{key}".lstrip("."), value))
+    return dict(held.values())
+
+
+def _buffers(parts: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor | None]]:
+    """Buffers that are part of the state, with those that are None."""
+    for path, part in parts:
+        for key, buffer in part._buffers.items():
+            if key not in part._non_persistent_buffers_set:
+                yield f"{path}.{key}".lstrip("."), buffer
+
+
+def _listed(parts: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters in lists and dictionaries of them, which may grow."""
+    for path, part in parts:
+        if isinstance(part, nn.ParameterList | nn.ParameterDict):
+            for key, p in part._parameters.items():
+                if p is not None:
+                    yield f"{path}.{key}", p
+
+
+def _fit(
+    parts: Sequence[tuple[str, nn.Module]],
+    tensors: Mapping[str, Any],
+    frozen: set[str],
+    learning: set[str],
+    device: torch.device,
+) -> None:
+    """Give buffers and parameters the shapes of `tensors`, and lists of parameters their entries.
+
+    Values are left to `load_state_dict`. A parameter stays the object that an optimiser holds.
+    """
+    for path, part in parts:
+        prefix = f"{path}." if path else ""
+        if isinstance(part, nn.ParameterList | nn.ParameterDict):
+            saved = [k.removeprefix(prefix) for k in tensors if _under(k, [path])]
+            for key in [k for k in part._parameters if k not in saved and prefix + k not in frozen]:
+                del part[int(key) if isinstance(part, nn.ParameterList) else key]
+            for key in [k for k in saved if k not in part._parameters]:
+                value = torch.empty_like(tensors[prefix + key], device=device)
+                new = nn.Parameter(value, requires_grad=prefix + key in learning)
+                part.append(new) if isinstance(part, nn.ParameterList) else part.update({key: new})
+        for key, p in part._parameters.items():
+            saved_p = tensors.get(prefix + key)
+            if p is not None and isinstance(saved_p, Tensor) and _differ(p, saved_p):
+                p.data = torch.empty_like(saved_p, device=p.device)
+        for key, buffer in part._buffers.items():
+            saved_b = tensors.get(prefix + key)
+            if isinstance(saved_b, Tensor) and (buffer is None or _differ(buffer, saved_b)):
+                place = device if buffer is None else buffer.device
+                part._buffers[key] = torch.empty_like(saved_b, device=place)
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or a.dtype != b.dtype
 
 
 class CLStrategy(Strategy):
@@ -183,9 +350,16 @@ class TTAStrategy(Strategy):
         """Start from `artefact` (on the CPU), the return value of an earlier `prepare`."""
         raise NotImplementedError
 
+    @property
+    def method(self) -> TTAStrategy:
+        """The method without rules around it, which is what a preparation belongs to."""
+        return self
+
     def begin_stream(self) -> None:
         """Mark the start of the stream, to which `reset` goes back."""
-        self._start = deepcopy(self.snapshot())
+        self._start = deepcopy(self._own_state())
+        for one in self._inner_methods():
+            one.begin_stream()
 
     def adapt(self, x: Tensor) -> Tensor:
         """Scores [B, C] for `x` float [B, 3, H, W] in [0, 1]; may update the method."""
@@ -193,6 +367,9 @@ class TTAStrategy(Strategy):
 
     def reset(self) -> None:
         """Back to the state after `begin_stream`; generators run on."""
-        start = dict(self._start)
-        start["generators"] = {}
-        self.restore(start)
+        self._restore_own(self._start | {"generators": {}})
+        for one in self._inner_methods():
+            one.reset()
+
+    def _inner_methods(self) -> list[TTAStrategy]:
+        return [one for one in self.strategies().values() if isinstance(one, TTAStrategy)]

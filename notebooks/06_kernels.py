@@ -26,7 +26,8 @@ from pathlib import Path
 import pandas as pd
 
 REPO = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "analysis").is_dir())
-files = {path.stem: json.loads(path.read_text()) for path in REPO.glob("results/kernels/*.json")}
+results = {path.stem: json.loads(path.read_text()) for path in REPO.glob("results/kernels/*.json")}
+files = {name: one for name, one in results.items() if "summary" in one}
 
 # %%
 pd.concat({name: pd.DataFrame(found["summary"]) for name, found in files.items()}).round(2)

@@ -117,6 +117,7 @@ def clock(run: Side, images: int, cuda: bool) -> float:
 
 def forward_ms(batch: int, side: int, rounds: int, device: torch.device) -> float:
     """Milliseconds an image of a ResNet-50 forward, fp32, channels-last."""
+    import core.vision  # noqa: F401  # isort: skip
     from torchvision.models import resnet50
 
     net = resnet50().eval().to(device, memory_format=torch.channels_last)

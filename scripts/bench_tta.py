@@ -31,11 +31,13 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as transform
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+import core.vision  # noqa: E402, F401  # isort: skip
+from torchvision.transforms import InterpolationMode  # noqa: E402
+from torchvision.transforms import functional as transform  # noqa: E402
 
 from backbones.backbone import Backbone  # noqa: E402
 from backbones.surgery import collect_parameters, use_batch_statistics  # noqa: E402

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,6 +24,9 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+import core.vision  # noqa: E402, F401  # isort: skip
+import timm  # noqa: E402
 
 from core.files import write_json, write_text  # noqa: E402
 from streams import corruptions as C  # noqa: E402

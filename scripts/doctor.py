@@ -28,6 +28,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import UserError
+from core.installation import FIX_TORCHVISION, torchvision_problem
 from core.paths import expand_paths
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,7 @@ EXTRAS = {
     "analysis": ("pandas", "matplotlib", "jupytext", "ipykernel"),
     "docs": ("mkdocs",),
 }
+TESTED = ((3, 11), (3, 12), (3, 13))  # Python, as in the Makefile and pyproject.toml
 LOW_DISK = 5.0  # GiB
 PROBE = 3  # batches
 
@@ -73,10 +75,10 @@ def versions(report: Report) -> None:
     report.section("Versions")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] in ((3, 11), (3, 12)):
+    if sys.version_info[:2] in TESTED:
         report.ok(f"python {python}")
     else:
-        report.problem(f"python {python} is not tested", "use Python 3.11 or 3.12")
+        report.problem(f"python {python} is not tested", "use Python 3.11, 3.12 or 3.13")
     for text in project["dependencies"]:
         need = Requirement(text)
         try:
@@ -183,6 +185,7 @@ def data(report: Report, root: str | None) -> None:
 
 def _cifar(report: Report, root: Path) -> int:
     """CIFAR: the MD5 sums that torchvision holds."""
+    import core.vision  # noqa: F401  # isort: skip
     from torchvision import datasets
 
     found = 0
@@ -345,6 +348,7 @@ def checkpoints(report: Report, cfg: DictConfig) -> None:
 
 def _known_weights() -> Iterator[tuple[str, Path | None, str]]:
     """Name, local file and published start of the SHA-256 sum of each backbone option."""
+    import core.vision  # noqa: F401  # isort: skip
     import huggingface_hub
     import timm
     import torch
@@ -521,12 +525,19 @@ def main() -> int:
         return 2
     report = Report()
     versions(report)
+    if problem := torchvision_problem():
+        report.problem(problem, FIX_TORCHVISION)
+        return _end(report)
     device(report)
     data(report, cfg.data.root)
     checkpoints(report, cfg)
     disk(report, cfg)
     if any(not w.startswith(("data.", "root=")) for w in words):
         command(report, cfg)
+    return _end(report)
+
+
+def _end(report: Report) -> int:
     print(f"\n{report.problems or 'no'} problem{'s' if report.problems != 1 else ''}")
     return 1 if report.problems else 0
 

@@ -119,6 +119,7 @@ def generated(root: Path, dataset: str) -> Manifest | None:
 @cache
 def wnids() -> list[str]:
     """The 1,000 synset ids of ImageNet-1k in label order."""
+    import core.vision  # noqa: F401  # isort: skip
     from timm.data import ImageNetInfo
 
     return [str(name) for name in ImageNetInfo().label_names()]
@@ -225,6 +226,7 @@ def cifar(root: Path, which: Cifar, *, train: bool) -> Arrays:
     Raises:
         UserError: if the files are missing or damaged.
     """
+    import core.vision  # noqa: F401  # isort: skip
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if which == "cifar10" else datasets.CIFAR100

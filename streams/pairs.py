@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import core.vision  # noqa: F401  # isort: skip
+
 import numpy as np
 import torch
 from annotated_types import Ge, Le, MinLen, Predicate
@@ -387,7 +389,7 @@ def pair_stream(
     clean_images: CountOrZero,
     clean_adapting: bool,
     source_from: str,
-    source_images: Count | None,
+    source_images: CountOrZero | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import core.vision  # noqa: F401  # isort: skip
+
 import torch
 from PIL import Image
 from torchvision import transforms as T

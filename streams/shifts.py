@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import core.vision  # noqa: F401  # isort: skip
+
 import numpy as np
 import torch
 from annotated_types import Ge, Gt, Le, MinLen, Predicate
@@ -222,7 +224,7 @@ def corruption_stream(
     clean_images: CountOrZero,
     clean_adapting: bool,
     source_from: str,
-    source_images: Count | None,
+    source_images: CountOrZero | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,
@@ -453,7 +455,7 @@ def surroundings(
     Raises:
         UserError: for a `source_from` that is neither a word nor a folder.
     """
-    if source_from not in ("train", "held_out") and not Path(source_from).expanduser().is_dir():
+    if source_from not in ("train", "held_out") and not Path(source_from).is_dir():
         raise UserError(
             f"scenario.source_from={source_from}: there is no such folder; use train, held_out or "
             "a folder of training images"

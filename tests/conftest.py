@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import core.vision  # noqa: F401  # isort: skip
+
 import numpy as np
 import pytest
 import torch

@@ -196,8 +196,7 @@ def test_the_published_number_of_parameters():
 
     from backbones.backbone import Backbone
 
-    with torch.device("meta"):
-        net = timm.create_model("vit_base_patch16_224", num_classes=0)
+    net = timm.create_model("vit_base_patch16_224", num_classes=0, weight_init="skip")
     counts = {}
     for tuning in ("adapter", "vpt_deep", "vpt_shallow"):
         strategy = make(tuning, Backbone(net), rank=64, prompt_length=5)
@@ -442,9 +441,9 @@ def test_networks_that_are_no_vit_are_refused_except_for_fine_tuning():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"rank": 0}, "strategy.rank must be at least 1"),
-        ({"prompt_length": 0}, "strategy.prompt_length must be at least 1"),
-        ({"epochs": 0}, "strategy.epochs must be at least 1"),
+        ({"rank": 0}, "strategy.rank must be a whole number, at least 1"),
+        ({"prompt_length": 0}, "strategy.prompt_length must be a whole number, at least 1"),
+        ({"epochs": 0}, "strategy.epochs must be a whole number, at least 1"),
         ({"tuning": "peft", "peft": None}, "strategy.tuning=peft needs strategy.peft"),
         ({"tuning": "bn"}, "strategy.tuning must be one of 'adapter'"),
     ],

@@ -178,8 +178,8 @@ def test_it_is_stateless_and_frozen():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"knn": 0}, "strategy.knn must be at least 1"),
-        ({"max_steps": 0}, "strategy.max_steps must be at least 1"),
+        ({"knn": 0}, "strategy.knn must be a whole number, at least 1"),
+        ({"max_steps": 0}, "strategy.max_steps must be a whole number, at least 1"),
         ({"knn": 1}, r"no bandwidth.*strategy.knn=2.*strategy.rbf_self=skip"),
         ({"affinity": "cosine"}, "strategy.affinity must be one of 'rbf', 'knn', 'linear'"),
     ],

@@ -204,9 +204,9 @@ def test_passes_are_counted(name):
         ("vit", "bn", {}, "test_vit has none.*layers=norm"),
         ("resnet", "bn-mixed", {"alpha": 1.0}, "strategy.statistics=batch"),
         ("vit", "tent", {}, "no BatchNorm2d; set strategy.layers=norm"),
-        ("resnet", "tent", {"steps": 0}, "strategy.steps must be at least 1"),
+        ("resnet", "tent", {"steps": 0}, "strategy.steps must be a whole number, at least 1"),
         ("resnet", "tent", {"momentum": 0.0}, "strategy.nesterov=true needs"),
-        ("resnet", "cotta", {"views": 0}, "strategy.views must be at least 1"),
+        ("resnet", "cotta", {"views": 0}, "strategy.views must be a whole number, at least 1"),
         ("resnet", "cotta", {"loss": "mse"}, "strategy.loss must be one of 'ce', 'sce'"),
     ],
 )

@@ -38,6 +38,8 @@ from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
+import core.vision  # noqa: F401  # isort: skip
+
 import torch
 import torch.nn.functional as F
 from annotated_types import MinLen

@@ -1,0 +1,88 @@
+"""A torchvision of another build is one line; every import of it comes after the check."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.installation import torchvision_problem
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("core", "cl", "tta", "backbones", "streams", "kernels", "analysis", "scripts")
+FILES = [ROOT / "run.py", *(f for d in FOLDERS for f in sorted((ROOT / d).rglob("*.py")))]
+OTHER_BUILD = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
+
+
+def imported(tree: ast.AST) -> list[tuple[int, str]]:
+    """Line and name of every imported module, in the order of the lines."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            lines += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            lines.append((node.lineno, node.module))
+    return sorted(lines)
+
+
+@pytest.fixture
+def other_build(tmp_path) -> Path:
+    """A folder with a torchvision that cannot be imported beside this torch."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(OTHER_BUILD)
+    (package / "version.py").write_text("__version__ = '0.1.2+cpu'\n")
+    return tmp_path
+
+
+def test_every_import_of_torchvision_or_timm_comes_after_the_check():
+    checked = 0
+    for file in FILES:
+        lines = imported(ast.parse(file.read_text(encoding="utf-8")))
+        first = next((n for n, name in lines if name.split(".")[0] in ("torchvision", "timm")), 0)
+        if first and file.name != "installation.py":
+            checked += 1
+            assert any(name == "core.vision" and n < first for n, name in lines), file
+    assert checked > 5
+
+
+def test_both_versions_are_named(other_build, monkeypatch):
+    assert torchvision_problem() is None
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(other_build))
+    assert torchvision_problem() == (
+        f"torch {torch.__version__} and torchvision 0.1.2+cpu do not fit "
+        "(operator torchvision::nms does not exist)"
+    )
+
+
+def test_a_missing_torchvision_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setattr("core.installation.importlib.util.find_spec", lambda _: None)
+    assert "torchvision, the partner of torch" in str(torchvision_problem())
+
+
+@pytest.mark.parametrize("command", ["run.py strategy=source", "scripts/bench_tta.py --help"])
+def test_a_program_ends_with_one_line(other_build, command):
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(other_build)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    (line,) = (x for x in done.stderr.splitlines() if x)
+    assert line.startswith("error: torch ") and "pip install" in line
+
+
+def test_help_needs_no_torch():
+    """The modules that `run.py` imports before a run begins."""
+    code = "import sys; import run, core.installation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
