@@ -118,7 +118,7 @@ def test_the_size_of_a_chunk_changes_nothing(gate):
     for result, end in zip(results[1:], ends[1:], strict=True):
         torch.testing.assert_close(result, results[0], rtol=0, atol=1e-4)
         assert torch.equal(end, ends[0])
-    with pytest.raises(UserError, match="strategy.view_chunk must be at least 1"):
+    with pytest.raises(UserError, match="strategy.view_chunk must be a whole number, at least 1"):
         make(network(), view_chunk=0)
 
 

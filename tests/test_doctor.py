@@ -20,7 +20,7 @@ def said(capsys) -> str:
 
 def test_every_extra_of_the_project_is_known():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - {"dev"}
+    assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - {"dev", "test"}
 
 
 def test_versions_are_held_against_the_project_file(capsys, monkeypatch):

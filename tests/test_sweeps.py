@@ -188,7 +188,7 @@ def test_other_launchers_report_the_same_way(tmp_path, launcher):
     more = [f"hydra/launcher={launcher[0]}", *launcher[1:]]
     process = start(tmp_path, "-m", *more, *SMALL, "strategy=source,finetune")
     out, _ = process.communicate(timeout=HANG)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "sweep of 2 runs: 1 finished, 1 failed" in out and "Traceback" not in out, out
     assert "failed: strategy=finetune" in out and "validated against" not in out
 
@@ -283,6 +283,6 @@ def test_seeds_that_changed_nothing_are_said(tmp_path):
     sweep.plan(tmp_path, [run.pop("overrides") for run in runs])
     for number, run_ in enumerate(runs):
         sweep.note(tmp_path, number, **run_)
-    text, complete = sweep.report(tmp_path)
-    assert complete and "the seed changed nothing in: strategy=source. " in text
+    text, status = sweep.report(tmp_path)
+    assert status == 0 and "the seed changed nothing in: strategy=source. " in text
     assert "scenario.order_seed" in text
