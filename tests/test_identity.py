@@ -219,6 +219,7 @@ COUNTERS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", CL)
 def test_a_resumed_result_is_that_of_an_undisturbed_run(configure, monkeypatch, strategy):
     """Killed after every checkpoint in turn: metrics, per class, cost counters, kernel, records."""

@@ -478,6 +478,7 @@ def test_resume_between_tasks_is_bit_equal(ema_start):
     assert_same(tensors(whole), tensors(fresh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [4, 7])
 def test_killed_run_resumes_bit_for_bit(configure, monkeypatch, batches):
     """In the first and in the second task, some batches after the last checkpoint."""

@@ -603,6 +603,7 @@ def test_bad_settings_and_networks_are_refused():
 # ------------------------------------------------------------------------ resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["functional", "official"])
 @pytest.mark.parametrize("cut", [(1, 0, 1), (1, 1, 1), (3, 1, 0)])
 def test_a_run_resumes_bit_for_bit(cut, mode):

@@ -427,6 +427,7 @@ def test_copies_are_independent():
     assert torch.equal(twin.predict(X), strategy.predict(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [4, 7])
 def test_killed_run_resumes_bit_for_bit(configure, monkeypatch, batches):
     """In the first and in the second task, some batches after the last checkpoint."""

@@ -108,6 +108,7 @@ def test_run_records_stability_plasticity_and_cost(configure, strategy, capsys):
         assert cost["images"] == 120 and cost["forward_images"] >= 120
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", TTA)
 @pytest.mark.parametrize("batches", [2, 6])
 def test_tta_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
@@ -125,6 +126,7 @@ def test_tta_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     assert again["run"]["folder"] == whole["run"]["folder"] + "-2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "batches"),
     [(s, n) for s in ("finetune", "ease", "mos", "lae", "olora", "lwf") for n in (4, 9)]
@@ -142,6 +144,7 @@ def test_cl_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     assert records(again["run"]["folder"]) == records(whole["run"]["folder"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", CL)
 def test_how_test_images_are_batched_changes_no_metric(configure, strategy):
     base = run_experiment(configure(*settings(strategy)), [])
@@ -149,6 +152,7 @@ def test_how_test_images_are_batched_changes_no_metric(configure, strategy):
     assert base["metrics"] == other["metrics"] and base["per_class"] == other["per_class"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["source", "cotta", "finetune"])
 def test_same_seed_same_numbers_in_one_process(configure, strategy):
     """State does not leak from one run into the next, as in a sweep."""
@@ -159,6 +163,7 @@ def test_same_seed_same_numbers_in_one_process(configure, strategy):
     assert records(first["run"]["folder"]) == records(second["run"]["folder"])
 
 
+@pytest.mark.slow
 def test_worker_processes_do_not_change_a_number(configure):
     base = run_experiment(configure(*settings("tent")), [])
     more = run_experiment(configure(*settings("tent"), "on_exists=rerun", "runtime.workers=2"), [])
@@ -298,8 +303,10 @@ def test_wandb_mirrors_a_run_and_the_files_stay_the_same(configure, monkeypatch)
 @pytest.mark.slow
 def test_embedded_shifts_hurt_the_source_and_adaptation_helps(configure):
     found = {}
+    words = ["scenario.corruptions=[gaussian_noise,defocus_blur,fog,contrast,pixelate]"]
+    words += ["scenario.images=100", "scenario.probe_images=0"]
     for strategy in ("source", "bn_adapt", "tent", "cotta"):
-        cfg = configure(f"strategy={strategy}", "scenario.images=100", "scenario.probe_images=0")
+        cfg = configure(f"strategy={strategy}", *words)
         found[strategy] = run_experiment(cfg, [])["metrics"]
     source = found["source"]["err_mean"]
     assert source >= 35 and source >= 3 * found["source"]["clean_err_before"]
@@ -310,8 +317,9 @@ def test_embedded_shifts_hurt_the_source_and_adaptation_helps(configure):
 @pytest.mark.slow
 def test_embedded_tasks_are_forgotten_by_finetuning_and_kept_by_class_means(configure):
     quick = ["strategy.epochs=3", "strategy.lr=0.03", "strategy.schedule=cosine"]
-    finetune = configure("scenario=split_cifar", "strategy=finetune", *quick)
-    simplecil = configure("scenario=split_cifar", "strategy=simplecil")
+    stream = ["scenario=split_cifar", "scenario.embedded_images=[10,5]"]
+    finetune = configure(*stream, "strategy=finetune", *quick)
+    simplecil = configure(*stream, "strategy=simplecil")
     assert run_experiment(finetune, [])["metrics"]["forgetting"] >= 30
     assert run_experiment(simplecil, [])["metrics"]["forgetting"] < 10
 
