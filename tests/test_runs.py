@@ -244,6 +244,7 @@ def test_kept_features_change_no_metric_and_save_passes(configure, monkeypatch):
     assert not list(Path(filed["run"]["folder"]).glob("features-*"))
 
 
+@pytest.mark.slow
 def test_batch_of_one_and_short_last_batch(configure):
     one = ["scenario.batch_size=1", "scenario.images=3", "scenario.corruptions=[contrast]"]
     for strategy in TTA:
