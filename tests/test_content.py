@@ -162,6 +162,7 @@ def test_every_scenario_is_among_the_cases():
     assert {scenario for scenario, _ in CASES.values()} == known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_copy_is_the_same_data_set_and_a_changed_bit_makes_another(
     configure, tmp_path, settled, any_cifar, case

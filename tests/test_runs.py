@@ -201,6 +201,7 @@ def test_matrix_of_a_source_run_has_equal_rows(configure):
     assert summary["metrics"]["forgetting"] == 0 and summary["metrics"]["stability"] == 100
 
 
+@pytest.mark.slow
 def test_the_source_phase_alone_is_cached_by_the_weights(configure):
     words = ["strategy=ecotta", *TINY["tta"], "scenario.source_images=40"]
     first = run_experiment(configure(*words, "stage=prepare"), [])["prepared"]
@@ -219,6 +220,7 @@ def test_the_source_phase_alone_is_cached_by_the_weights(configure):
         run_experiment(configure("strategy=tent", "stage=prep"), [])
 
 
+@pytest.mark.slow
 def test_cotta_takes_its_threshold_from_the_source(configure):
     words = ["strategy=cotta", *TINY["tta"], "strategy.views=2", "scenario.source_images=100"]
     summary = run_experiment(configure(*words, "strategy.threshold=source"), [])
@@ -229,6 +231,7 @@ def test_cotta_takes_its_threshold_from_the_source(configure):
     assert same["metrics"] == summary["metrics"] and "prepared" not in same
 
 
+@pytest.mark.slow
 def test_kept_features_change_no_metric_and_save_passes(configure, monkeypatch):
     words = ["strategy=ease", *TINY["cl"], "scenario.increment=2", "strategy.epochs=1"]
     kept = run_experiment(configure(*words), [])
