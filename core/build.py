@@ -93,7 +93,8 @@ def check_call(
         UserError: as for `check`, which says what the arguments are.
     """
     parameters = inspect.signature(target).parameters
-    kinds = {k: _hints(target).get(k, Any) for k in parameters if k not in live and k != "self"}
+    hints = _hints(target)  # once: resolving annotations is slow
+    kinds = {k: hints.get(k, Any) for k in parameters if k not in live and k != "self"}
     required = {k for k in kinds if parameters[k].default is inspect.Parameter.empty}
     if "name" not in kinds:
         options = {k: v for k, v in options.items() if k != "name"}

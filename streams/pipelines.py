@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import core.vision  # noqa: F401  # isort: skip
@@ -31,6 +32,15 @@ class Geometry:
     crop: float = 0.875  # share of the resized side that the centre crop keeps
 
 
+# Functions of the module, no lambdas: processes that load images may get their pipeline by pickle.
+def _raw(image: Image.Image) -> Image.Image:
+    return image
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    return image if image.size == (size, size) else T.Resize([size, size])(image)
+
+
 def pipeline(name: Name, geometry: Geometry, *, train: bool, cifar: bool) -> Pipeline:
     """The pipeline `name`; sizes scale with `geometry.size` (224 in the sources).
 
@@ -47,11 +57,9 @@ def pipeline(name: Name, geometry: Geometry, *, train: bool, cifar: bool) -> Pip
     bilinear, bicubic = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
     own = InterpolationMode(geometry.interpolation)
     if name == "raw":
-        return lambda image: image
+        return _raw
     if name == "plain":
-        fit = T.Lambda(
-            lambda i: i if i.size == (size, size) else T.functional.resize(i, [size, size])
-        )
+        fit = partial(_fit, size=size)
         return T.Compose([fit, T.RandomHorizontalFlip()] if train else [fit])
     if train:
         area, how = {

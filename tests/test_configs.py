@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import subprocess
@@ -61,6 +62,11 @@ PRESETS = sorted(
 PUBLISHED = re.compile(r"arXiv \d{4}\.\d{5}|[\w-]+/[\w-]+")  # a paper, or owner/repository
 
 
+@functools.cache
+def pretrained() -> set[str]:
+    return set(timm.list_models(pretrained=True))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_complete_and_its_figures_have_sources(configure, preset):
     """Settings fit; scenario, backbone and weights exist; every figure says where it is from."""
@@ -91,7 +97,7 @@ def test_a_preset_is_complete_and_its_figures_have_sources(configure, preset):
     parameters = inspect.signature(locate(backbone._target_)).parameters
     assert {k for k in backbone if k != "_target_"} <= set(parameters)
     if "tag" in backbone:
-        assert backbone.tag in timm.list_models(pretrained=True)
+        assert backbone.tag in pretrained()
     elif "weights" in backbone:
         assert backbone.weights in torchvision.models.get_model_weights(backbone.arch).__members__
     else:

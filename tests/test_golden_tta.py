@@ -135,8 +135,16 @@ class Recorded(CoTTA):
         return mask.view_as(parameter)
 
 
+LONG = {f"cotta_cifar_resnet_{kind}" for kind in ("views_official", "views_loud", "switch")}
+COTTA = [
+    pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+    for name in names("cotta_*")
+    if name != "cotta_transform"
+]
+
+
 @both
-@pytest.mark.parametrize("name", [n for n in names("cotta_*") if n != "cotta_transform"])
+@pytest.mark.parametrize("name", COTTA)
 def test_cotta(name: str, dtype: torch.dtype) -> None:
     case = Case(name, dtype)
     net = case.net()

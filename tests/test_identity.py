@@ -102,6 +102,7 @@ def editor(monkeypatch) -> Editor:
     return Editor(monkeypatch)
 
 
+@pytest.mark.slow
 def test_an_edited_method_runs_anew_and_says_why(configure, editor, capsys):
     cfg = configure(*settings("bn_adapt"))
     first = run_experiment(cfg, [])
@@ -117,6 +118,7 @@ def test_an_edited_method_runs_anew_and_says_why(configure, editor, capsys):
         run_experiment(cfg, [])
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_does_not_go_on_with_other_code(configure, editor, monkeypatch, capsys):
     run_experiment(configure(*settings("source")), [])
     cfg = configure(*settings("tent"), "checkpoint.every=1")
@@ -221,6 +223,7 @@ COUNTERS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", CL)
 def test_a_resumed_result_is_that_of_an_undisturbed_run(configure, monkeypatch, strategy):
     """Killed after every checkpoint in turn: metrics, per class, cost counters, kernel, records."""

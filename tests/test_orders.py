@@ -154,11 +154,12 @@ def test_a_stream_delivers_what_its_stored_order_says(configure, order):
     other = make(configure, *words, "scenario.batch_size=16", workers=2)
     for key, values in stream.order.items():
         assert np.array_equal(values, other.order[key]), key
-    for key in ("row", "label", "domain"):
-        field = {"row": "index", "label": "y", "domain": "domain"}[key]
-        for source in (stream, other):
-            got = [getattr(b, field) for s in source.segments for b in s.batches()]
-            assert np.array_equal(torch.cat(got).numpy(), stream.order[key]), key
+    fields = {"row": "index", "label": "y", "domain": "domain"}
+    for source in (stream, other):
+        batches = [b for s in source.segments for b in s.batches()]
+        for key, field in fields.items():
+            delivered = torch.cat([getattr(b, field) for b in batches]).numpy()
+            assert np.array_equal(delivered, stream.order[key]), key
     if order == "mixed+correlated":
         labels = stream.order["label"]
         assert np.array_equal(labels, np.sort(labels)) and len(stream.segments) == 1

@@ -45,7 +45,7 @@ def test_a_new_method_is_one_python_file_and_one_yaml_file(tmp_path):
     summary = json.loads(next(copy.rglob("prior_shift/*/*/summary.json")).read_text())
     assert summary["metrics"]["err_mean"] != summary["source"]["metrics"]["err_mean"]
     listed = subprocess.run(
-        [sys.executable, "run.py", "--help"], cwd=copy, capture_output=True, text=True, timeout=300
+        [sys.executable, "run.py", "--help"], cwd=copy, capture_output=True, text=True, timeout=HANG
     )
     assert "prior_shift" in listed.stdout
 

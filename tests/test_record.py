@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 
 from core.errors import UserError
 from core.files import write_json
@@ -70,19 +69,28 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 def test_lock_keeps_a_second_process_out_and_dies_with_its_holder(tmp_path):
+    def another_process() -> tuple[bool, str]:
+        """Takes the lock if it can and ends without giving it back."""
+        mine, other = multiprocessing.Pipe()
+
+        def take() -> None:
+            lock = Lock(tmp_path)
+            other.send((lock.acquire(), lock.holder()))
+            os._exit(0)
+
+        process = multiprocessing.get_context("fork").Process(target=take)
+        process.start()
+        other.close()  # so that a process that dies early ends the wait
+        answer = mine.recv()
+        process.join()
+        return answer
+
     lock = Lock(tmp_path)
     assert lock.acquire()
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from core.record import Lock; lock = Lock(Path(sys.argv[2]))\n"
-        "print(lock.acquire(), lock.holder())"
-    )
-    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert out.startswith("False") and "pid" in out
+    acquired, holder = another_process()
+    assert not acquired and f"pid {os.getpid()}" in holder
     lock.release()
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert out.startswith("True")
+    assert another_process()[0]
     assert Lock(tmp_path).acquire()  # the other process is gone, and its lock with it
 
 

@@ -138,6 +138,7 @@ def test_rounds_are_reported(configure):
     assert errors[0] == errors[1] == errors[2] == metrics["err_mean"]  # BN-adapt learns nothing
 
 
+@pytest.mark.slow
 def test_constant_images_and_a_stream_shorter_than_a_batch(configure, monkeypatch):
     words = [*TINY[1:], "scenario.images=3", "scenario.batch_size=8", "scenario.clean_images=0"]
     for strategy in ("bn_adapt", "tent", "cotta", "lame", "ecotta"):

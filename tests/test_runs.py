@@ -132,6 +132,7 @@ def test_how_test_images_are_batched_changes_no_metric(configure, strategy):
     assert base["metrics"] == other["metrics"] and base["per_class"] == other["per_class"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["source", "cotta", "finetune"])
 def test_same_seed_same_numbers_in_one_process(configure, strategy):
     """State does not leak from one run into the next, as in a sweep."""
@@ -142,6 +143,7 @@ def test_same_seed_same_numbers_in_one_process(configure, strategy):
     assert records(first["run"]["folder"]) == records(second["run"]["folder"])
 
 
+@pytest.mark.slow
 def test_worker_processes_do_not_change_a_number(configure):
     base = run_experiment(configure(*settings("tent")), [])
     more = run_experiment(configure(*settings("tent"), "on_exists=rerun", "runtime.workers=2"), [])
@@ -179,6 +181,7 @@ def test_matrix_of_a_source_run_has_equal_rows(configure):
     assert summary["metrics"]["forgetting"] == 0 and summary["metrics"]["stability"] == 100
 
 
+@pytest.mark.slow
 def test_the_source_phase_alone_is_cached_by_the_weights(configure):
     words = ["strategy=ecotta", *TINY["tta"], "scenario.source_images=40"]
     first = run_experiment(configure(*words, "stage=prepare"), [])["prepared"]
@@ -197,6 +200,7 @@ def test_the_source_phase_alone_is_cached_by_the_weights(configure):
         run_experiment(configure("strategy=tent", "stage=prep"), [])
 
 
+@pytest.mark.slow
 def test_cotta_takes_its_threshold_from_the_source(configure):
     words = ["strategy=cotta", *TINY["tta"], "strategy.views=2", "scenario.source_images=100"]
     summary = run_experiment(configure(*words, "strategy.threshold=source"), [])
@@ -207,6 +211,7 @@ def test_cotta_takes_its_threshold_from_the_source(configure):
     assert same["metrics"] == summary["metrics"] and "prepared" not in same
 
 
+@pytest.mark.slow
 def test_kept_features_change_no_metric_and_save_passes(configure, monkeypatch):
     words = ["strategy=ease", *TINY["cl"], "scenario.increment=2", "strategy.epochs=1"]
     kept = run_experiment(configure(*words), [])
@@ -279,8 +284,10 @@ def test_wandb_mirrors_a_run_and_the_files_stay_the_same(configure, monkeypatch)
 @pytest.mark.slow
 def test_embedded_shifts_hurt_the_source_and_adaptation_helps(configure):
     found = {}
+    words = ["scenario.corruptions=[gaussian_noise,defocus_blur,fog,contrast,pixelate]"]
+    words += ["scenario.images=100", "scenario.probe_images=0"]
     for strategy in ("source", "bn_adapt", "tent", "cotta"):
-        cfg = configure(f"strategy={strategy}", "scenario.images=100", "scenario.probe_images=0")
+        cfg = configure(f"strategy={strategy}", *words)
         found[strategy] = run_experiment(cfg, [])["metrics"]
     source = found["source"]["err_mean"]
     assert source >= 35 and source >= 3 * found["source"]["clean_err_before"]
@@ -291,8 +298,9 @@ def test_embedded_shifts_hurt_the_source_and_adaptation_helps(configure):
 @pytest.mark.slow
 def test_embedded_tasks_are_forgotten_by_finetuning_and_kept_by_class_means(configure):
     quick = ["strategy.epochs=3", "strategy.lr=0.03", "strategy.schedule=cosine"]
-    finetune = configure("scenario=split_cifar", "strategy=finetune", *quick)
-    simplecil = configure("scenario=split_cifar", "strategy=simplecil")
+    stream = ["scenario=split_cifar", "scenario.embedded_images=[10,5]"]
+    finetune = configure(*stream, "strategy=finetune", *quick)
+    simplecil = configure(*stream, "strategy=simplecil")
     assert run_experiment(finetune, [])["metrics"]["forgetting"] >= 30
     assert run_experiment(simplecil, [])["metrics"]["forgetting"] < 10
 

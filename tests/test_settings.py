@@ -66,6 +66,7 @@ PARTS = [("run", [r for r in LISTED if r["needs"] == "run"])]
 PARTS += [(f"check{i}", [r for r in LISTED if r["needs"] == "check"][i::4]) for i in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "rows"), PARTS, ids=[name for name, _ in PARTS])
 def test_every_listed_input_is_answered_by_one_line_that_names_the_setting(part, rows, tmp_path):
     wrong = []

@@ -35,6 +35,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from kernels import triton_adapter, tuning  # noqa: E402
 
+pytestmark = pytest.mark.slow  # a dozen kernels are compiled
+
 FORWARD, ROWS, WEIGHTS, SUM = (
     "adapter_forward",
     "adapter_backward_rows",

@@ -34,6 +34,7 @@ def on_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(absent, reason="no CUDA device")(test))
 
 
+@pytest.mark.slow
 def test_in_the_interpreter():
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
