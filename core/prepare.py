@@ -1,8 +1,8 @@
 """The source phase of a method: done once, cached by what it depends on, reported with every run.
 
 An artefact is a `.safetensors` file under `<root>/prepared/<strategy>/`. Its key is a hash of the
-pretrained tensors, the source images and the settings, never of a name alone: another backbone,
-other images or other settings make another artefact. It holds a checksum; what is damaged, or was
+pretrained tensors, the source images, the settings and the method's code, never of a name alone:
+another backbone, other images, other settings or an edited method make another artefact. It holds a checksum; what is damaged, or was
 put there for another key, is made again, and the console says so.
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.files import BadFile, read_checked, replacing, write_checked
+from core.provenance import code_of
 from core.record import Lock
 from core.strategy import TTAStrategy
 from core.stream import SourceImages
@@ -76,6 +77,7 @@ def artefact_key(
     depends = {
         "format": FORMAT,
         "method": name,
+        "code": code_of(name)["method"],
         "weights": weights,
         "images": images,
         "settings": settings,

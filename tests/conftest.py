@@ -28,9 +28,10 @@ def realdata() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Two workers of the test runner share two cores."""
+def one_thread_and_seed():
+    """Two workers of the test runner share two cores; a test draws the same numbers each time."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

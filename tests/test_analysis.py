@@ -123,6 +123,7 @@ def test_what_counts_as_no_setting_is_what_the_identity_of_a_run_leaves_out():
     assert {f"data.{key}" for key in VOLATILE_DATA} <= set(runs_module.NO_SETTING)
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_parse_what_they_share_once(tmp_path):
     for i in range(1000):
         write_run(tmp_path, ("tent", "source")[i % 2], seed=i)
@@ -320,6 +321,7 @@ def example_report(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_report_of_the_example_results(example_report):
     places = ("imagenet_c[embedded]", "split_cifar[embedded]")
     for name in ("tables.md", "tables.tex", "tables.csv", "runs.csv", "report.html"):
@@ -331,6 +333,7 @@ def test_the_report_of_the_example_results(example_report):
     assert not list(example_report.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_figures_are_png_and_pdf_and_know_their_runs(example_report):
     keys = set(load_runs(ROOT / "results" / "example")["key"])
     files = sorted((example_report / "figures").iterdir())

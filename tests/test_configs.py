@@ -67,6 +67,7 @@ def pretrained() -> set[str]:
     return set(timm.list_models(pretrained=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_complete_and_its_figures_have_sources(configure, preset):
     """Settings fit; scenario, backbone and weights exist; every figure says where it is from."""
@@ -122,6 +123,7 @@ def test_recipes_hold_the_official_cifar_settings(configure):
     assert configure("strategy=tent", "scenario=cifar10_c").strategy.optimizer == "adam"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -164,6 +166,7 @@ def test_wrong_settings_are_named(configure, words, expected):
     assert expected in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_user_error_is_one_line_and_status_2(tmp_path):
     done = cli("data.root=/nowhere/at/all", f"root={tmp_path}")
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -137,7 +137,7 @@ def case_of(name: str, node: Any, options: dict[str, Any], network: str | None =
     return Case(name, plain, network or ("vit" if vit else "resnet"))
 
 
-def found() -> list[Case]:
+def strategies() -> list[Case]:
     cases = [
         case_of(p.stem, OmegaConf.load(p), QUICK.get(p.stem, {})) for p in sorted(CONF.glob("*"))
     ]
@@ -153,8 +153,18 @@ def wrapped(cases: list[Case]) -> list[Case]:
     return [replace(c, name=f"{c.name}-in-a-rule", rule=True) for c in inside]
 
 
-PLAIN = found()
-CASES = PLAIN + wrapped([c for c in PLAIN if c.name in {p.stem for p in CONF.glob("*")}])
+PLAIN = strategies()
+OF_FILES = [c for c in PLAIN if c.name in {p.stem for p in CONF.glob("*")}]
+CASES = PLAIN + wrapped(OF_FILES)
+
+
+def marked(cases: list[Case]) -> list[Any]:
+    """The cases as parameters; the quick tier takes methods with the settings of their files."""
+    slow = [pytest.mark.slow]
+    return [
+        pytest.param(c, id=c.name, marks=slow if c.rule or c.name in VARIANTS else [])
+        for c in cases
+    ]
 
 
 def network(kind: str, *, confident: bool = True) -> Backbone:
@@ -613,7 +623,7 @@ def check(property_: Callable[..., None], case: Case, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("property_", PROPERTIES, ids=lambda p: p.__name__)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", marked(CASES))
 def test_contract(case, property_, tmp_path):
     if reason := EXEMPT.get((case.name, property_.__name__)):
         with pytest.raises(AssertionError):
@@ -636,10 +646,10 @@ def resume_all(path: Path) -> None:
     torch.save(rests, path)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_goes_on_bit_by_bit(tmp_path):
-    strategies = {p.stem for p in CONF.glob("*.yaml")}
-    chosen, saved, path = [c for c in PLAIN if c.name in strategies], {}, tmp_path / "states.pt"
-    for case in chosen:
+    saved, path = {}, tmp_path / "states.pt"
+    for case in OF_FILES:
         cut, strategy = cuts(case)[-1], make(case)
         cursor = run(strategy, case, cut)[-1][0]
         saved[case.name] = [copied(strategy.snapshot()), list(cursor), torch.get_rng_state()]
@@ -647,7 +657,7 @@ def test_a_fresh_process_goes_on_bit_by_bit(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, __file__, str(path)], cwd=ROOT, env=env, check=True)
     rests = torch.load(path, weights_only=True)
-    for case in chosen:
+    for case in OF_FILES:
         want = [row for _, row in undisturbed(case.name)[cuts(case)[-1] :]]
         assert equal(rests[case.name], want), case.name
 
@@ -655,6 +665,7 @@ def test_a_fresh_process_goes_on_bit_by_bit(tmp_path):
 # ------------------------------------------------------------------------------ rules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", wrapped(PLAIN), ids=lambda c: c.name)
 def test_a_rule_costs_what_the_method_inside_costs(case):
     plain, rule = make(replace(case, rule=False)), make(case)
@@ -725,7 +736,7 @@ KNOWN += [*TAUGHT, *SOUND]
 
 
 @pytest.mark.parametrize("property_", PROPERTIES, ids=lambda p: p.__name__)
-@pytest.mark.parametrize("case", [*TAUGHT, *SOUND], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", marked([*TAUGHT, *SOUND]))
 def test_a_method_written_as_the_tutorial_teaches_keeps_the_contract(case, property_, tmp_path):
     check(property_, case, tmp_path)
 

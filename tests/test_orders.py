@@ -145,6 +145,7 @@ def make(configure, *more: str, workers: int = 0) -> ShiftStream:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order", ["mixed+correlated", "correlated", "dirichlet_rotta", "gradual", "recurring+shuffled"]
 )

@@ -117,6 +117,13 @@ def test_other_weights_images_or_settings_never_reuse_it(run, change):
     assert before["key"] != after["key"] and calls == ["prepare"] * 2
 
 
+def test_an_edited_method_prepares_again(run, monkeypatch):
+    _, before, _ = run()
+    monkeypatch.setattr("core.provenance.fingerprint", lambda path: "another tree")
+    _, after, calls = run()
+    assert before["key"] != after["key"] and calls == ["prepare"] * 2
+
+
 def test_how_often_progress_is_kept_is_not_part_of_the_key(run):
     _, before, _ = run()
     _, after, calls = run(every=2)

@@ -85,6 +85,7 @@ def stop_after(monkeypatch, batches: int) -> None:
 # ------------------------------------------------------------------------ contracts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [*TTA, *CL])
 def test_run_records_stability_plasticity_and_cost(configure, strategy, capsys):
     summary = run_experiment(configure(*settings(strategy)), [])
@@ -109,6 +110,7 @@ def test_run_records_stability_plasticity_and_cost(configure, strategy, capsys):
         assert cost["images"] == 120 and cost["forward_images"] >= 120
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "batches"), [("ecotta", 5), ("aper", 3), ("ease", 9)])
 def test_a_killed_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     """In test_contract.py every strategy is killed; here with folder, records and companions."""
@@ -125,6 +127,7 @@ def test_a_killed_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batc
     assert again["run"]["folder"] == whole["run"]["folder"] + "-2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["finetune", "ease"])
 def test_how_test_images_are_batched_changes_no_metric(configure, strategy):
     base = run_experiment(configure(*settings(strategy)), [])

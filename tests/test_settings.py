@@ -202,6 +202,7 @@ PRESETS = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS[::4])
 def test_presets_are_within_the_ranges(preset):
     """Every fourth; the run of any other would say so in its first second."""

@@ -78,6 +78,7 @@ def test_every_scenario_is_among_the_small_ones():
     assert set(EMBEDDED) == {p.stem for p in (ROOT / "conf" / "scenario").glob("*.yaml")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", EMBEDDED)
 def test_every_scenario_is_loaded_by_pickle(configure, monkeypatch, scenario):
     cfg = configure(f"scenario={scenario}", *EMBEDDED[scenario])
