@@ -341,7 +341,7 @@ def sweep() -> int:
     except SystemExit as end:
         status = int(end.code or 0)
     except Exception as error:  # of the launcher: those of the runs are in the report
-        text, status = f"{type(error).__name__}: {str(error).splitlines()[0]}", 1
+        text, status = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}", 1
         if isinstance(error, OSError) and Planned.folder is None:
             text, status = f"the folder of the sweep, hydra.sweep.dir (in root), fails: {error}", 2
         print(f"error: {text}", file=sys.stderr)

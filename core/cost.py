@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.strategy import Strategy
+from core.strategy import Strategy, optimizers
 
 KEPT = (
     "forward", "backward", "images", "steps", "evaluated", "evaluated_forward",
@@ -149,7 +149,7 @@ def state_bytes(strategy: Strategy) -> int:
     Storage shared between tensors counts once.
     """
     kept: dict[int, int] = {}
-    held = [strategy.state_dict(), *(dict(o.state) for o in strategy.optimizers())]
+    held = [strategy.state_dict(), *(dict(o.state) for o in optimizers(strategy))]
     for tensor in _tensors(held):
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()

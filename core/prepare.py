@@ -2,8 +2,9 @@
 
 An artefact is a `.safetensors` file under `<root>/prepared/<strategy>/`. Its key is a hash of the
 pretrained tensors, the source images, the settings and the method's code, never of a name alone:
-another backbone, other images, other settings or an edited method make another artefact. It holds a checksum; what is damaged, or was
-put there for another key, is made again, and the console says so.
+another backbone, other images, other settings or an edited method make another artefact. It holds
+a checksum; what is damaged, or was put there for another key, is made again, and the console says
+so.
 """
 
 from __future__ import annotations

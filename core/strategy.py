@@ -115,10 +115,6 @@ class Strategy(nn.Module):
         for name, one in inner.items():
             one.restore(state["inner"][name])
 
-    def optimizers(self) -> list[Optimizer]:
-        """Every optimiser in the tree of modules, those of inner strategies too."""
-        return [*_attributes(self.named_modules(), Optimizer).values()]
-
     def updated_parameters(self) -> Iterable[Tensor]:
         """The parameters that optimisers move, each once."""
         own = _attributes(self._parts(), Optimizer).values()
@@ -211,6 +207,11 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under every name, the objects themselves."""
     state = module.state_dict(keep_vars=True)
     return {name: held for name, held in state.items() if isinstance(held, Tensor)}
+
+
+def optimizers(strategy: nn.Module) -> list[Optimizer]:
+    """Every optimiser in the tree of modules, those of inner strategies too."""
+    return [*_attributes(strategy.named_modules(), Optimizer).values()]
 
 
 def _attributes(parts: Iterable[tuple[str, nn.Module]], kind: Any) -> dict[str, Any]:
