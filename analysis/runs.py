@@ -308,7 +308,7 @@ def notes(runs: pd.DataFrame, used: pd.DataFrame, average: Sequence[str] = AVERA
             "environment.git.dirty": "runs of changed code (their patch.diff says how)",
             "skipped_images": "runs that skipped unreadable images",
         }.items():
-            n = int(some[name].fillna(0).astype(int).gt(0).sum()) if name in some else 0
+            n = int(some[name].map(float).gt(0).sum()) if name in some else 0  # NaN is not greater
             found += [f"{title(place)}: {n} {what}"] if n else []
     return found
 
