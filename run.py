@@ -28,6 +28,7 @@ from core.paths import add_resolver
 from core.torchrun import requested, speaks
 
 CONF = Path(__file__).parent / "conf"
+ADAPTER = "adapter@strategy.adapter"  # what adapter=... stands for
 # Flags of Hydra that take a value of their own.
 FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
 FLAGS |= {"--config-dir", "-cd", "--experimental-rerun"}
@@ -208,6 +209,10 @@ def explain(error: BaseException) -> str:
     text = str(error)
     if key := getattr(error, "full_key", None):
         return f"{key}: {text.splitlines()[0]}"
+    if f"Could not override '{ADAPTER}'" in text:
+        return "adapter=...: the strategy chosen has no adapters; these have: " + ", ".join(
+            sorted(p.stem for p in _with_adapters())
+        )
     found = re.search(r"Could not find '((?:hydra/)?[^/']+)/([^']+)'", text)
     if found and (CONF / found.group(1)).is_dir():
         return _unknown(*found.groups())
@@ -221,11 +226,18 @@ def explain(error: BaseException) -> str:
         key = found.group(1).split("@")[0].lstrip("+~")
         keys = _keys()
         above = [k for k in keys if key.startswith(f"{k}.")]  # of these, none was meant
-        near = suggest(key, [k for k in keys if k not in above])
+        inside = [k for k in keys if k.endswith(f".{key.rpartition('.')[2]}")]
+        inside = [k for k in inside if k.startswith(f"{key.partition('.')[0]}.")]
+        near = suggest(key, inside) or suggest(key, [k for k in keys if k not in above])
         return f"{key}: no such setting{near}\nall settings: the same command with --cfg job"
     if text.startswith("Cannot find primary config"):
         return text.splitlines()[0]
     return "\n".join(line for line in text.splitlines() if line.strip())
+
+
+def _with_adapters() -> list[Path]:
+    """The strategies whose adapters are a choice."""
+    return [p for p in (CONF / "strategy").glob("*.yaml") if "/adapter@adapter:" in p.read_text()]
 
 
 def _keys() -> list[str]:
@@ -255,6 +267,11 @@ def _keys() -> list[str]:
     return keys
 
 
+def spelled_out(words: list[str]) -> list[str]:
+    """`adapter=...` as Hydra names it: an option group inside the strategy."""
+    return [re.sub(r"^adapter=", f"{ADAPTER}=", word) for word in words]
+
+
 def as_sweeps(words: list[str]) -> list[str]:
     """Settings inside a swept group become sweeps of one value.
 
@@ -267,6 +284,7 @@ def as_sweeps(words: list[str]) -> list[str]:
         key, _, value = word.partition("=")
         single = value and "," not in re.sub(r"\[.*?\]|\{.*?\}|\(.*?\)", "", value)
         inside = "." in key and key.lstrip("+").split(".")[0] in swept
+        inside = inside or (key == ADAPTER and "strategy" in swept)
         wrap = inside and single and not value.startswith(("choice(", "range(", "interval("))
         found.append(f"{key}=choice({value})" if wrap else word)
     return found
@@ -310,6 +328,7 @@ def main() -> int:
         if speaks():
             print(f"error: {trouble}", file=sys.stderr)
         return 2
+    sys.argv[1:] = spelled_out(sys.argv[1:])
     if {"-m", "--multirun"} & set(sys.argv):
         return sweep()
     try:

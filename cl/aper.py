@@ -13,8 +13,7 @@ Deviations: the frozen network is in evaluation mode while adapters learn (the o
 training mode, which is the same for ViTs without dropout). Means are kept as sums and counts, so a
 class that comes back updates its mean; the official code overwrites it. Left out: the BatchNorm
 variant for ResNets, and the evaluation after every epoch (a side effect of which, other shuffles,
-disappears as well). `tuning=dora` and `tuning=peft` (adapters of
-the peft library) are ours.
+disappears as well).
 """
 
 from __future__ import annotations
@@ -22,24 +21,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.adapters import Adapter, Bottleneck, DoRA, Prompt, ScaleShift
 from backbones.backbone import Backbone, weights_hash
-from backbones.bank import AdapterBank
 from backbones.heads import CosineHead, PrototypeHead
-from backbones.peft_bank import PeftBank
 from cl.common import evaluation_mode, freeze_pretrained_head, rate_factor, require_finite
-from core.errors import Diverged, UserError
-from core.ranges import Below1, Count, NonNegative, Size, Unit
+from core.errors import Diverged
+from core.ranges import Count, NonNegative, Unit
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
+from parts.adapters.bank import AdapterBank
+from parts.adapters.peft_bank import PeftBank, PeftPlan
+from parts.adapters.plan import Plan
 
-Tuning = Literal["adapter", "ssf", "vpt_deep", "vpt_shallow", "finetune", "dora", "peft"]
 NAME = "tuned"  # of the one set of adapters
 
 
@@ -47,18 +45,10 @@ class APER(CLStrategy):
     """Plain and once tuned features side by side, nearest class mean by cosine.
 
     Args:
-        tuning: what learns on the first task. `adapter`: a bottleneck beside every MLP. `ssf`:
-            scale and shift after every linear layer and norm. `vpt_deep`, `vpt_shallow`: prompts
-            at every block, or at the first one. `finetune`: a copy of the whole network. `dora`:
-            every qkv layer (ours). `peft`: an adapter of the peft library.
+        adapter: what learns on the first task; None: a copy of the whole network.
         epochs: passes over the training images of the first task; the others need none.
         lr: initial rate, cosine schedule to 0 over the epochs.
         weight_decay: of everything that learns, biases and head included.
-        rank, dropout, scale: of `adapter`: hidden width, dropout on it, factor of its output;
-            `dora` has the first and the last.
-        prompt_length: tokens, of each block for `vpt_deep`.
-        peft: options of the peft library's configuration (`peft_type`, lora by default, and e.g.
-            r, lora_alpha, target_modules); needed for `tuning=peft`.
     """
 
     needs = frozenset({"features"})
@@ -68,45 +58,26 @@ class APER(CLStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        tuning: Tuning,
+        adapter: Plan | PeftPlan | None,
         epochs: Count,
         lr: NonNegative,
         momentum: Unit,
         weight_decay: NonNegative,
-        rank: Size,
-        dropout: Below1,
-        scale: NonNegative,
-        prompt_length: Size,
-        peft: dict[str, Any] | None,
     ) -> None:
         super().__init__(backbone, seed=seed)
-        if tuning == "peft" and not peft:
-            raise UserError(
-                "strategy.tuning=peft needs strategy.peft, for example "
-                "'strategy.peft={r: 8, lora_alpha: 8, target_modules: [qkv]}'"
-            )
-        self.tuning, self.epochs, self.tuning_epochs = tuning, epochs, epochs
+        self.adapter, self.epochs, self.tuning_epochs = adapter, epochs, epochs
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.rank, self.dropout, self.scale = rank, dropout, scale
-        self.prompt_length, self.peft = prompt_length, peft
 
         backbone.eval().requires_grad_(False)
         self.head = PrototypeHead(2 * backbone.dim)
         self.tuning_head: CosineHead | None = None  # while the first task lasts
         self.bank: AdapterBank | PeftBank | None = None
         self.copy: Backbone | None = None
-        if tuning == "finetune":
+        if adapter is None:
             self.copy = deepcopy(backbone).requires_grad_(True)
             freeze_pretrained_head(self.copy)
-        elif tuning == "peft":
-            self.bank = PeftBank(backbone)
         else:
-            self.bank = AdapterBank(backbone)
-            if "blocks.0.mlp:parallel" not in self.bank.points():
-                raise UserError(
-                    f"strategy.tuning={tuning} needs a timm ViT, which {backbone.tag} is not. "
-                    "Use backbone=vit_b16_in21k, or strategy.tuning=finetune"
-                )
+            self.bank = adapter.bank(backbone)
         self._extractors: dict[str, str] = {}
 
     # ------------------------------------------------------------------ tasks
@@ -118,11 +89,9 @@ class APER(CLStrategy):
             self._freeze()
             return
         draw = self.rng("init")
-        if isinstance(self.bank, PeftBank):
-            assert self.peft is not None
-            self.bank.add(NAME, self.peft, generator=draw)
-        elif self.bank is not None:
-            self.bank.add(NAME, self._adapters(draw))
+        if self.adapter is not None:
+            bank: Any = self.bank  # the one that belongs to the plan
+            self.adapter.add(bank, NAME, draw)
         head = CosineHead(cast(Backbone, self.backbone).dim, len(task.classes), draw)
         self.tuning_head = head.to(self.device)
         self.optimizer = torch.optim.SGD(
@@ -131,35 +100,6 @@ class APER(CLStrategy):
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
-
-    def _adapters(self, draw: torch.Generator) -> dict[str, Adapter]:
-        """Point -> new adapter, for the kind of tuning."""
-        net, dim = cast(Backbone, self.backbone).net, cast(Backbone, self.backbone).dim
-        blocks = range(len(net.blocks))
-        if self.tuning == "adapter":
-            return {
-                f"blocks.{i}.mlp:parallel": Bottleneck(
-                    dim, self.rank, scale=self.scale, dropout=self.dropout, generator=draw
-                )
-                for i in blocks
-            }
-        if self.tuning == "dora":
-            layers = {f"blocks.{i}.attn.qkv": net.blocks[i].attn.qkv for i in blocks}
-            return {
-                f"{name}:out": DoRA(layer, self.rank, scale=self.scale, generator=draw)
-                for name, layer in layers.items()
-            }
-        if self.tuning == "vpt_shallow":
-            return {"blocks:tokens": Prompt(dim, self.prompt_length)}
-        if self.tuning == "vpt_deep":
-            return {f"blocks.{i}:tokens": Prompt(dim, self.prompt_length) for i in blocks}
-        widths = {"patch_embed": dim, "norm": dim}
-        for i in blocks:
-            widths |= {f"blocks.{i}.norm1": dim, f"blocks.{i}.norm2": dim}
-            for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
-                name = f"blocks.{i}.{layer}"
-                widths[name] = net.get_submodule(name).out_features
-        return {f"{name}:out": ScaleShift(width, generator=draw) for name, width in widths.items()}
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

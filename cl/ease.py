@@ -26,21 +26,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.adapters import Bottleneck
 from backbones.backbone import Backbone, weights_hash
-from backbones.bank import AdapterBank
 from backbones.heads import CosineHead
 from cl.common import evaluation_mode, rate_factor, require_finite
 from core.errors import Diverged
-from core.ranges import Below1, Count, NonNegative, Size, Unit
+from core.ranges import Count, NonNegative, Unit
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
+from parts.adapters.plan import Plan
 
 PRETRAINED = "pretrained"  # the subspace without adapter
 COPIES = 512  # images times sets that go through the network at once, which bounds memory
@@ -94,9 +93,7 @@ class Ease(CLStrategy):
     Args:
         epochs, lr: of the first task.
         epochs_later, lr_later: of the tasks after it; None: the same.
-        rank: hidden width of an adapter.
-        scale: fixed factor of what an adapter adds.
-        dropout: on the hidden vector of an adapter, in training.
+        adapter: of one task.
         optimizer: `momentum` is that of sgd.
         weight_decay: on everything that learns, biases and the scale of the head included.
         alpha: weight of the subspaces of other tasks.
@@ -105,7 +102,7 @@ class Ease(CLStrategy):
         use_init_ptm: one more subspace, the pretrained network without adapter, weight `beta`.
 
     Raises:
-        UserError: for a network that adapters cannot be attached to (no timm ViT).
+        UserError: for a network that lacks the points of `adapter`.
         Diverged: if loss or features are no longer finite.
     """
 
@@ -121,9 +118,7 @@ class Ease(CLStrategy):
         seed: int,
         epochs: Count,
         epochs_later: Count | None,
-        rank: Size,
-        scale: NonNegative,
-        dropout: Below1,
+        adapter: Plan,
         optimizer: Literal["sgd", "adam"],
         lr: NonNegative,
         lr_later: NonNegative | None,
@@ -140,11 +135,11 @@ class Ease(CLStrategy):
         self.all_epochs = epochs, epochs if epochs_later is None else epochs_later
         self.rates = lr, lr if lr_later is None else lr_later
         self.epochs = epochs
-        self.rank, self.scale, self.dropout = rank, scale, dropout
+        self.adapter = adapter
         self.kind, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
         self.alpha, self.beta, self.reweight = alpha, beta, reweight
         self.recalc_sim, self.use_init_ptm = recalc_sim, use_init_ptm
-        self.bank = AdapterBank(backbone)
+        self.bank = adapter.bank(backbone)
         self.head: CosineHead | None = None
         self.names: list[str] = []  # sets, one a task
         self.columns = range(0)
@@ -160,18 +155,11 @@ class Ease(CLStrategy):
         """A fresh adapter set and head; zero rows for the means that `end_task` will fill."""
         for name in self.names:
             self.bank.freeze(name)
-        net = cast(Backbone, self.backbone)
-        blocks = len(getattr(net.net, "blocks", ())) or 1  # the bank refuses a net without blocks
-        draws = self.rng("init")
-        adapters = {
-            f"blocks.{i}.mlp:parallel": Bottleneck(
-                net.dim, self.rank, scale=self.scale, dropout=self.dropout, generator=draws
-            )
-            for i in range(blocks)
-        }
-        learned = self.bank.add(f"task{task.index}", adapters)
-        self.names.append(f"task{task.index}")
-        self.head = CosineHead(net.dim, len(task.classes), draws).to(self.device)
+        name, draws = f"task{task.index}", self.rng("init")
+        learned = self.adapter.add(self.bank, name, draws)
+        self.names.append(name)
+        width = self.means.shape[2]
+        self.head = CosineHead(width, len(task.classes), draws).to(self.device)
         self.columns = task.classes
         added = max(0, task.classes.stop - len(self.owner))
         self.means = F.pad(self.means, (0, 0, 0, added, 0, 1))

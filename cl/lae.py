@@ -27,9 +27,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from backbones.adapters import Adapter, Bottleneck, LoRA, Prefix
 from backbones.backbone import Backbone
-from backbones.bank import AdapterBank
 from cl.common import (
     NearZeroLinear,
     Scope,
@@ -38,11 +36,11 @@ from cl.common import (
     scope_columns,
     scoped_cross_entropy,
 )
-from core.ranges import Count, CountOrZero, NonNegative, Size, Unit
+from core.ranges import Count, CountOrZero, NonNegative, Unit
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
+from parts.adapters.plan import Plan
 
-ATTENTION = {"parallel": "attn:out", "before": "attn:in", "after": "attn:out"}
 FROZEN, BATCH = "frozen", "batch"  # facts kept with the optimiser's state, hence in checkpoints
 
 
@@ -51,15 +49,7 @@ class LAE(CLStrategy):
 
     Args:
         epochs: passes over the training images of a task.
-        pet: kind of the module.
-        blocks: of the network, from the first one, that carry a module; fewer if it has fewer.
-        rank: hidden width of the adapter, rank of the LoRA (on keys and values).
-        adapter_mode: `parallel`: from the input of the attention to its output; `before`, `after`:
-            a residual adapter in front of or behind it.
-        prefix_length: learned rows for keys and values.
-        compensate: the attention on the prefix always counts fully.
-        scale: fixed factor of adapter and LoRA; None learns it, starting at 1, and the two of the
-            prefix as well.
+        adapter: the module.
         lr: of Adam, made anew for each task.
         freeze_epochs: first epochs of a task in which only the classifier learns, from the second
             task on. freeze_first_task: in the first one as well.
@@ -81,13 +71,7 @@ class LAE(CLStrategy):
         seed: int,
         num_classes: int,
         epochs: Count,
-        pet: Literal["adapter", "lora", "prefix"],
-        blocks: Count,
-        rank: Size,
-        adapter_mode: Literal["parallel", "before", "after"],
-        prefix_length: Size,
-        compensate: bool,
-        scale: NonNegative | None,
+        adapter: Plan,
         lr: NonNegative,
         freeze_epochs: CountOrZero,
         freeze_first_task: bool,
@@ -101,7 +85,8 @@ class LAE(CLStrategy):
         if freeze_epochs >= epochs:
             warnings.warn(
                 f"strategy.freeze_epochs={freeze_epochs} covers all {epochs} epochs of a task: the "
-                f"{pet} does not learn {'at all' if freeze_first_task else 'after the first task'}",
+                "adapter does not learn "
+                + ("at all" if freeze_first_task else "after the first task"),
                 stacklevel=2,
             )
         self.num_classes, self.epochs, self.lr = num_classes, epochs, lr
@@ -111,33 +96,8 @@ class LAE(CLStrategy):
         self.drop_last = drop_last
 
         backbone.eval().requires_grad_(False)
-        width, draw = backbone.dim, self.rng("init")
-        found: dict[str, Adapter] = {}
-        for i in range(min(blocks, len(getattr(backbone.net, "blocks", [0])))):
-            if pet == "adapter":
-                found[f"blocks.{i}.{ATTENTION[adapter_mode]}"] = Bottleneck(
-                    width,
-                    rank,
-                    act="gelu",
-                    scale=scale,
-                    after="skip_input" if adapter_mode == "after" else "parallel",
-                    generator=draw,
-                )
-            elif pet == "lora":
-                rows = [(width, 2 * width), (2 * width, 3 * width)]  # keys and values
-                found[f"blocks.{i}.attn.qkv:out"] = LoRA(
-                    width, rows, 3 * width, rank, scale=scale, generator=draw
-                )
-            else:
-                found[f"blocks.{i}.attn:keys"] = Prefix(
-                    width,
-                    prefix_length,
-                    compensate=compensate,
-                    learn_scale=scale is None,
-                    generator=draw,
-                )
-        self.bank = AdapterBank(backbone)
-        self.bank.add("online", found)
+        self.bank = adapter.bank(backbone)
+        adapter.add(self.bank, "online", self.rng("init"))
         self.head = NearZeroLinear(backbone.dim)
         self.seen = 0
         self.begun = 0  # tasks

@@ -27,10 +27,11 @@ the head names a task, and so on until both agree.
 Deviations: covariances and means are computed in float64. The Cholesky factor of a class is
 computed once, not in every epoch (same draws, same samples). Retrieval is a table of next indices
 instead of a loop over images; past five tasks and without kept features, an image goes only
-through the sets that it is sent to, at most five passes. A class of which no covariance can be had
-gets a diagonal one, with a warning; the official code stops there. Which task a class belongs to
-is a table, and a class that comes back belongs to its last task. `multi-centroid` statistics, used
-by no official setting, are left out.
+through the sets that it is sent to, at most five passes (with bottlenecks beside MLPs; of another
+kind, all sets answer). A class of which no covariance can be had gets a diagonal one, with a
+warning; the official code stops there. Which task a class belongs to is a table, and a class that
+comes back belongs to its last task. `multi-centroid` statistics, used by no official setting, are
+left out.
 """
 
 from __future__ import annotations
@@ -45,15 +46,14 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from backbones.adapters import Bottleneck
 from backbones.backbone import Backbone, weights_hash
-from backbones.bank import AdapterBank
 from backbones.heads import PrototypeHead
 from cl.common import evaluation_mode, rate_factor, require_finite, scoped_cross_entropy
-from core.errors import Diverged
-from core.ranges import Below1, Count, CountOrZero, NonNegative, Size, Unit
+from core.errors import Diverged, UserError
+from core.ranges import Below1, Count, CountOrZero, NonNegative, Unit
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
+from parts.adapters.plan import Plan
 
 CURRENT = "current"  # the working set; stored ones are task0, task1, ...
 TEMPERATURE = 0.8  # of the self-similarity term
@@ -103,9 +103,7 @@ class Mos(CLStrategy):
     Args:
         num_classes: rows of the head, from the start; all of them decay.
         epochs: passes over the training images of a task.
-        rank: hidden width of an adapter.
-        scale: fixed factor of what an adapter adds.
-        dropout: on the hidden vector of an adapter, in training.
+        adapter: of one task; one in each block for mode=official.
         lr: of the adapters; the head learns at `lr * head_lr_factor`.
         weight_decay: of both, and of the alignment.
         mode: see the top of the file.
@@ -120,7 +118,7 @@ class Mos(CLStrategy):
         ensemble: add the softmax of the prototype scores to that of the head's.
 
     Raises:
-        UserError: for a network that adapters cannot be attached to (no timm ViT).
+        UserError: for a network that lacks the points of `adapter`.
         Diverged: if loss or features are no longer finite.
     """
 
@@ -139,9 +137,7 @@ class Mos(CLStrategy):
         seed: int,
         num_classes: int,
         epochs: Count,
-        rank: Size,
-        scale: NonNegative,
-        dropout: Below1,
+        adapter: Plan,
         lr: NonNegative,
         head_lr_factor: NonNegative,
         momentum: Unit,
@@ -165,18 +161,14 @@ class Mos(CLStrategy):
         self.statistics, self.statistics_batch = statistics, statistics_batch
         self.align_epochs, self.align_lr = align_epochs, align_lr
         self.align_samples, self.ensemble = align_samples, ensemble
-        self.bank = AdapterBank(backbone)
-        blocks = len(getattr(backbone.net, "blocks", ())) or 1  # the bank refuses one without any
+        self.bank = adapter.bank(backbone)
+        if mode == "official" and len(adapter.at) > 1:
+            raise UserError(
+                "strategy.mode=official pulls once a block, which needs one pattern in "
+                f"strategy.adapter.at, got {adapter.at}; mode=functional takes any"
+            )
         draws, dim = self.rng("init"), backbone.dim
-        learned = self.bank.add(
-            CURRENT,
-            {
-                f"blocks.{i}.mlp:parallel": Bottleneck(
-                    dim, rank, scale=scale, dropout=dropout, generator=draws
-                )
-                for i in range(blocks)
-            },
-        )
+        learned = adapter.add(self.bank, CURRENT, draws)
         self.head = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02, generator=draws)
         nn.init.zeros_(self.head.bias)
@@ -496,7 +488,8 @@ class Mos(CLStrategy):
         names = self.names[: int(self.finished)]
         if not names:
             return x.new_zeros(len(x), len(self.counts))
-        if self.mode == "functional" and len(names) > EVALUATIONS + 1:
+        several = self.mode == "functional" and len(names) > EVALUATIONS + 1
+        if several and self.bank.indexable(names[0]):
             return self._follow(x, names)
         with ExitStack() as stack:
             for task, name in enumerate(names):

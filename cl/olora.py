@@ -33,9 +33,7 @@ import torch
 from annotated_types import MinLen
 from torch import Tensor, nn
 
-from backbones.adapters import Adapter
 from backbones.backbone import Backbone
-from backbones.bank import AdapterBank
 from cl.common import (
     NearZeroLinear,
     evaluation_mode,
@@ -50,36 +48,51 @@ from core.ranges import Below1, Count, NonNegative, Positive, Size
 from core.strategy import CLStrategy
 from core.stream import Batch, Task
 from kernels import adapter
-
-MAPS = ("q", "v")
+from parts.adapters.adapter import Adapter
+from parts.adapters.plan import Plan
 
 
 class StackedLoRA(Adapter):
     """Low-rank updates of q and v in a fused qkv: those of earlier tasks stacked, and a new pair.
 
     Args:
-        dim: width d of the tokens; the layer maps d to 3d.
+        dim, out: width d of the tokens, and 3d, of the layer's output.
         rank: r of one task.
-        scale: factor of both branches.
+        alpha: the factor of both branches is alpha / rank.
         dropout: on the input, in training only; q and v draw a mask each.
         generator: of the new A, U(-1/sqrt(d), 1/sqrt(d)); the new B starts at 0.
+
+    Raises:
+        UserError: for a layer that is no fused qkv.
     """
 
     old_a: Tensor  # [2, R, d]
     old_b: Tensor  # [2, d, R]
 
     def __init__(
-        self, dim: int, rank: int, *, scale: float, dropout: float, generator: torch.Generator
+        self,
+        dim: int,
+        out: int,
+        rank: Size,
+        *,
+        alpha: NonNegative,
+        dropout: Below1,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.rank, self.scale, self.dropout = dim, rank, scale, dropout
+        if out != 3 * dim:
+            raise UserError(
+                f"O-LoRA's own updates need a fused qkv layer (D to 3 D), not {dim} to {out}: "
+                "leave strategy.adapter.at as it is, or use adapter=lora"
+            )
+        self.dim, self.rank, self.scale, self.dropout = dim, rank, alpha / rank, dropout
         self.register_buffer("old_a", torch.zeros(2, 0, dim))
         self.register_buffer("old_b", torch.zeros(2, dim, 0))
         self.a = nn.Parameter(torch.empty(2, rank, dim))
         self.b = nn.Parameter(torch.zeros(2, dim, rank))
         self._start(generator)
 
-    def _start(self, generator: torch.Generator) -> None:
+    def _start(self, generator: torch.Generator | None) -> None:
         bound = self.dim**-0.5
         drawn = torch.empty(self.a.shape).uniform_(-bound, bound, generator=generator)
         self.a = nn.Parameter(drawn.to(self.a))
@@ -94,6 +107,9 @@ class StackedLoRA(Adapter):
         """Add the current pair to the earlier ones and start a fresh one (new parameters)."""
         self.old_a, self.old_b = self.factors()
         self._start(generator)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.a, self.b, strict=True))
 
     def _both(self, x: Tensor) -> Tensor:
         """The input of q's and of v's branch, [2, rows, d]."""
@@ -133,12 +149,11 @@ def norms(a: Tensor, b: Tensor) -> Tensor:
 
 
 class OLoRA(CLStrategy):
-    """A frozen transformer, a growing stack of low-rank pairs, an expanding linear head.
+    """A frozen transformer, low-rank updates of all tasks so far, an expanding linear head.
 
     Args:
         epochs: passes over the training images of a task.
-        rank: r of a task. alpha: the scale of the updates is alpha / rank.
-        dropout: on the input of the updates, those of earlier tasks included.
+        adapter: of a task; of kinds that add low-rank products.
         lambda1: weight of the penalty; a list has one value a task, its last one goes on.
         lambda2: weight of the norms of the new pair.
         ortho_reduction: `sum`, or divided by the number of earlier tasks.
@@ -147,7 +162,11 @@ class OLoRA(CLStrategy):
         optimizer, lr, schedule: made anew for each task; `cosine` goes to 0 by epochs.
         clip_norm: of the whole gradient; None does not clip.
         evaluation: `merged`: the updates are added to the weights while predicting; `branches`:
-            computed beside them. Equal up to rounding.
+            computed beside them, as those of other kinds than `StackedLoRA` always are. Equal up
+            to rounding.
+
+    Raises:
+        UserError: for adapters whose tasks cannot be summed, or points that the network lacks.
     """
 
     needs = frozenset({"features"})
@@ -158,9 +177,7 @@ class OLoRA(CLStrategy):
         *,
         seed: int,
         epochs: Count,
-        rank: Size,
-        alpha: NonNegative,
-        dropout: Below1,
+        adapter: Plan,
         lambda1: NonNegative | Annotated[list[NonNegative], MinLen(1)],
         lambda2: NonNegative,
         ortho_reduction: Literal["sum", "mean_over_old_tasks"],
@@ -179,16 +196,20 @@ class OLoRA(CLStrategy):
         self.scope: Literal["current", "seen"] = "current" if head == "linear_local" else "seen"
 
         backbone.eval().requires_grad_(False)
-        self.bank = AdapterBank(backbone)
-        layers = _qkv_layers(backbone)
-        draw = self.rng("init")
-        options = {"scale": alpha / rank, "dropout": dropout, "generator": draw}
-        self.bank.add(
-            "tasks",
-            {f"{n}:out": StackedLoRA(m.in_features, rank, **options) for n, m in layers.items()},
-        )
-        self.names = [f"{name} {part}" for name in layers for part in MAPS]
-        self.layers = [*layers.values()]
+        self.adapter, self.bank = adapter, adapter.bank(backbone)
+        adapter.add(self.bank, "task0", self.rng("init"))
+        self.sets = ["task0"]  # one a task; `StackedLoRA` holds all tasks in the first
+        self.layers: list[Any] = [module for _, module in adapter.points(backbone)]
+        own = self.bank.adapters("task0")
+        self.stacked = all(isinstance(a, StackedLoRA) for a in own.values())
+        self.names = [f"{p} {i}" for p, a in own.items() for i in range(len(a.pairs()))]
+        for point, one in own.items():
+            if not one.pairs() or not point.endswith((":out", ":parallel")):
+                raise UserError(
+                    f"strategy=olora: {type(one).__name__} at {point} adds no low-rank product, "
+                    "but O-LoRA sums those of all tasks and keeps their inputs apart. Use "
+                    "adapter=olora, lora, dual_rank or bottleneck"
+                )
         self.head = NearZeroLinear(backbone.dim)
         self.seen = 0
         self.begun = 0  # tasks
@@ -197,20 +218,24 @@ class OLoRA(CLStrategy):
 
     @property
     def loras(self) -> list[StackedLoRA]:
-        """The updates, block by block."""
-        return [cast(StackedLoRA, a) for a in self.bank.adapters("tasks").values()]
+        """The updates of all tasks, block by block, where they are of that kind."""
+        return [cast(StackedLoRA, a) for a in self.bank.adapters("task0").values()]
 
     # ------------------------------------------------------------------ tasks
 
     def grow(self, task: Task) -> None:
-        if self.begun:
+        if self.begun and self.stacked:
             for lora in self.loras:
                 lora.extend(self.rng("init"))
+        elif self.begun:
+            self.bank.freeze(self.sets[-1])
+            self.sets.append(f"task{self.begun}")
+            self.adapter.add(self.bank, self.sets[-1], self.rng("init"))
         self.begun += 1
         self.seen = max(self.seen, task.classes.stop)
         self.head.grow(self.seen, self.rng("init"))
         self.columns = scope_columns(self.scope, task.classes, self.seen, self.seen)
-        learned = [*self.bank.parameters_of("tasks"), *self.head.parameters()]
+        learned = [*self.bank.parameters_of(self.sets[-1]), *self.head.parameters()]
         kind = torch.optim.Adam if self.optimizer_name == "adam" else torch.optim.SGD
         self.optimizer = kind(learned, lr=self.lr)
         self._checked = False
@@ -224,10 +249,11 @@ class OLoRA(CLStrategy):
                 "class is not learned; strategy.head=linear_global compares it with earlier ones",
                 stacklevel=2,
             )
-        first = self.loras[0]
-        if first.old_a.shape[1] + first.rank > first.dim >= first.old_a.shape[1]:
+        first = next(iter(self.bank.adapters(self.sets[-1]).values()))
+        rank, width = first.pairs()[0][0].shape
+        if self.begun * rank > width >= (self.begun - 1) * rank:
             warnings.warn(
-                f"the ranks of {self.begun} tasks exceed the width {first.dim}: not all updates "
+                f"the ranks of {self.begun} tasks exceed the width {width}: not all updates "
                 "can be orthogonal any more",
                 stacklevel=2,
             )
@@ -241,10 +267,28 @@ class OLoRA(CLStrategy):
     # ------------------------------------------------------------------ training
 
     def penalties(self) -> tuple[Tensor, Tensor]:
-        """Orthogonality per map [2L] (zeros in the first task) and the norm term []."""
+        """Orthogonality per map [M] (zeros in the first task) and the norm term []."""
+        if not self.stacked:
+            return self._penalties_of_sets()
         loras = self.loras
         a, b = torch.cat([m.a for m in loras]), torch.cat([m.b for m in loras])
         return orthogonality(a, torch.cat([m.old_a for m in loras])), norms(a, b)
+
+    def _penalties_of_sets(self) -> tuple[Tensor, Tensor]:
+        *earlier, new = [
+            [pair for a in self.bank.adapters(name).values() for pair in a.pairs()]
+            for name in self.sets
+        ]
+        old = [torch.cat([a for a, _ in maps]) for maps in zip(*earlier, strict=True)]
+        if not old:
+            old = [a.detach()[:0] for a, _ in new]
+        rows = zip(new, old, strict=True)
+        omega = torch.cat([orthogonality(a[None], before[None]) for (a, _), before in rows])
+        return omega, torch.stack([norms(a[None], b[None]) for a, b in new]).sum()
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, D] with the updates of all tasks so far."""
+        return self.bank.features(x, dict.fromkeys(self.sets, 1.0))
 
     def _check(self, omega: Tensor) -> None:
         """Once a task and after every resume: all earlier updates take part in the penalty."""
@@ -268,7 +312,7 @@ class OLoRA(CLStrategy):
         assert self.optimizer is not None
         self.train()
         self.backbone.eval()
-        scores = self.head(self.bank.features(batch.x, "tasks"))
+        scores = self.head(self.features(batch.x))
         task_loss = scoped_cross_entropy(scores, batch.y, self.columns)
         omega, norm = self.penalties()
         self._check(omega.detach())
@@ -312,29 +356,7 @@ class OLoRA(CLStrategy):
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B, C_seen] for x float [B, 3, H, W] in [0, 1]."""
         with evaluation_mode(self):
-            if self.evaluation == "branches":
-                return self.head(self.bank.features(x, "tasks"))
+            if self.evaluation == "branches" or not self.stacked:
+                return self.head(self.features(x))
             with self.merged():
                 return self.head(self.bank.features(x))
-
-
-def _qkv_layers(backbone: Backbone) -> dict[str, nn.Linear]:
-    """The fused qkv layers of all blocks by name.
-
-    Raises:
-        UserError: for a network without them.
-    """
-    net: Any = backbone.net
-    found = {}
-    for i, block in enumerate(getattr(net, "blocks", [])):
-        layer = getattr(getattr(block, "attn", None), "qkv", None)
-        if not isinstance(layer, nn.Linear) or layer.out_features != 3 * layer.in_features:
-            found = {}
-            break
-        found[f"blocks.{i}.attn.qkv"] = layer
-    if not found:
-        raise UserError(
-            f"{backbone.tag} has no blocks with a fused qkv layer, which O-LoRA adapts. Use a timm "
-            "ViT (for example backbone=vit_b16_in1k), or a strategy without adapters"
-        )
-    return found

@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import typing
-from collections.abc import Collection, Iterator, Mapping
-from functools import cache
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import UserError, suggest
-from core.ranges import alternatives, bare, describe, fits
+from core.ranges import Later, alternatives, bare, describe, fits
 
-ALLOWED = ("cl.", "tta.", "backbones.", "streams.", "core.", "kernels.")
+ALLOWED = ("cl.", "tta.", "backbones.", "parts.", "streams.", "core.", "kernels.")
 
 
 def locate(target: Any, at: str = "") -> Any:
@@ -137,13 +137,16 @@ def check_value(value: Any, kind: Any, *, at: str, live: Collection[str] = ()) -
         UserError: what is allowed at `at`, what was found, and the nearest allowed word.
     """
     options = [bare(one)[0] for one in alternatives(kind)]
+    if names := _later(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{at} must be settings with a {at}._target_, got {value!r}")
+        check(value, at=at, live=names)
+        _check_result(value["_target_"], [typing.get_args(o)[1] for o in options], kind, at=at)
+        return
     free = any((typing.get_origin(one) or one) is dict for one in options)
     if isinstance(value, dict) and "_target_" in value and not free:
         check(value, at=at, live=live)
-        made = result(locate(value["_target_"], at))
-        classes = [one for one in options if inspect.isclass(one)]
-        if classes and not any(inspect.isclass(made) and issubclass(made, c) for c in classes):
-            raise UserError(f"{at} must be {describe(kind)}, got {value['_target_']}")
+        _check_result(value["_target_"], options, kind, at=at)
         return
     groups = [one for one in options if typing.is_typeddict(one)]
     if isinstance(value, dict) and groups:
@@ -158,6 +161,19 @@ def check_value(value: Any, kind: Any, *, at: str, live: Collection[str] = ()) -
         raise UserError(f"{at} must be {describe(kind)}, got {value!r}{_hint(value, kind, at)}")
 
 
+def _check_result(target: str, options: Sequence[Any], kind: Any, *, at: str) -> None:
+    made = result(locate(target, at))
+    classes = [one for one in options if inspect.isclass(one)]
+    if classes and not any(inspect.isclass(made) and issubclass(made, c) for c in classes):
+        raise UserError(f"{at} must be {describe(kind)}, got {target}")
+
+
+def _later(kind: Any) -> tuple[str, ...]:
+    """Names of the arguments that the owner of an option gives when it calls it."""
+    rules = [rule for one in alternatives(kind) for rule in bare(one)[1]]
+    return next((rule.names for rule in rules if isinstance(rule, Later)), ())
+
+
 def _hint(value: Any, kind: Any, at: str) -> str:
     """The nearest allowed word, or how to type what was meant."""
     options = [bare(one)[0] for one in alternatives(kind)]
@@ -168,6 +184,9 @@ def _hint(value: Any, kind: Any, at: str) -> str:
         return suggest(value, [w for w in words if isinstance(w, str)])
     if groups:
         return f"; set one of {', '.join(f'{at}.{k}' for k in groups[0].__annotations__)}"
+    made = [one for one in options if inspect.isclass(one) and one.__module__ != "builtins"]
+    if made and isinstance(value, str):
+        return f"; a named one is chosen with {at.rpartition('.')[2]}={value}"
     if str in options and isinstance(value, int | float):
         return f"; a text that looks like a number needs quotes: '{at}=\"{value}\"'"
     return ""
@@ -195,7 +214,10 @@ def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
         options.pop("name", None)
     for key, value in options.items():
         kind, _ = bare(hints.get(key, Any))
-        if isinstance(value, dict) and "_target_" in value:
+        if _later(hints.get(key, Any)):
+            call = {k: v for k, v in value.items() if k != "_target_"}
+            options[key] = partial(locate(value["_target_"]), **call)
+        elif isinstance(value, dict) and "_target_" in value:
             options[key] = build(value, at=f"{at}.{key}", **live)
         elif kind is float:
             options[key] = float(value)

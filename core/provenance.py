@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-METHOD = ("cl", "tta", "backbones")  # packages whose code methods are made of
+METHOD = ("cl", "tta", "parts", "backbones")  # packages whose code methods are made of
 FRAMEWORK = ("core", "streams", "kernels")
 Code = dict[str, Any]  # "python", "method" and "framework": file -> fingerprint
 

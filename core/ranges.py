@@ -10,16 +10,29 @@ Needs no torch.
 
 from __future__ import annotations
 
+import collections.abc
 import inspect
 import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen, Predicate
 
 LARGEST = 1e12  # of numbers without an upper limit; beyond it, float32 arithmetic overflows
+
+
+@dataclass(frozen=True)
+class Later:
+    """In `Annotated[Callable, Later(names)]`: an option that is a node, called by its owner.
+
+    Args:
+        names: of the arguments that are known at the call alone.
+    """
+
+    names: tuple[str, ...]
 
 
 def plain_name(text: str) -> bool:
@@ -167,6 +180,8 @@ def _words(plain: Any, rules: Sequence[Any]) -> str:
         filled = "" if least is None else f"{least or 'one or more '}"
         each = f" of {filled}({describe(args[0])})" if args else ""
         return ", ".join([f"a list{each}", *tests])
+    if target is collections.abc.Callable:
+        return f"something that makes {describe(args[1])}"
     if target is dict or typing.is_typeddict(plain):
         return "settings as {key: value}"
     return getattr(plain, "__name__", str(plain))

@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import backbones.adapters  # noqa: E402
+import kernels  # noqa: E402
 from backbones.backbone import Backbone  # noqa: E402
 from core.build import build  # noqa: E402
 from core.files import write_text  # noqa: E402
@@ -55,13 +56,14 @@ def plain(x: Tensor, down: Tensor, up: Tensor, **given: Any) -> Tensor:
 @contextmanager
 def side(name: str) -> Iterator[None]:
     """Inside, all adapters are computed by `plain` or by the operator."""
-    before = backbones.adapters.adapter
-    if name != "fused":
-        backbones.adapters.adapter = plain
+    modules = [m for m in sys.modules.values() if getattr(m, "adapter", None) is kernels.adapter]
+    for module in modules if name != "fused" else ():
+        module.adapter = plain  # pyrefly: ignore
     try:
         yield
     finally:
-        backbones.adapters.adapter = before
+        for module in modules:
+            module.adapter = kernels.adapter  # pyrefly: ignore
 
 
 def method(name: str, tag: str, device: torch.device, **options: Any) -> Any:
@@ -72,7 +74,8 @@ def method(name: str, tag: str, device: torch.device, **options: Any) -> Any:
     )
     torch.manual_seed(0)
     backbone: Backbone = build(node, at="backbone").to(device)  # pyrefly: ignore
-    node = OmegaConf.merge(OmegaConf.load(folder / "strategy" / f"{name}.yaml"), options)
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        node = OmegaConf.merge(compose("config", [f"strategy={name}"]).strategy, options)
     given = {"backbone": backbone, "seed": 0, "num_classes": 2 * TASKS}
     return build(node, at="strategy", **given).to(device)  # pyrefly: ignore
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import core.vision  # noqa: F401  # isort: skip
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -109,3 +110,35 @@ def imagenet_clean_root(tmp_path) -> Path:
     rows = "".join(f"{n},{i}\n" for i, n in enumerate(names))
     (root / "labels.csv").write_text("filename,class_index\n" + rows)
     return root
+
+
+def strategy_node(name: str, **options: Any) -> dict[str, Any]:
+    """conf/strategy/NAME.yaml as plain values, with what its defaults list names filled in.
+
+    Args:
+        options: of the strategy, of its adapter plan (`blocks`) or of the kind in it (`rank`);
+            `adapter` and `inner` name a file of their groups.
+    """
+    node: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "strategy" / f"{name}.yaml"))
+    for entry in node.pop("defaults", []):
+        if isinstance(entry, dict):
+            ((key, choice),) = entry.items()
+            group, _, option = key.strip("/").partition("@")
+            choice = options.pop(option, choice)
+            node[option] = choice if choice is None else _nested(group, choice)
+            node["name"] = node["name"].replace(f"${{.{option}.name}}", str(choice))
+    plan = node.get("adapter") or {}
+    for key, value in options.items():
+        places = [
+            p for p in (node, plan, plan.get("kind", {}), plan.get("options", {})) if key in p
+        ]
+        assert places, f"{name} has no option {key}"
+        places[0][key] = value
+    return node
+
+
+def _nested(group: str, choice: str) -> dict[str, Any]:
+    if group == "strategy":
+        return strategy_node(choice)
+    plain: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
+    return plain

@@ -17,12 +17,13 @@ import torch
 from test_kernels import GRADIENTS, assert_matches, error, learn, operands, oracle, wide
 from torch import Tensor
 
-from backbones.adapters import Bottleneck, LoRA
 from backbones.backbone import Backbone
-from backbones.bank import AdapterBank
 from kernels import adapter, dispatch, triton_adapter, tuning
 from kernels.reference import formula
 from kernels.triton_adapter import backward, forward, supported
+from parts.adapters.bank import AdapterBank
+from parts.adapters.bottleneck import Bottleneck
+from parts.adapters.lora import LoRA
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 5e-6, FP16: 1e-3, BF16: 5e-3}
@@ -527,7 +528,7 @@ def test_a_vit_trains_alike_with_both_backends():
         )
         bank = AdapterBank(Backbone(net.eval()))
         made = {f"blocks.{i}.mlp:parallel": Bottleneck(24, 5, scale=None) for i in range(2)}
-        lora = LoRA(24, [(0, 24), (48, 72)], 72, 4)
+        lora = LoRA(24, 72, 4, parts=["q", "v"])
         leaves = bank.add("task", {**made, "blocks.0.attn.qkv:out": lora})
         images, target = torch.rand(3, 3, 32, 32), torch.randn(3, 24)
         optimizer = torch.optim.SGD(leaves, lr=0.1, momentum=0.9)

@@ -8,23 +8,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import strategy_node
 from golden_cl_case import ClCase, backbone, images
-from omegaconf import OmegaConf
 from test_cl_methods import backbone as tiny_backbone
 from test_cl_methods import learn, stream, tensors, through_file
 from test_cl_methods import make as method
 from torch import Tensor
 
-from backbones.adapters import Bottleneck
 from backbones.heads import PrototypeHead
 from cl.aper import APER
 from core.build import build
 from core.errors import Diverged, UserError
 from core.features import FeatureCache
 from core.stream import Task
+from parts.adapters.bottleneck import Bottleneck
+from parts.adapters.prompt import Prompt
 
 YAML = Path(__file__).parents[1] / "conf" / "strategy" / "aper.yaml"
-RECORDED = ("adapter", "ssf", "vpt_deep", "vpt_shallow")
+RECORDED = {  # the names of the recordings -> conf/adapter
+    "adapter": "aper",
+    "ssf": "scale_shift",
+    "vpt_deep": "prompt",
+    "vpt_shallow": "aper_vpt_shallow",
+}
+TUNINGS = RECORDED | {"finetune": None, "dora": "dora", "peft": "peft/lora"}
 PEFT = pytest.param(
     "peft",
     marks=pytest.mark.skipif(
@@ -36,9 +43,11 @@ LORA = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.1, "target_modules": ["qkv"]}
 
 
 def make(tuning: str, net=None, **options) -> APER:
-    node = OmegaConf.load(YAML)
-    node.update({"tuning": tuning, "epochs": 2, "lr": 0.1, "rank": 8, "prompt_length": 3})
-    node.update({"peft": LORA if tuning == "peft" else None} | options)
+    small = {"aper": {"rank": 8}, "dora": {"rank": 8}, "peft/lora": {"options": LORA}}
+    small |= {"prompt": {"count": 3}, "aper_vpt_shallow": {"count": 3}}
+    adapter = TUNINGS[tuning]
+    options = {"epochs": 2, "lr": 0.1} | small.get(adapter, {}) | options
+    node = strategy_node("aper", adapter=adapter, **options)
     return build(node, at="strategy", backbone=net or backbone(), seed=3)
 
 
@@ -94,7 +103,7 @@ def parameters(strategy: APER) -> dict[str, Tensor]:
     """Everything that is tuned, under the recorded names; prompts are rows of one array."""
     found, bank = {}, strategy.bank
     points = bank.adapters("tuned")
-    if strategy.tuning.startswith("vpt"):
+    if all(isinstance(a, Prompt) for a in points.values()):
         found["backbone.Prompt_Tokens"] = [a.prompt for a in points.values()]
     else:
         for point, adapter in points.items():
@@ -118,7 +127,7 @@ def test_a_recorded_run_is_reproduced(tuning):
         lr=hyper["init_lr"],
         momentum=hyper["momentum"],
         weight_decay=hyper["weight_decay"],
-        dropout=0.0,
+        **{"dropout": 0.0} if tuning == "adapter" else {},
     )
     accuracies = [e[2] for e in case.info["events"] if e[0] == "accuracy"]
     for index, percent in enumerate(accuracies):
@@ -172,7 +181,7 @@ def test_a_recorded_run_is_reproduced(tuning):
 
 def test_initial_values_follow_the_official_distributions():
     for tuning in RECORDED:
-        strategy = make(tuning, rank=64)
+        strategy = make(tuning)
         strategy.begin_task(recorded_task(0, range(0, 4)))
         case = ClCase(f"pilot/aper_{tuning}")
         for name, p in parameters(strategy).items():
@@ -199,8 +208,9 @@ def test_the_published_number_of_parameters():
     net = timm.create_model("vit_base_patch16_224", num_classes=0, weight_init="skip")
     counts = {}
     for tuning in ("adapter", "vpt_deep", "vpt_shallow"):
-        strategy = make(tuning, Backbone(net), rank=64, prompt_length=5)
-        adapters = strategy._adapters(strategy.rng("init")).values()
+        size = {"rank": 64} if tuning == "adapter" else {"count": 5}
+        strategy = make(tuning, Backbone(net), **size)
+        adapters = strategy.adapter.adapters(strategy.backbone).values()
         counts[tuning] = sum(p.numel() for a in adapters for p in a.parameters())
     assert counts == {"adapter": 1_189_632, "vpt_deep": 12 * 5 * 768, "vpt_shallow": 5 * 768}
 
@@ -344,7 +354,7 @@ def test_what_is_not_finite_is_told():
 
 
 def test_networks_that_are_no_vit_are_refused_except_for_fine_tuning():
-    with pytest.raises(UserError, match=r"tuning=adapter needs a timm ViT.*tuning=finetune"):
+    with pytest.raises(UserError, match=r"no place for adapters.*timm ViT"):
         make("adapter", tiny_backbone())
     strategy = make("finetune", tiny_backbone())
     quiet(strategy, stream())
@@ -359,11 +369,11 @@ def test_networks_that_are_no_vit_are_refused_except_for_fine_tuning():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"rank": 0}, "strategy.rank must be a whole number, at least 1"),
-        ({"prompt_length": 0}, "strategy.prompt_length must be a whole number, at least 1"),
+        ({"rank": 0}, "strategy.adapter.kind.rank must be a whole number, at least 1"),
+        ({"tuning": "vpt_deep", "count": 0}, "strategy.adapter.kind.count must be a whole number"),
         ({"epochs": 0}, "strategy.epochs must be a whole number, at least 1"),
-        ({"tuning": "peft", "peft": None}, "strategy.tuning=peft needs strategy.peft"),
-        ({"tuning": "bn"}, "strategy.tuning must be one of 'adapter'"),
+        ({"blocks": "first"}, "strategy.adapter.blocks must be a whole number"),
+        ({"at": []}, "strategy.adapter.at must be a list of one or more"),
     ],
 )
 def test_bad_settings_are_named(options, text):

@@ -8,19 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones.adapters import (
-    Adapter,
-    Bottleneck,
-    DoRA,
-    DualRank,
-    LoRA,
-    Prefix,
-    Prompt,
-    ScaleShift,
-)
 from backbones.backbone import Backbone
-from backbones.bank import AdapterBank
 from core.errors import UserError
+from parts.adapters.adapter import Adapter
+from parts.adapters.bank import AdapterBank
+from parts.adapters.bottleneck import Bottleneck
+from parts.adapters.dora import DoRA
+from parts.adapters.dual_rank import DualRank
+from parts.adapters.lora import LoRA
+from parts.adapters.prefix import Prefix
+from parts.adapters.prompt import Prompt
+from parts.adapters.scale_shift import ScaleShift
 
 VITS = {
     "vit_tiny_patch16_224": {},
@@ -47,18 +45,19 @@ def wake(bank: AdapterBank, name: str, seed: int = 1) -> None:
 
 def sets(d: int, depth: int) -> dict[str, dict[str, Adapter]]:
     """One set of every kind; all of them are the identity."""
-    qkv = [(0, d), (2 * d, 3 * d)]
     return {
         "parallel": {f"blocks.{i}.mlp:parallel": Bottleneck(d, 4) for i in range(depth)},
         "attention": {
             f"blocks.{i}.attn:out": Bottleneck(d, 5, act="gelu", scale=None) for i in range(2)
         },
         "before": {"blocks.1.attn:in": Bottleneck(d, 5, act="gelu", scale=None)},
-        "lora": {f"blocks.{i}.attn.qkv:out": LoRA(d, qkv, 3 * d, 4) for i in range(depth)},
+        "lora": {
+            f"blocks.{i}.attn.qkv:out": LoRA(d, 3 * d, 4, parts=["q", "v"]) for i in range(depth)
+        },
         "lora_all": {
-            "blocks.0.attn.proj:out": LoRA(d, [(0, d)], d, 2, scale=None),
-            "blocks.1.mlp.fc1:out": LoRA(d, [(0, 4 * d)], 4 * d, 2),
-            "blocks.2.mlp.fc2:out": LoRA(4 * d, [(0, d)], d, 2),
+            "blocks.0.attn.proj:out": LoRA(d, d, 2, scale=None),
+            "blocks.1.mlp.fc1:out": LoRA(d, 4 * d, 2),
+            "blocks.2.mlp.fc2:out": LoRA(4 * d, d, 2),
         },
         "serial": {"blocks.1.mlp:out": Bottleneck(d, 4, after="serial")},
         "dual": {f"blocks.{i}.attn.proj:out": DualRank(d, d, 1, 4) for i in range(2)},
@@ -184,7 +183,7 @@ def test_a_set_for_each_image_in_one_pass():
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(got, bank.features(X, "t0"))
     bank.add("lora", sets(net.dim, 3)["lora"])
-    with pytest.raises(ValueError, match="no bottleneck beside an MLP"):
+    with pytest.raises(ValueError, match="a set for each image needs bottlenecks"):
         bank.features_indexed(X, ["lora"], index * 0)
 
 
@@ -290,7 +289,7 @@ def test_networks_without_a_place_are_refused_with_the_reason():
 @torch.no_grad()
 def test_the_class_token_prefix_matches_timm_when_it_is_empty():
     """Our attention restates timm's; without rows both must agree."""
-    from backbones.bank import attend
+    from parts.adapters.bank import attend
 
     net = backbone()
     attention = net.net.blocks[0].attn

@@ -26,8 +26,8 @@ import broken_methods
 import pytest
 import timm
 import torch
-from conftest import ROOT
-from omegaconf import OmegaConf
+import yaml
+from conftest import ROOT, strategy_node
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
@@ -64,7 +64,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "cotta": {"views": 2, "threshold": 2.0, "restore_prob": 0.1},
     "vida": {"views": 2, "rank_high": 8},
     "reset_every": {"every": 2},
-    "lae": {"freeze_epochs": 1, "prefix_length": 3},
+    "lae": {"freeze_epochs": 1},
     "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
     "ease": {"rank": 4},
     "aper": {"rank": 4},
@@ -83,15 +83,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "finetune-resnet": ("finetune", {"loss_scope": "seen"}, "resnet"),
     "ease-adam": ("ease", {"use_init_ptm": True, "optimizer": "adam"}, None),
     "mos-official": ("mos", {"mode": "official", "statistics": "variance"}, None),
-    "lae-lora": ("lae", {"pet": "lora", "ema_start": "init"}, None),
-    "lae-prefix": ("lae", {"pet": "prefix"}, None),
-    "aper-finetune": ("aper", {"tuning": "finetune"}, "resnet"),
-    "aper-ssf": ("aper", {"tuning": "ssf"}, None),
-    "aper-vpt": ("aper", {"tuning": "vpt_deep"}, None),
-    "aper-dora": ("aper", {"tuning": "dora"}, None),
+    "lae-lora": (
+        "lae",
+        {"adapter": "lae_lora", "freeze_epochs": 1, "ema_start": "init"},
+        None,
+    ),
+    "lae-prefix": ("lae", {"adapter": "lae_prefix", "freeze_epochs": 1, "length": 3}, None),
+    "aper-finetune": ("aper", {"adapter": None}, "resnet"),
     "ewc-each": ("ewc", {"theta_star": "each", "gamma": 1.0}, "resnet"),
     "olora-merged": ("olora", {"evaluation": "branches", "lambda2": 0.1}, None),
 }
+
+
+# Kinds that a method refuses: O-LoRA sums the updates of all tasks.
+REFUSED = {("olora", kind) for kind in ("dora", "prefix", "prompt", "scale_shift")}
 
 
 @dataclass(frozen=True)
@@ -117,21 +122,15 @@ class Case:
         return issubclass(self.kind, TTAStrategy)
 
 
-def settings(node: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """A strategy's YAML as plain values; what its defaults list names is filled in."""
-    plain: Any = OmegaConf.to_container(node)
-    for entry in plain.pop("defaults", []):
-        if isinstance(entry, dict):
-            ((key, name),) = entry.items()
-            plain[key.partition("@")[2]] = settings(OmegaConf.load(CONF / f"{name}.yaml"), {})
-            plain["name"] = plain["name"].replace("${.inner.name}", name)
-    for part in (plain, *(v for v in plain.values() if isinstance(v, dict))):
-        part.update({k: 2 for k in ("epochs",) if k in part})
-    return plain | {k: v for k, v in options.items() if k in plain}
+def settings(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A strategy's YAML as plain values, two epochs where it has any."""
+    node = strategy_node(name, **options)
+    for part in (node, *(v for v in node.values() if isinstance(v, dict))):
+        part.update({k: 2 for k in ("epochs",) if k in part and k not in options})
+    return node
 
 
-def case_of(name: str, node: Any, options: dict[str, Any], network: str | None = None) -> Case:
-    plain = settings(node, options)
+def case_of(name: str, plain: dict[str, Any], network: str | None = None) -> Case:
     kind = locate(plain["_target_"])
     vit = issubclass(kind, CLStrategy) or kind.prefers == "vit" or "blocks" in kind.needs
     return Case(name, plain, network or ("vit" if vit else "resnet"))
@@ -139,12 +138,27 @@ def case_of(name: str, node: Any, options: dict[str, Any], network: str | None =
 
 def strategies() -> list[Case]:
     cases = [
-        case_of(p.stem, OmegaConf.load(p), QUICK.get(p.stem, {})) for p in sorted(CONF.glob("*"))
+        case_of(p.stem, settings(p.stem, QUICK.get(p.stem, {}))) for p in sorted(CONF.glob("*"))
     ]
     for name, (strategy, options, network) in VARIANTS.items():
-        node = OmegaConf.load(CONF / f"{strategy}.yaml")
-        cases.append(case_of(name, node, QUICK.get(strategy, {}) | options, network))
+        quick = {} if "adapter" in options else QUICK.get(strategy, {})
+        cases.append(case_of(name, settings(strategy, quick | options), network))
     return cases
+
+
+def with_other_kinds(cases: list[Case]) -> list[Case]:
+    """Every method with adapters, with every kind that it takes and that no paper named."""
+    methods = {p.stem for p in CONF.glob("*")}
+    kinds = [p.stem for p in sorted((CONF.parent / "adapter").glob("*.yaml"))]
+    kinds = [k for k in kinds if not {k, *k.split("_")} & methods]
+    many = []
+    for case in cases:
+        for kind in kinds if "adapter" in case.node and case.name in methods else ():
+            quick = {k: v for k, v in QUICK.get(case.name, {}).items() if k != "rank"}
+            node = settings(case.name, quick | {"adapter": kind})
+            if (case.name, kind) not in REFUSED:
+                many.append(replace(case, name=f"{case.name}+{kind}", node=node))
+    return many
 
 
 def wrapped(cases: list[Case]) -> list[Case]:
@@ -227,7 +241,10 @@ def artefact(name: str) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in prepared.items()}
 
 
-KNOWN: list[Case] = CASES + wrapped(PLAIN)  # also those of the tutorials and the broken ones
+KINDS = with_other_kinds(PLAIN)
+KNOWN: list[Case] = (
+    CASES + KINDS + wrapped(PLAIN)
+)  # also those of the tutorials and the broken ones
 
 
 def make(case: Case, **options: Any) -> Any:
@@ -610,6 +627,13 @@ PROPERTIES: list[Callable[..., None]] = [
 ]
 
 
+OF_KINDS = [  # properties that the kind of adapter can break
+    predict_changes_nothing,
+    a_snapshot_is_the_whole_state,
+    frozen_weights_stay,
+    batching_of_test_images_is_no_matter,
+    kept_features_give_the_prediction,
+]
 EXEMPT = {  # what a method breaks on purpose
     ("mos-official", "predict_changes_nothing"): "the released code pulls in every forward pass",
 }
@@ -630,6 +654,19 @@ def test_contract(case, property_, tmp_path):
             check(property_, case, tmp_path)
         pytest.skip(reason)
     check(property_, case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("property_", OF_KINDS, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("case", KINDS, ids=lambda c: c.name)
+def test_contract_with_another_kind_of_adapter(case, property_, tmp_path):
+    check(property_, case, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kind"), sorted(REFUSED))
+def test_a_kind_that_makes_no_sense_is_refused_with_the_reason(name, kind):
+    with pytest.raises(UserError, match="adds no low-rank product"):
+        construct(case_of(name, settings(name, {"adapter": kind})))
 
 
 # ------------------------------------------------------------------------------ another process
@@ -711,7 +748,7 @@ def taught(page: str, code: str, settings_: str) -> Case:
     module = types.ModuleType(name)
     exec(compile(blocks[code], code, "exec"), module.__dict__)
     sys.modules.setdefault(name, module)
-    return case_of(f"tutorial-{Path(code).stem}", OmegaConf.create(blocks[settings_]), {})
+    return case_of(f"tutorial-{Path(code).stem}", yaml.safe_load(blocks[settings_]))
 
 
 TAUGHT = [
@@ -727,7 +764,7 @@ def fixture(kind: type, **options: Any) -> Case:
     setattr(module, kind.__name__, kind)
     sys.modules[module.__name__] = module
     node = {"_target_": f"{module.__name__}.{kind.__name__}", **options}
-    return case_of(kind.__name__, OmegaConf.create(node), {})
+    return case_of(kind.__name__, node)
 
 
 SOUND = [fixture(kind) for kind in broken_methods.SOUND]

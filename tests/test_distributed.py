@@ -20,12 +20,12 @@ from test_runs import pausing, wait_for
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 
-from backbones.adapters import Bottleneck
 from backbones.backbone import Backbone
 from core import distributed
 from core.checkpoint import Checkpointer, Stopped
 from core.errors import UserError
 from core.experiment import run_experiment
+from parts.adapters.bottleneck import Bottleneck
 
 TINY = [
     "scenario=split_cifar10",

@@ -24,7 +24,7 @@ from conftest import HANG, ROOT
 from omegaconf import OmegaConf
 
 from core.sweep import expand
-from run import as_sweeps
+from run import as_sweeps, spelled_out
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import methods_table
@@ -32,7 +32,7 @@ import readme_figure
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
 PAGES += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "results").glob("reference/*.md")]
-TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+TUTORIALS = [ROOT / "docs" / "adapters.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
 FILE = re.compile(r"```\w+\n# (?P<path>[\w/]+\.\w+)\n.*?```", re.S)
 BLOCK = re.compile(
     r"```(?:python|yaml)\n(?P<text># (?P<path>[\w/]+\.\w+)\n.*?)```"
@@ -85,6 +85,11 @@ def learned(runs: Runs) -> None:
     assert runs["ridge", "split_cifar10[embedded]"][0]["metrics"]["acc_last"] > 50
 
 
+def tuned(runs: Runs) -> None:
+    (run,) = runs["aper", "split_cifar10[embedded]"]
+    assert run["cost"]["parameters_updated"] > 0
+
+
 def installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -103,6 +108,7 @@ def swept(runs: Runs) -> None:
 
 
 CHECKS = {  # what a tutorial must leave behind
+    "adapters": tuned,
     "tta_method": adapted,
     "cl_method": learned,
     "your_data": read_images,
@@ -165,7 +171,7 @@ def commands() -> list[str]:
 
 
 def test_commands_name_scripts_and_settings_that_exist(configure):
-    own = ("class_bias", "prior_shift", "ridge")  # made by the pages themselves
+    own = ("class_bias", "prior_shift", "ridge", "gate")  # made by the pages themselves
     checked = 0
     for line in commands():
         program, *words = shlex.split(line.removeprefix("python "), comments=True)
@@ -174,7 +180,7 @@ def test_commands_name_scripts_and_settings_that_exist(configure):
         words = [w for w in words if "=" in w and not w.startswith(("hydra", "-"))]
         if "run.py" not in line or any(name in line for name in own) or "..." in line:
             continue
-        for overrides in expand(as_sweeps(words))[:1]:
+        for overrides in expand(as_sweeps(spelled_out(words)))[:1]:
             configure(*overrides)
             checked += 1
     assert checked > 15

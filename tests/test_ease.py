@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import strategy_node
 from golden_cl_case import ClCase, images
 from golden_cl_case import backbone as recorded_backbone
-from omegaconf import OmegaConf
 
 from backbones.backbone import Backbone
 from cl.ease import Ease, complete, ensemble
@@ -26,8 +26,7 @@ CPU = torch.device("cpu")
 
 
 def make(net: Backbone | None = None, **options) -> Ease:
-    node = OmegaConf.load(CONF / "ease.yaml")
-    node.update({"rank": 4, "epochs": 2, "lr": 0.5} | options)
+    node = strategy_node("ease", **{"rank": 4, "epochs": 2, "lr": 0.5} | options)
     return build(node, at="strategy", backbone=net or tiny(), seed=3, num_classes=10)
 
 
@@ -386,9 +385,9 @@ def test_nan_is_reported_with_the_setting():
 
 
 def test_bad_settings_and_networks_are_refused():
-    with pytest.raises(UserError, match=r"strategy\.rank"):
+    with pytest.raises(UserError, match=r"strategy\.adapter\.kind\.rank"):
         make(rank=0)
-    with pytest.raises(UserError, match=r"strategy\.dropout"):
+    with pytest.raises(UserError, match=r"strategy\.adapter\.kind\.dropout"):
         make(dropout=1.0)
     cnn = Backbone(timm.create_model("test_resnet", num_classes=0))
     with pytest.raises(UserError, match=r"no place for adapters.*timm ViT"):

@@ -14,7 +14,7 @@ import torch
 from core.installation import torchvision_problem
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("core", "cl", "tta", "backbones", "streams", "kernels", "analysis", "scripts")
+FOLDERS = ("core", "cl", "tta", "backbones", "parts", "streams", "kernels", "analysis", "scripts")
 FILES = [ROOT / "run.py", *(f for d in FOLDERS for f in sorted((ROOT / d).rglob("*.py")))]
 OTHER_BUILD = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
 

@@ -10,27 +10,28 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import strategy_node
 from golden_cl_case import ClCase, images
 from golden_cl_case import backbone as recorded_backbone
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from backbones.adapters import Bottleneck, LoRA, Prefix
 from backbones.backbone import Backbone
 from cl.lae import LAE
 from core.build import build
 from core.errors import Diverged, UserError
 from core.seed import generator
 from core.stream import Batch, Task
+from parts.adapters.bottleneck import Bottleneck
+from parts.adapters.lora import LoRA
+from parts.adapters.prefix import Prefix
 
-PETS = ("adapter", "lora", "prefix")
-SMALL = {"epochs": 3, "freeze_epochs": 1, "rank": 2, "prefix_length": 3, "lr": 0.01}
+PETS = {"adapter": "lae", "lora": "lae_lora", "prefix": "lae_prefix"}
+SMALL = {"epochs": 3, "freeze_epochs": 1, "lr": 0.01, "ema_decay": 0.9}
 
 
 def make(net: Backbone | None = None, **options: Any) -> LAE:
-    node = OmegaConf.load(ROOT / "conf" / "strategy" / "lae.yaml")
-    node = OmegaConf.merge(node, SMALL, {"ema_decay": 0.9}, options)
+    size = "length" if options.get("adapter") == "lae_prefix" else "rank"
+    node = strategy_node("lae", **SMALL | {size: 3 if size == "length" else 2} | options)
     return build(node, at="strategy", backbone=net or tiny(), seed=3, num_classes=8)
 
 
@@ -140,13 +141,13 @@ def modules(s: LAE, name: str = "online") -> Iterator[tuple[str, Tensor]]:
 
 
 VARIANTS = {
-    "adapter_parallel": {},
-    "adapter_before": {"adapter_mode": "before"},
-    "adapter_after": {"adapter_mode": "after"},
-    "adapter_parallel_fixed_scale": {"scale": 0.7},
-    "lora": {"pet": "lora", "rank": 3},
-    "prefix": {"pet": "prefix"},
-    "prefix_not_compensatory": {"pet": "prefix", "compensate": False},
+    "adapter_parallel": {"rank": 5},
+    "adapter_before": {"at": ["blocks.*.attn:in"], "rank": 5},
+    "adapter_after": {"after": "skip_input", "rank": 5},
+    "adapter_parallel_fixed_scale": {"scale": 0.7, "rank": 5},
+    "lora": {"adapter": "lae_lora", "rank": 3},
+    "prefix": {"adapter": "lae_prefix", "length": 4},
+    "prefix_not_compensatory": {"adapter": "lae_prefix", "length": 4, "compensate": False},
 }
 
 
@@ -154,8 +155,7 @@ VARIANTS = {
 @torch.no_grad()
 def test_modules_as_recorded(variant):
     case = ClCase("lae/lae_forward")
-    options = {"rank": 5, "prefix_length": 4} | VARIANTS[variant]
-    strategy = make(recorded_backbone(), **options)
+    strategy = make(recorded_backbone(), **VARIANTS[variant])
     for key, p in modules(strategy):
         p.copy_(case[f"{variant}/pets.{key}"])
     x, seen = images("test", range(6)).x, {}
@@ -199,8 +199,10 @@ def epochs(case: ClCase, t: int) -> list[list[list[int]]]:
 def test_runs_as_recorded(pet):
     case = ClCase(f"lae/lae_run_{pet}")
     kwargs, sizes = case.hyper["pet_kwargs"], case.hyper["task_sizes"]
-    rank = kwargs.get("down_sample", kwargs.get("rank", 1))
-    strategy = recorded(case, pet=pet, rank=rank, prefix_length=kwargs.get("length", 1))
+    size = {"length": kwargs["length"]} if pet == "prefix" else {"rank": kwargs.get("rank")}
+    if pet == "adapter":
+        size = {"rank": kwargs["down_sample"]}
+    strategy = recorded(case, adapter=PETS[pet], **size)
     head = strategy.head
 
     def rows(t: int) -> slice:
@@ -270,7 +272,7 @@ def test_the_port_of_pilot_is_two_options_away():
     case = ClCase("lae/lae_port_prefix")
     sizes = case.hyper["task_sizes"]
     port = {"freeze_first_task": True, "ema_start": "init"}
-    strategy = recorded(case, pet="prefix", prefix_length=4, **port)
+    strategy = recorded(case, adapter="lae_prefix", length=4, **port)
     head = strategy.head
     for t in range(3):
         now = case.task(t, sizes)
@@ -319,13 +321,15 @@ def test_sizes_are_those_of_the_paper():
     net = Backbone(timm.create_model("vit_base_patch16_224", num_classes=0, img_size=32))
     want = {"adapter": 42_270, "lora": 76_810, "prefix": 76_810}
     for pet, count in want.items():
-        strategy = make(net, pet=pet, rank=5, prefix_length=10)
+        strategy = make(
+            net, adapter=PETS[pet], **{"length": 10} if pet == "prefix" else {"rank": 5}
+        )
         assert sum(p.numel() for p in strategy.bank.parameters_of("online")) == count
 
 
 @pytest.mark.parametrize("pet", PETS)
 def test_offline_copy_appears_with_the_second_task_and_follows_every_step(pet):
-    strategy, tasks = make(pet=pet), stream()
+    strategy, tasks = make(adapter=PETS[pet]), stream()
     learn(strategy, tasks[0])
     assert list(strategy.bank.sets) == ["online"]
     strategy.begin_task(tasks[1])
@@ -373,7 +377,7 @@ def test_earlier_classifiers_stay():
 
 @pytest.mark.parametrize("pet", PETS)
 def test_score_is_the_larger_of_two_probabilities(pet):
-    strategy = make(pet=pet)
+    strategy = make(adapter=PETS[pet])
     learn(strategy, stream()[0])
     assert torch.allclose(strategy.predict(X).sum(1), torch.ones(5))
     learn(strategy, stream()[1])
@@ -417,18 +421,17 @@ def test_modules_sit_on_the_first_blocks():
 
 def test_bad_settings_are_named():
     for options, text in (
-        ({"rank": 0}, "strategy.rank"),
-        ({"blocks": 0}, "strategy.blocks"),
-        ({"prefix_length": 0}, "strategy.prefix_length"),
+        ({"rank": 0}, "strategy.adapter.kind.rank"),
+        ({"blocks": 0}, "strategy.adapter.blocks"),
+        ({"adapter": "lae_prefix", "length": 0}, "strategy.adapter.kind.length"),
         ({"ema_decay": 1.5}, "strategy.ema_decay"),
-        ({"pet": "ssf"}, "strategy.pet"),
     ):
         with pytest.raises(UserError, match=text):
             make(**options)
     for pet in PETS:
         net = Backbone(timm.create_model("test_resnet", num_classes=0), input_size=32)
         with pytest.raises(UserError, match="timm ViT"):
-            make(net, pet=pet)
+            make(net, adapter=PETS[pet])
 
 
 def test_modules_that_never_learn_are_announced():

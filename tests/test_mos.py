@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import strategy_node
 from golden_cl_case import ClCase, images
 from golden_cl_case import backbone as recorded_backbone
-from omegaconf import OmegaConf
 from test_ease import learn, task, tiny
 from torch import Tensor
 from torch.optim.optimizer import (
@@ -34,9 +34,8 @@ CPU = torch.device("cpu")
 
 
 def make(net: Backbone | None = None, **options) -> Mos:
-    node = OmegaConf.load(CONF / "mos.yaml")
     quick = {"rank": 4, "epochs": 2, "lr": 0.5, "align_epochs": 2, "align_samples": 8}
-    node.update(quick | {"statistics_batch": 4} | options)
+    node = strategy_node("mos", **quick | {"statistics_batch": 4} | options)
     return build(node, at="strategy", backbone=net or tiny(), seed=3, num_classes=10)
 
 
@@ -455,8 +454,8 @@ def test_loss_leaves_other_rows_to_weight_decay():
 
 @pytest.mark.parametrize(("count", "gain"), [(10, 3.5), (20, 7)])
 def test_a_run_costs_one_pass_per_image_and_set(count, gain):
-    node = OmegaConf.load(CONF / "mos.yaml")
-    node.update({"rank": 4, "align_epochs": 1, "align_samples": 8, "statistics": "variance"})
+    quick = {"rank": 4, "align_epochs": 1, "align_samples": 8, "statistics": "variance"}
+    node = strategy_node("mos", **quick)
     strategy = build(node, at="strategy", backbone=tiny(), seed=3, num_classes=count)
     tasks = [task(i, range(i, i + 1), 3, tests=2) for i in range(count)]
     cache, passes, plain, kept = FeatureCache(), strategy.backbone.passes, 0, 0
@@ -482,8 +481,8 @@ def test_a_run_costs_one_pass_per_image_and_set(count, gain):
 
 def test_many_sets_are_asked_only_as_far_as_an_image_leads():
     """Past 5 tasks `predict` follows each image: at most 5 passes, and the same scores."""
-    node = OmegaConf.load(CONF / "mos.yaml")
-    node.update({"rank": 4, "align_epochs": 1, "align_samples": 8, "statistics": "variance"})
+    quick = {"rank": 4, "align_epochs": 1, "align_samples": 8, "statistics": "variance"}
+    node = strategy_node("mos", **quick)
     strategy = build(node, at="strategy", backbone=tiny(), seed=3, num_classes=12)
     for now in (task(i, range(i, i + 1), 3, tests=2) for i in range(12)):
         strategy.grow(now)
@@ -579,7 +578,7 @@ def test_nan_is_reported_with_class_and_setting():
 
 def test_bad_settings_and_networks_are_refused():
     for options in ({"rank": 0}, {"pull": 1.0}, {"dropout": -0.1}, {"align_samples": 0}):
-        with pytest.raises(UserError, match=rf"strategy\.{next(iter(options))}"):
+        with pytest.raises(UserError, match=rf"strategy\.(adapter\.kind\.)?{next(iter(options))}"):
             make(**options)
     with pytest.raises(UserError, match=r"no place for adapters.*timm ViT"):
         make(Backbone(timm.create_model("test_resnet", num_classes=0)))

@@ -12,10 +12,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import strategy_node
 from golden_cl_case import ClCase, images
 from golden_cl_case import backbone as recorded_backbone
-from omegaconf import OmegaConf
 from torch import Tensor
 
 import cl.olora
@@ -31,8 +30,7 @@ PARTS = ("q", "v")
 
 
 def make(net: Backbone | None = None, **options: Any) -> OLoRA:
-    node = OmegaConf.load(ROOT / "conf" / "strategy" / "olora.yaml")
-    node = OmegaConf.merge(node, SMALL, options)
+    node = strategy_node("olora", **SMALL | options)
     return build(node, at="strategy", backbone=net or tiny(), seed=3, num_classes=8)
 
 
@@ -111,7 +109,7 @@ def fused(case: ClCase, head: str, kind: str) -> Tensor:
 
 
 def layer(case: ClCase, head: str, parts: tuple[str, ...] = PARTS) -> StackedLoRA:
-    made = StackedLoRA(32, 4, scale=2.0, dropout=0.1, generator=torch.Generator())
+    made = StackedLoRA(32, 96, 4, alpha=8, dropout=0.1, generator=torch.Generator())
     stack = lambda k: torch.stack([case[f"{head}/param/{p}.{k}.weight"] for p in parts])  # noqa: E731
     made.old_a, made.old_b = stack("lora_A"), stack("lora_B")
     made.a.data, made.b.data = stack("loranew_A"), stack("loranew_B")
@@ -245,7 +243,7 @@ def test_run_as_recorded(evaluation):
             case.close(f"task{t}/saved_state/{name}.lora_B", b[i])
         test = images("test", case[f"task{t}/test_indices"])
         with torch.no_grad():
-            case.close(f"task{t}/test_features", strategy.bank.features(test.x, "tasks"))
+            case.close(f"task{t}/test_features", strategy.bank.features(test.x, "task0"))
         case.close(f"task{t}/test_logits", strategy.predict(test.x))
     print(f"worst share of the tolerance, olora_run {evaluation}: {case.worst:.3f}")
 
@@ -327,7 +325,7 @@ def test_lost_updates_of_earlier_tasks_are_noticed():
     learn(strategy, stream()[0])
     strategy.begin_task(stream()[1])
     strategy.loras[1].old_a[1].zero_()
-    with pytest.raises(RuntimeError, match=r"blocks\.1\.attn\.qkv v is exactly 0 in task 1 \(1 of"):
+    with pytest.raises(RuntimeError, match=r"attn\.qkv:out 1 is exactly 0 in task 1 \(1 of"):
         strategy.observe(next(stream()[1].train(0)))
 
 
@@ -367,8 +365,8 @@ def test_copies_are_independent():
 
 def test_bad_settings_are_named():
     for options, text in (
-        ({"rank": 0}, "strategy.rank"),
-        ({"dropout": 1.0}, "strategy.dropout"),
+        ({"rank": 0}, "strategy.adapter.kind.rank"),
+        ({"dropout": 1.0}, "strategy.adapter.kind.dropout"),
         ({"lambda1": []}, "strategy.lambda1"),
         ({"clip_norm": 0.0}, "strategy.clip_norm"),
         ({"head": "cosine"}, "strategy.head"),
@@ -376,7 +374,7 @@ def test_bad_settings_are_named():
         with pytest.raises(UserError, match=text):
             make(**options)
     net = Backbone(timm.create_model("test_resnet", num_classes=0), input_size=32)
-    with pytest.raises(UserError, match="fused qkv.*timm ViT"):
+    with pytest.raises(UserError, match="no place for adapters.*timm ViT"):
         make(net)
 
 

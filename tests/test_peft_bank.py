@@ -9,12 +9,12 @@ import timm
 import torch
 from golden_cl_case import backbone, images
 
-from backbones.adapters import LoRA
 from backbones.backbone import Backbone
-from backbones.bank import AdapterBank
-from backbones.peft_bank import PeftBank
 from core.errors import UserError
 from core.seed import generator
+from parts.adapters.bank import AdapterBank
+from parts.adapters.lora import LoRA
+from parts.adapters.peft_bank import PeftBank
 
 X = images("test", range(6)).x
 RANK4 = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv", "fc1"]}
@@ -71,7 +71,7 @@ def test_lora_equals_the_lora_of_this_project():
     for i in range(2):
         for place, out in (("attn.qkv", 3 * d), ("mlp.fc1", 4 * d)):
             layer = net.net.get_submodule(f"blocks.{i}.{place}")
-            made = LoRA(d, [(0, out)], out, 4, scale=8 / 4)
+            made = LoRA(d, out, 4, scale=8 / 4)
             made.a[0].copy_(layer.lora_A["a"].weight)
             made.b[0].copy_(layer.lora_B["a"].weight)
             ours[f"blocks.{i}.{place}:out"] = made

@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le, MinLen
 from torch import Tensor, nn
 
-from backbones.adapters import dual_rank
 from backbones.backbone import Backbone
 from backbones.load import load_strict, load_tensors
 from backbones.surgery import evaluating, make_optimizer
@@ -43,6 +42,7 @@ from core.ranges import Below1, Count, NonNegative, Size, Unit
 from core.seed import generator
 from core.strategy import Progress, TTAStrategy
 from core.stream import Batch, SourceImages
+from parts.adapters.dual_rank import dual_rank
 from tta import augment, teacher
 from tta.warmup import WarmUp
 

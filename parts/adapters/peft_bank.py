@@ -1,4 +1,4 @@
-"""Adapters of the peft library on a network, with the interface of `backbones/bank.py`.
+"""Adapters of the peft library on a network, with the interface of `parts/adapters/bank.py`.
 
     bank = PeftBank(backbone)
     bank.add("a", {"r": 8, "lora_alpha": 8, "target_modules": ["qkv", "proj"]})
@@ -17,6 +17,7 @@ import textwrap
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def _peft() -> Any:
     except ImportError as error:
         raise UserError(
             'the peft library is not installed: pip install -e ".[peft]" (or choose adapters of '
-            "this project, for example strategy.tuning=adapter)"
+            "this project, for example adapter=lora)"
         ) from error
     return peft
 
@@ -183,3 +184,34 @@ class PeftBank(nn.Module):
             layer.enable_adapters(bool(names))
         for p, learns in learned:
             p.requires_grad_(learns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftPlan:
+    """Adapters of the peft library, as an option like `parts.adapters.plan.Plan`.
+
+    Args:
+        peft_type: of the library: lora, loha, lokr, ia3, ...
+        options: of its configuration class, e.g. r, lora_alpha, target_modules.
+    """
+
+    peft_type: str
+    options: dict[str, Any]
+
+    def bank(self, backbone: Backbone) -> PeftBank:
+        """An empty bank on `backbone`.
+
+        Raises:
+            UserError: where peft is not installed.
+        """
+        return PeftBank(backbone)
+
+    def add(
+        self, bank: PeftBank, name: str, generator: torch.Generator | None = None
+    ) -> list[nn.Parameter]:
+        """New adapters under `name`; returns their parameters.
+
+        Raises:
+            UserError: as for `PeftBank.add`.
+        """
+        return bank.add(name, {"peft_type": self.peft_type, **self.options}, generator)

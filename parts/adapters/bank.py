@@ -7,7 +7,7 @@
     bank.features_each(x, ["task0", "task1"])    # [2, B, D], one pass of the frozen weights
     bank.features_indexed(x, ["task0", "task1"], index)    # [B, D], a set for each image
 
-A point is `<module>:<kind>`, see `backbones/adapters.py`; `bank.points()` lists what a network
+A point is `<module>:<kind>`, see `adapter.py`; `bank.points()` lists what a network
 offers. The network keeps its class, its modules and its weights: adapters act through hooks that
 do nothing outside the call. Linear modules anywhere and the parts of timm's `Block` (norm1, attn,
 norm2, mlp) are enough for every kind; a network that lacks what a point needs is refused.
@@ -25,10 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core.vision  # noqa: F401
-from backbones.adapters import Adapter, Bottleneck, Prefix, Prompt
 from backbones.backbone import Backbone
 from core import distributed
 from core.errors import UserError, suggest
+from parts.adapters.adapter import Adapter
+from parts.adapters.bottleneck import Bottleneck
+from parts.adapters.prefix import Prefix
+from parts.adapters.prompt import Prompt
 
 Use = str | Mapping[str, float] | None
 KINDS = ("parallel", "out", "in", "keys", "tokens")
@@ -85,7 +88,7 @@ class AdapterBank(nn.Module):
         if name in self.sets:
             raise ValueError(f"there is a set {name!r} already")
         for point in adapters:
-            self._check(point)
+            self.check(point)
         device = next(self.backbone.parameters()).device
         made = nn.ModuleDict({p.replace(".", "/"): a for p, a in adapters.items()}).to(device)
         self.sets[name] = made
@@ -191,14 +194,20 @@ class AdapterBank(nn.Module):
         Raises:
             ValueError: for sets that hold anything but `Bottleneck` at parallel points.
         """
-        for point, adapter in self.adapters(names[0]).items():
-            if not (point.endswith(":parallel") and isinstance(adapter, Bottleneck)):
-                raise ValueError(f"a set for each image: {point} is no bottleneck beside an MLP")
+        if not self.indexable(names[0]):
+            raise ValueError(f"{names[0]}: a set for each image needs bottlenecks beside MLPs")
         self._group, self._index = list(names), index
         try:
             return self.backbone.features(x)
         finally:
             self._group, self._index, self._residual = [], None, None
+
+    def indexable(self, name: str) -> bool:
+        """Whether `features_indexed` can serve sets like this one."""
+        return all(
+            point.endswith(":parallel") and isinstance(adapter, Bottleneck)
+            for point, adapter in self.adapters(name).items()
+        )
 
     @contextmanager
     def using(self, use: Use) -> Generator[None]:
@@ -215,7 +224,12 @@ class AdapterBank(nn.Module):
 
     # -------------------------------------------------------------- hooks
 
-    def _check(self, point: str) -> None:
+    def check(self, point: str) -> None:
+        """Whether the network offers a point.
+
+        Raises:
+            UserError: if not, with the reason.
+        """
         path, _, kind = point.rpartition(":")
         net = self.backbone.net
         reason = None
@@ -232,10 +246,7 @@ class AdapterBank(nn.Module):
             if kind == "keys" and not (_has_plain_attention(block) and block.attn is module):
                 reason = "it needs timm's plain Attention with a fused qkv"
         if reason is not None:
-            raise UserError(
-                f"{self.backbone.tag} has no place for adapters at {point}: {reason}. Use a timm "
-                "ViT (for example backbone=vit_b16_in1k), or a strategy without adapters"
-            )
+            raise no_place(self.backbone, point, reason)
 
     def _hook(self, point: str) -> None:
         if point in self._hooked:
@@ -394,6 +405,14 @@ def attend(attention: Any, x: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
         out = torch.cat([first, learned, rest], -1) @ v
     out = out.transpose(1, 2).reshape(batch, n, heads * width)
     return attention.proj_drop(attention.proj(out))
+
+
+def no_place(backbone: Backbone, point: str, reason: str) -> UserError:
+    """The error for a point that a network does not offer."""
+    return UserError(
+        f"{backbone.tag} has no place for adapters at {point}: {reason}. Use a timm ViT (for "
+        "example backbone=vit_b16_in1k), or a strategy without adapters"
+    )
 
 
 def _only(found: Any, point: str, act: Callable[[Any], Any], otherwise: Any) -> Any:

@@ -1,0 +1,72 @@
+"""Small trainable modules beside a frozen transformer; `bank.py` attaches them.
+
+Every adapter is exactly the identity when created. What one does is said by the point at which it
+is attached (`blocks.3.mlp:parallel`) and by the method of that point:
+
+| point    | where it acts                                                   | method            |
+|----------|-----------------------------------------------------------------|-------------------|
+| parallel | beside an MLP: reads the residual stream u before norm2, joins  | `add(u, y)`       |
+|          | the block's output y                                            |                   |
+| out      | at a module: sees input and output, returns the new output      | `after(inp, out)` |
+| in       | before a module: returns the new input                          | `before(inp)`     |
+| keys     | in attention: rows put in after the class token                 | `rows()`          |
+| tokens   | around a block (or all): tokens appended behind the image's     | `tokens()`        |
+
+Products and additions are one operation, `kernels.adapter`, whose backend no method knows.
+
+Sources: AdaptFormer as in EASE/MOS/APER (sun-hailong/CVPR24-Ease 6d67508, LAMDA-PILOT 5240714),
+LAE's three modules (gqk/LAE 1680e49), SSF and VPT as in LAMDA-PILOT; the others at their classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def kaiming(weight: Tensor, generator: torch.Generator | None) -> None:
+    """Kaiming-uniform with a = sqrt(5): U(-1/sqrt(d_in), 1/sqrt(d_in))."""
+    with torch.no_grad():
+        bound = 1 / math.sqrt(weight.shape[1])
+        weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+
+
+class Adapter(nn.Module):
+    """Base of all adapters; a subclass defines the methods of the points that it can serve."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added, from the tokens [B, N, D] that are read."""
+        raise NotImplementedError
+
+    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
+        """`base + weight * forward(x)`; without gradients `base` may be overwritten."""
+        added = self(x)
+        return base + (added if weight == 1 else weight * added)
+
+    def after(self, inp: Tensor, out: Tensor) -> Tensor:
+        """New output of a module; without gradients `out` may be overwritten."""
+        return self.add(inp, out)
+
+    def before(self, inp: Tensor) -> Tensor:
+        """New input of a module."""
+        return inp + self(inp)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Down and up, [r, D] and [D_out, r], of every low-rank product that is added.
+
+        Empty for adapters that do anything else: they cannot be summed over tasks.
+        """
+        return []
+
+    @staticmethod
+    def add_grouped(adapters: Sequence[Adapter], x: Tensor, base: Tensor) -> Tensor:
+        """`add` of T adapters on T chunks: x [T, B, N, D], base [T, B, N, D_out]."""
+        return torch.stack([a.add(i, o) for a, i, o in zip(adapters, x, base, strict=True)])
+
+    @staticmethod
+    def after_grouped(adapters: Sequence[Adapter], inp: Tensor, out: Tensor) -> Tensor:
+        """`after` of T adapters on T chunks, as in `add_grouped`."""
+        return torch.stack([a.after(i, o) for a, i, o in zip(adapters, inp, out, strict=True)])

@@ -1,0 +1,75 @@
+"""Two low-rank updates of very different rank, weighted per call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.ranges import Size
+from kernels import adapter
+from parts.adapters.adapter import Adapter
+
+
+class DualRank(Adapter):
+    """`s1 * up1 down1 x + s2 * up2 down2 x`, a pair of very different rank (ViDA).
+
+    Computed as one product of rank r1 + r2. The scales are a buffer that a method sets.
+
+    Args:
+        dim, out: input and output width.
+        low, high: ranks r1 and r2.
+        generator: of both `down`, N(0, 1/rank^4); both `up` start at 0.
+    """
+
+    scales: Tensor  # [2]
+
+    def __init__(
+        self,
+        dim: int,
+        out: int,
+        low: Size,
+        high: Size,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        draws = [torch.empty(r, dim).normal_(0, 1 / r**2, generator=generator) for r in (low, high)]
+        self.down = nn.ParameterList(nn.Parameter(d) for d in draws)
+        self.up = nn.ParameterList(nn.Parameter(torch.zeros(out, r)) for r in (low, high))
+        self.register_buffer("scales", torch.ones(2))
+
+    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
+        return dual_rank(x, list(self.down), list(self.up), self.scales, weight, **residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.down, self.up, strict=True))
+
+    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
+        return self._call(x, weight, base=base, in_place=True)
+
+
+def dual_rank(
+    x: Tensor,
+    down: Sequence[Tensor],
+    up: Sequence[Tensor],
+    scales: Tensor,
+    weight: float = 1.0,
+    **residual: Any,
+) -> Tensor:
+    """`[base +] weight * sum_i scales[i] * up[i] down[i] x` as one pair of rank r1 + r2.
+
+    Args:
+        x: [..., dim].
+        down, up: [r_i, dim] and [out, r_i] each.
+        scales: [number of pairs], stays on its device.
+        residual: `base`, `in_place` of `kernels.adapter`.
+    """
+    columns = torch.cat([s.expand(len(d)) for s, d in zip(scales.unbind(), down, strict=True)])
+    pair = torch.cat(list(down)), torch.cat(list(up), 1)
+    return adapter(x, *pair, scale=weight, rank_scale=columns, **residual)

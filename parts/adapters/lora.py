@@ -1,0 +1,97 @@
+"""Low-rank updates of linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import MinLen, Predicate
+from torch import Tensor, nn
+
+from core.ranges import NonNegative, Size, distinct
+from kernels import adapter
+from parts.adapters.adapter import Adapter, kaiming
+
+
+class LoRA(Adapter):
+    """Low-rank update of some row blocks of a linear layer: `sum over blocks of s * B A x`.
+
+    Args:
+        dim: input width.
+        out: output width of the layer.
+        parts: of a fused qkv, each a block of its own; None: one block of all rows.
+        rank: of each block.
+        scale: fixed factor; None makes one learnable scalar a block that starts at 1 (LAE).
+        generator: of the initial A; B starts at 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out: int,
+        rank: Size,
+        *,
+        parts: Annotated[list[Literal["q", "k", "v"]], MinLen(1), Predicate(distinct)]
+        | None = None,
+        scale: NonNegative | None = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        third = out // 3
+        starts = [third * "qkv".index(part) for part in parts or ()]
+        rows = [(start, start + third) for start in starts] or [(0, out)]
+        self.rows, self.out = tuple(rows), out
+        self.a = nn.ParameterList(nn.Parameter(torch.empty(rank, dim)) for _ in rows)
+        self.b = nn.ParameterList(nn.Parameter(torch.zeros(e - s, rank)) for s, e in rows)
+        for a in self.a:
+            kaiming(a, generator)
+        learned = [nn.Parameter(torch.ones(())) for _ in rows] if scale is None else []
+        self.scales = nn.ParameterList(learned)
+        self.scale = scale
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All blocks as one pair of rank R: [R, dim], [out, R]; learned scales by column [R]."""
+        rows = zip(self.rows, self.b, strict=True)
+        up = [F.pad(b, (0, 0, start, self.out - stop)) for (start, stop), b in rows]
+        scales = None
+        if self.scale is None:
+            ranks = zip(self.scales, self.a, strict=True)
+            scales = torch.cat([s.expand(len(a)) for s, a in ranks])
+        return torch.cat(list(self.a)), torch.cat(up, 1), scales
+
+    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
+        down, up, columns = self._factors()
+        scale = weight * (1.0 if self.scale is None else self.scale)
+        return adapter(x, down, up, scale=scale, rank_scale=columns, **residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.a, self.b, strict=True))
+
+    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
+        return self._call(x, weight, base=base, in_place=True)
+
+    @staticmethod
+    def add_grouped(  # type: ignore[override]
+        adapters: Sequence[LoRA], x: Tensor, base: Tensor
+    ) -> Tensor:
+        down, up, columns = zip(*(a._factors() for a in adapters), strict=True)
+        return adapter(
+            x,
+            torch.stack(down),
+            torch.stack(up),
+            scale=1.0 if adapters[0].scale is None else adapters[0].scale,
+            rank_scale=None if adapters[0].scale is not None else torch.stack(columns),
+            base=base,
+            in_place=True,
+        )
+
+    @staticmethod
+    def after_grouped(  # type: ignore[override]
+        adapters: Sequence[LoRA], inp: Tensor, out: Tensor
+    ) -> Tensor:
+        return LoRA.add_grouped(adapters, inp, out)

@@ -1,0 +1,113 @@
+"""Which adapters sit where: the option `adapter` of every method that has adapters (conf/adapter/).
+
+    plan = Plan(at=["blocks.*.attn.qkv:out"], blocks=None, kind=partial(LoRA, rank=8))
+    bank = plan.bank(backbone)
+    plan.add(bank, "task0", generator)    # the parameters of a new set
+
+A kind is a class of its own file. Of its arguments, `POINT` are known at each point; the others are
+the settings of its YAML.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated
+
+import torch
+from annotated_types import MinLen
+from torch import nn
+
+from backbones.backbone import Backbone
+from core.ranges import Count, CountOrZero, Later
+from parts.adapters.adapter import Adapter
+from parts.adapters.bank import AdapterBank, no_place
+
+# Known at a point: input and output width, the module itself, what initial values are drawn from.
+POINT = ("dim", "out", "module", "generator")
+Kind = Annotated[Callable[..., Adapter], Later(POINT)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether every part of a dotted `name` fits that of `pattern`; `*` does not cross a dot."""
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One kind of adapter at every point that matches.
+
+    Args:
+        at: points as patterns, `blocks.*.mlp:parallel`; see `parts/adapters/adapter.py`.
+        blocks: that carry one: so many from the first on (fewer if the network has fewer), or
+            their numbers; None: all.
+        kind: makes one adapter from those arguments of `POINT` that it has.
+    """
+
+    at: Annotated[list[str], MinLen(1)]
+    blocks: Count | Annotated[list[CountOrZero], MinLen(1)] | None
+    kind: Kind
+
+    def bank(self, backbone: Backbone) -> AdapterBank:
+        """An empty bank on `backbone`.
+
+        Raises:
+            UserError: for a network that lacks one of the points.
+        """
+        bank = AdapterBank(backbone)
+        for point, _ in self.points(backbone):
+            bank.check(point)
+        return bank
+
+    def add(
+        self, bank: AdapterBank, name: str, generator: torch.Generator | None = None
+    ) -> list[nn.Parameter]:
+        """A set of new adapters under `name`; returns its parameters."""
+        return bank.add(name, self.adapters(bank.backbone, generator))
+
+    def adapters(
+        self, backbone: Backbone, generator: torch.Generator | None = None
+    ) -> dict[str, Adapter]:
+        """New adapters by point, in the order of `points`."""
+        wanted = set(inspect.signature(self.kind).parameters)
+        new = {}
+        for point, module in self.points(backbone):
+            linear = isinstance(module, nn.Linear)
+            facts = {
+                "dim": module.in_features if linear else backbone.dim,
+                "out": module.out_features if linear else backbone.dim,
+                "module": module,
+                "generator": generator,
+            }
+            new[point] = self.kind(**{k: v for k, v in facts.items() if k in wanted})
+        return new
+
+    def points(self, backbone: Backbone) -> list[tuple[str, nn.Module]]:
+        """Points with their modules: those outside the blocks, then block by block.
+
+        Raises:
+            UserError: for a pattern without a match.
+        """
+        found = []
+        for order, pattern in enumerate(self.at):
+            path, _, where = pattern.rpartition(":")
+            named = [(n, m) for n, m in backbone.net.named_modules() if matches(n, path)]
+            if not named:
+                raise no_place(backbone, pattern, "no module has such a name")
+            found += [(_block(name), order, f"{name}:{where}", m) for name, m in named]
+        found.sort(key=lambda row: row[:2])
+        return [(point, module) for block, _, point, module in found if self._carries(block)]
+
+    def _carries(self, block: int) -> bool:
+        if self.blocks is None or block < 0:
+            return True
+        return block in self.blocks if isinstance(self.blocks, list) else block < self.blocks
+
+
+def _block(name: str) -> int:
+    """The number of the block that a module lies in; -1 outside of all."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "blocks" and len(parts) > 1 else -1
