@@ -167,6 +167,64 @@ def test_dora_is_the_identity_at_first_and_then_what_its_definition_says():
         assert not torch.allclose(dora.after(x, layer(x)), want, rtol=1e-3, atol=1e-3)
 
 
+BYPASSED = ("beit_base_patch16_224", "beitv2_base_patch16_224", "eva02_tiny_patch14_224")
+
+
+@pytest.mark.parametrize("name", BYPASSED)
+def test_attention_that_bypasses_its_qkv_layer_is_served(name):
+    """A low-rank update beside `qkv` is the same as one added to its weight."""
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    net = Backbone(timm.create_model(name, num_classes=0, **size).eval(), input_size=32)
+    for key, p in net.named_parameters():
+        if "gamma" in key or key.endswith(("q_bias", "v_bias")):  # layer scale starts at 1e-5
+            nn.init.normal_(p)
+    x = torch.rand(3, 3, 32, 32)
+    plain = net.features(x)
+    bank = AdapterBank(net)
+    adapters = {f"blocks.{i}.attn.qkv:out": LoRA(32, 96, 4, scale=0.5) for i in range(2)}
+    bank.add("a", adapters)
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.b[0])
+    got = bank.features(x, "a")
+    each = bank.features_each(x, ["a", "a"])
+    assert torch.equal(net.features(x), plain) and not torch.allclose(got, plain, atol=1e-2)
+    got.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in bank.parameters_of("a"))
+    for block, adapter in zip(net.net.blocks, adapters.values(), strict=True):
+        block.attn.qkv.weight.data += 0.5 * adapter.b[0] @ adapter.a[0]
+    torch.testing.assert_close(net.features(x), got, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(each[1], got, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"no place.*blocks\.0:tokens.*any number of tokens"):
+        bank.add("prompts", {"blocks.0:tokens": Prompt(32, 2)})
+
+
+class Bypassing(nn.Module):
+    """Reads the weight of its layer and never calls the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.num_features = nn.Linear(12, 5), 5
+
+    def forward_features(self, x):
+        return F.linear(x.flatten(1), self.layer.weight)
+
+    def forward_head(self, x, pre_logits=False):
+        return x
+
+
+def test_a_point_that_is_never_reached_is_an_error_that_names_it():
+    bank = AdapterBank(Backbone(Bypassing(), tag="bypassing"))
+    bank.add("a", {"layer:out": LoRA(12, 5, 2)})
+    for call in (
+        lambda x: bank.features(x, "a"),
+        lambda x: bank.features_each(x, ["a"]),
+    ):
+        with pytest.raises(UserError, match=r"bypassing: adapters at layer:out are never reached"):
+            call(torch.rand(2, 3, 2, 2))
+    assert bank.features(torch.rand(2, 3, 2, 2)).shape == (2, 5)
+
+
 @torch.no_grad()
 def test_a_set_for_each_image_in_one_pass():
     net = backbone()

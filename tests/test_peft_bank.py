@@ -175,3 +175,32 @@ def test_what_peft_refuses_is_a_short_message(config, text):
     with pytest.raises(UserError) as caught:
         PeftBank(backbone()).add("a", config)
     assert text in str(caught.value)
+
+
+def test_attention_that_bypasses_its_qkv_layer_is_served():
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    plain = timm.create_model("beit_base_patch16_224", num_classes=0, **size).eval()
+    for key, p in plain.named_parameters():
+        if "gamma" in key:  # layer scale starts at 1e-5
+            torch.nn.init.ones_(p)
+    net = Backbone(plain)
+    want = net.features(X)
+    bank = PeftBank(net)
+    bank.add("a", RANK4, generator(0, "init"))
+    wake(bank, "a")
+    bank.features(X, "a").square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in bank.parameters_of("a"))
+    assert torch.equal(net.features(X), want)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_a_start_that_changes_the_frozen_network_is_refused_and_undone(start):
+    net = backbone()
+    options = {**RANK4, "init_lora_weights": start}
+    with pytest.raises(UserError, match="changes the frozen weights"):
+        PeftBank(net).add("a", options)
+    for name, p in net.net.named_parameters():
+        if "base_layer.weight" in name:
+            plain = dict(backbone().net.named_parameters())[name.replace("base_layer.", "")]
+            assert torch.equal(p, plain), name

@@ -54,6 +54,8 @@ class AdapterBank(nn.Module):
         self._index: Tensor | None = None  # the set of each image
         self._expanded = False
         self._residual: Tensor | None = None
+        self._reached: set[str] = set()  # points, in the last pass
+        self._verified: set[str] = set()  # sets of which a pass has reached every point
 
     @property
     def backbone(self) -> Backbone:
@@ -127,6 +129,7 @@ class AdapterBank(nn.Module):
     def remove(self, name: str) -> None:
         """Drop a set."""
         del self.sets[name]
+        self._verified.discard(name)
 
     def freeze(self, name: str, frozen: bool = True) -> None:
         """Stop (or start) training a set; a frozen set is in evaluation mode for good."""
@@ -155,7 +158,9 @@ class AdapterBank(nn.Module):
     def features(self, x: Tensor, use: Use = None) -> Tensor:
         """[B, 3, H, W] -> [B, D] with one set, a weighted sum of sets, or none."""
         with self.using(use):
-            return self.backbone.features(x)
+            out = self.backbone.features(x)
+            self._verify([name for name, _ in self._active])
+        return out
 
     @distributed.shared(dim=1)
     def features_each(self, x: Tensor, names: Sequence[str]) -> Tensor:
@@ -176,6 +181,7 @@ class AdapterBank(nn.Module):
         self._group, self._expanded = list(names), outside
         try:
             out = self.backbone.features(images)
+            self._verify(names)
         finally:
             self._group, self._residual = [], None
         if not outside:  # each copy counts as a pass, although block 0 is shared
@@ -198,7 +204,9 @@ class AdapterBank(nn.Module):
             raise ValueError(f"{names[0]}: a set for each image needs bottlenecks beside MLPs")
         self._group, self._index = list(names), index
         try:
-            return self.backbone.features(x)
+            out = self.backbone.features(x)
+            self._verify(names)
+            return out
         finally:
             self._group, self._index, self._residual = [], None, None
 
@@ -221,6 +229,20 @@ class AdapterBank(nn.Module):
             yield
         finally:
             self._active, self._residual = before, None
+
+    def _verify(self, names: Sequence[str]) -> None:
+        """After the first pass through a set: all its points were reached.
+
+        Raises:
+            UserError: for a network that computes something without calling the module it has for
+                it; its adapters there would learn nothing.
+        """
+        for name in set(names) - self._verified:
+            missed = [point for point in self.adapters(name) if point not in self._reached]
+            if missed:
+                raise never_reached(self.backbone, missed, len(self.adapters(name)))
+            self._verified.add(name)
+        self._reached.clear()
 
     # -------------------------------------------------------------- hooks
 
@@ -245,6 +267,10 @@ class AdapterBank(nn.Module):
                 reason = "it needs timm's pre-norm Block (norm1, attn, norm2, mlp)"
             if kind == "keys" and not (_has_plain_attention(block) and block.attn is module):
                 reason = "it needs timm's plain Attention with a fused qkv"
+        if reason is None and kind == "tokens":
+            first = module[0] if isinstance(module, nn.Sequential | nn.ModuleList) else module
+            if not _is_block(cast(nn.Module, first)):
+                reason = "it needs timm's Block, whose attention takes any number of tokens"
         if reason is not None:
             raise no_place(self.backbone, point, reason)
 
@@ -263,6 +289,7 @@ class AdapterBank(nn.Module):
         if path.startswith("blocks"):
             self._expand_before(net.get_submodule(".".join(path.split(".")[:2])))
         if kind == "out":
+            call_qkv(net, path, lambda: bool(self._found(point) or self._grouped(point)))
             module.register_forward_hook(lambda _, args, out: self._out(point, args[0], out))
         elif kind == "in":
             module.register_forward_pre_hook(
@@ -321,6 +348,7 @@ class AdapterBank(nn.Module):
             self._residual = x
 
     def _parallel(self, point: str, out: Tensor) -> Tensor:
+        self._reached.add(point)
         u = self._residual
         if adapters := self._grouped(point):
             assert u is not None
@@ -338,6 +366,7 @@ class AdapterBank(nn.Module):
         return out
 
     def _out(self, point: str, inp: Tensor, out: Tensor) -> Tensor:
+        self._reached.add(point)
         if out.data_ptr() == inp.data_ptr():
             out = out.clone()  # adapters may write into a module's output, not into its input
         if adapters := self._grouped(point):
@@ -351,6 +380,7 @@ class AdapterBank(nn.Module):
         return out
 
     def _in(self, point: str, inp: Tensor) -> Tensor:
+        self._reached.add(point)
         if adapters := self._grouped(point):
             parts = zip(adapters, self._chunks(inp), strict=True)
             return torch.cat([a.before(i) for a, i in parts])
@@ -363,6 +393,7 @@ class AdapterBank(nn.Module):
         return torch.stack(prompts) if prompts else None
 
     def _append(self, point: str, x: Tensor) -> Tensor:
+        self._reached.add(point)
         tokens = self._tokens(point)
         if tokens is None:
             return x
@@ -377,6 +408,7 @@ class AdapterBank(nn.Module):
         plain: Callable[..., Tensor] = module.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self._reached.add(point)
             adapters = self._grouped(point) or _only(self._found(point), point, lambda a: [a], [])
             prefixes = [a for a in adapters if isinstance(a, Prefix)]
             return attend(module, x, prefixes) if prefixes else plain(x, *args, **kwargs)
@@ -412,6 +444,31 @@ def no_place(backbone: Backbone, point: str, reason: str) -> UserError:
     return UserError(
         f"{backbone.tag} has no place for adapters at {point}: {reason}. Use a timm ViT (for "
         "example backbone=vit_b16_in1k), or a strategy without adapters"
+    )
+
+
+def call_qkv(net: nn.Module, path: str, acts: Callable[[], bool]) -> None:
+    """Let the attention of BEiT and EVA call its layer `qkv` while an adapter at `path` acts.
+
+    timm computes `F.linear(x, qkv.weight, bias)` there, with a bias of its own, and has a switch to
+    call the layer and add the bias afterwards: the same up to rounding.
+    """
+    owner: Any = net.get_submodule(path.rpartition(".")[0])
+    if not path.endswith(".qkv") or getattr(owner, "qkv_bias_separate", None) is not False:
+        return
+
+    def switch(*_: Any) -> None:
+        owner.qkv_bias_separate = acts()
+
+    owner.register_forward_pre_hook(switch)
+
+
+def never_reached(backbone: Backbone, missed: Sequence[str], points: int) -> UserError:
+    """The error for a network that does not call the modules that it has for something."""
+    return UserError(
+        f"{backbone.tag}: adapters at {missed[0]} are never reached, because the network does not "
+        f"call that module ({len(missed)} of {points} points). Choose other points "
+        "(strategy.adapter) or another backbone"
     )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from core.errors import UserError, suggest
+from parts.adapters.bank import call_qkv, never_reached
 
 
 def _peft() -> Any:
@@ -59,6 +60,8 @@ class PeftBank(nn.Module):
         self._backbone = [backbone]  # in a list: not a submodule
         self._own: dict[str, list[nn.Parameter]] = {}  # of each adapter, in the network's order
         self._layers: list[tuple[str, Any]] = []  # wrapped layers by name
+        self._reached: set[str] = set()  # of them, in the last pass
+        self._verified: set[str] = set()  # adapters of which a pass has reached every layer
 
     @property
     def backbone(self) -> Backbone:
@@ -77,7 +80,8 @@ class PeftBank(nn.Module):
             generator: of the initial values, which otherwise come from torch's global one.
 
         Raises:
-            UserError: for options that peft refuses, or layers that the network does not have.
+            UserError: for options that peft refuses, layers that the network does not have, or a
+                start that changes frozen weights.
             ValueError: if the name is taken.
         """
         peft = _peft()
@@ -85,6 +89,7 @@ class PeftBank(nn.Module):
             raise ValueError(f"there are adapters {name!r} already")
         net = self.backbone.net
         learned = [(p, p.requires_grad) for p in net.parameters()]
+        before = [(p, p.detach().clone()) for p in net.parameters()]
         options = dict(config)
         kind = str(options.pop("peft_type", "lora"))
         known = {k.value.lower(): c for k, c in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -103,10 +108,24 @@ class PeftBank(nn.Module):
             except (TypeError, ValueError, KeyError, AttributeError) as error:
                 reason = textwrap.shorten(str(error), 300)
                 raise UserError(f"peft refuses {dict(config)}: {reason}") from error
+        if not all(torch.equal(p, value) for p, value in before):
+            with torch.no_grad():
+                for p, value in before:
+                    p.copy_(value)
+            raise UserError(
+                f"peft changes the frozen weights for {dict(config)}, which every set and the "
+                "network without one share. Choose another start, for example "
+                "init_lora_weights=gaussian"
+            )
         for p, learns in learned:  # peft freezes the network; that is not the bank's business
             p.requires_grad_(learns)
         kind_of_layer = peft.tuners.tuners_utils.BaseTunerLayer
+        wrapped = {path for path, _ in self._layers}
         self._layers = [(n, m) for n, m in net.named_modules() if isinstance(m, kind_of_layer)]
+        for path, layer in self._layers:
+            if path not in wrapped:
+                call_qkv(net, path, lambda layer=layer: not layer.disable_adapters)
+                layer.register_forward_hook(lambda *_, path=path: self._reached.add(path))
         wanted = self.tensor_names(name)
         self._own[name] = [p for n, p in net.named_parameters() if n in wanted]
         if not self._own[name]:
@@ -160,9 +179,21 @@ class PeftBank(nn.Module):
     # -------------------------------------------------------------- calls
 
     def features(self, x: Tensor, use: str | None = None) -> Tensor:
-        """[B, 3, H, W] -> [B, D] with one adapter, or none."""
+        """[B, 3, H, W] -> [B, D] with one adapter, or none.
+
+        Raises:
+            UserError: for a layer that the network does not call.
+        """
+        self._reached.clear()
         with self.using(use):
-            return self.backbone.features(x)
+            out = self.backbone.features(x)
+        if use is not None and use not in self._verified:
+            paths = [path for path, _ in self._layers]
+            own = [p for p in paths if any(n.startswith(f"{p}.") for n in self.tensor_names(use))]
+            if missed := [path for path in own if path not in self._reached]:
+                raise never_reached(self.backbone, missed, len(own))
+            self._verified.add(use)
+        return out
 
     @contextmanager
     def using(self, use: str | None) -> Generator[None]:
