@@ -248,7 +248,7 @@ def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame
         done.loc[group.index, "stream"] = _label(told.loc[group.index, varied])
     for _, group in done.groupby([*PLACE, "strategy"]):
         here = told.loc[group.index].drop(columns="data.fingerprint")
-        name = _label(here[[k for k in here if here[k].nunique() > 1]])
+        name = _label(_without_implied(here[[k for k in here if here[k].nunique() > 1]]))
         done.loc[group.index, "method"] += name.map(lambda text: f" ({text})" if text else "")
     when = pd.to_datetime(done["time"], utc=True, errors="coerce", format="ISO8601")
     newest = done.assign(when=when).sort_values("when", kind="stable", na_position="first")
@@ -265,6 +265,20 @@ def _settings(runs: pd.DataFrame) -> list[str]:
 def named(frame: pd.DataFrame, prefix: str) -> list[str]:
     """Columns whose names begin with `prefix`."""
     return [str(k) for k in frame if str(k).startswith(prefix)]
+
+
+def _without_implied(varied: pd.DataFrame) -> pd.DataFrame:
+    """Settings of a nested node only where they differ between runs with one `name` of that node.
+
+    `adapter=lora` says all that `conf/adapter/lora.yaml` holds.
+    """
+    for name in [k for k in named(varied, "config.strategy.") if k.endswith(".name")]:
+        node = name.removesuffix("name")
+        inside = [k for k in named(varied, node) if k != name]
+        implied = [k for k in inside if varied.groupby(name)[k].nunique().max() == 1]
+        short = node.removeprefix("config.strategy.").rstrip(".")
+        varied = varied.drop(columns=implied).rename(columns={name: short})
+    return varied
 
 
 def _label(columns: pd.DataFrame) -> pd.Series:

@@ -184,8 +184,8 @@ def _hint(value: Any, kind: Any, at: str) -> str:
         return suggest(value, [w for w in words if isinstance(w, str)])
     if groups:
         return f"; set one of {', '.join(f'{at}.{k}' for k in groups[0].__annotations__)}"
-    made = [one for one in options if inspect.isclass(one) and one.__module__ != "builtins"]
-    if made and isinstance(value, str):
+    classes = [one for one in options if inspect.isclass(one) and one.__module__ != "builtins"]
+    if classes and isinstance(value, str):
         return f"; a named one is chosen with {at.rpartition('.')[2]}={value}"
     if str in options and isinstance(value, int | float):
         return f"; a text that looks like a number needs quotes: '{at}=\"{value}\"'"

@@ -205,6 +205,24 @@ def test_a_run_with_a_few_metrics_and_nothing_else_is_enough(tmp_path):
 # ------------------------------------------------------------------------------ averaging
 
 
+def test_the_name_of_a_nested_node_stands_for_what_its_file_holds(tmp_path):
+    def plan(name, **kind):
+        return {"adapter": {"name": name, "at": [name], "kind": {"_target_": name, **kind}}}
+
+    for node in (plan("lora", rank=8), plan("prompt", count=5)):
+        write_run(tmp_path, "ease", settings=node, metrics={"acc_last": 50})
+    methods = set(select(load_runs(tmp_path))["method"])
+    assert methods == {"ease (adapter=lora)", "ease (adapter=prompt)"}
+    write_run(tmp_path, "ease", settings=plan("lora", rank=4), metrics={"acc_last": 50})
+    methods = set(select(load_runs(tmp_path))["method"])
+    rank = "strategy.adapter.kind.rank"
+    assert methods == {
+        f"ease (adapter=lora, {rank}=4)",
+        f"ease (adapter=lora, {rank}=8)",
+        f"ease (adapter=prompt, {rank}=unset)",
+    }
+
+
 def test_seeds_are_averaged_and_two_settings_never_are(tmp_path):
     for seed in (0, 1):
         for lr in (0.1, 0.2):

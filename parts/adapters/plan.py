@@ -91,15 +91,15 @@ class Plan:
         Raises:
             UserError: for a pattern without a match.
         """
-        found = []
+        rows = []
         for order, pattern in enumerate(self.at):
             path, _, where = pattern.rpartition(":")
             named = [(n, m) for n, m in backbone.net.named_modules() if matches(n, path)]
             if not named:
                 raise no_place(backbone, pattern, "no module has such a name")
-            found += [(_block(name), order, f"{name}:{where}", m) for name, m in named]
-        found.sort(key=lambda row: row[:2])
-        return [(point, module) for block, _, point, module in found if self._carries(block)]
+            rows += [(_block(name), order, f"{name}:{where}", m) for name, m in named]
+        rows.sort(key=lambda row: row[:2])
+        return [(point, module) for block, _, point, module in rows if self._carries(block)]
 
     def _carries(self, block: int) -> bool:
         if self.blocks is None or block < 0:
