@@ -510,7 +510,7 @@ def main() -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from run import CONF, explain
+    from run import CONF, explain, spelled_out
 
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
@@ -518,7 +518,7 @@ def main() -> int:
         return 0
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            cfg = compose("config", words)
+            cfg = compose("config", spelled_out(words))
         expand_paths(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
