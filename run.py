@@ -224,6 +224,8 @@ def explain(error: BaseException) -> str:
         )
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found.group(1).split("@")[0].lstrip("+~")
+        if key.startswith("backbone.") and not any(w.startswith("backbone=") for w in sys.argv):
+            return f"{key}: backbone=auto has no settings; name one first, such as backbone=timm"
         keys = _keys()
         above = [k for k in keys if key.startswith(f"{k}.")]  # of these, none was meant
         inside = [k for k in keys if k.endswith(f".{key.rpartition('.')[2]}")]

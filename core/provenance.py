@@ -73,13 +73,13 @@ def _closure(module: str) -> set[Path]:
     paths: set[Path] = set()
     waiting = [module]
     while waiting:
-        path = _file(waiting.pop())
+        at = waiting.pop()
+        path = _file(at)
         if path is None or path in paths:
             continue
         paths.add(path)
-        waiting += [
-            name for name in _imports(path) if name.split(".")[0] in (*METHOD, module.split(".")[0])
-        ]
+        packages = (*METHOD, module.split(".")[0])
+        waiting += [name for name in _imports(path, at) if name.split(".")[0] in packages]
     return paths
 
 
@@ -98,14 +98,20 @@ def _file(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, wherever in it; `from a import b` gives `a` and `a.b`."""
+def _imports(path: Path, module: str) -> Iterator[str]:
+    """Dotted names that the file of `module` imports, wherever in it.
+
+    `from a import b` gives `a` and `a.b`; relative names are made absolute.
+    """
+    package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def _name(path: Path) -> str:

@@ -40,9 +40,15 @@ def plain_name(text: str) -> bool:
     return (
         bool(text.strip())
         and not text.startswith(".")
-        and not set(text) & set("/\\\0\n")
+        and not set(text) & set("/\\")
+        and text.isprintable()
         and (len(text.encode()) <= 120)
     )
+
+
+def own_label(text: str) -> bool:
+    """a name that can be a folder, without '[' and ']', which mark stand-in data"""
+    return plain_name(text) and not set(text) & set("[]")
 
 
 def distinct(values: Sequence[Any]) -> bool:
@@ -60,6 +66,7 @@ CountOrZero = Annotated[int, Ge(0), Le(10**9)]
 Size = Annotated[int, Ge(1), Le(2**14)]  # of a layer, a kernel, a side in pixels, a batch of loops
 Seed = Annotated[int, Ge(0), Lt(2**32)]  # NumPy's legacy generator takes no other
 PlainName = Annotated[str, Predicate(plain_name)]
+OwnLabel = Annotated[str, Predicate(own_label)]
 
 
 def bare(kind: Any) -> tuple[Any, list[Any]]:

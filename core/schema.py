@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.build import check, check_call, check_options, check_value, locate, result
 from core.errors import UserError, suggest
-from core.ranges import CountOrZero, PlainName, Seed
+from core.ranges import CountOrZero, OwnLabel, PlainName, Seed
 from core.sinks import SINKS
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -160,7 +160,7 @@ def _check_scenario(node: Mapping[str, Any], *, real: bool) -> None:
     """As it will be once the values for real or for embedded images are filled in."""
     extra = ("backbones", "real", "embedded", "label", "name")
     check_value(node.get("backbones"), Choice, at="scenario.backbones")
-    check_value(node.get("label"), PlainName | None, at="scenario.label")
+    check_value(node.get("label"), OwnLabel | None, at="scenario.label")
     options = {k: v for k, v in node.items() if k not in extra}
     for key in ("real", "embedded"):
         defaults = node.get(key, {})

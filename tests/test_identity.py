@@ -68,6 +68,30 @@ def test_words_and_layout_are_not_code(tmp_path):
     assert prints["plain"] == prints["same"] != prints["other"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from .helper import SCALE",
+        "from . import helper",
+        "from ..ownpkg.helper import SCALE",
+        "from ownroot.ownpkg import helper",
+        "import ownroot.ownpkg.helper",
+    ],
+)
+def test_every_way_to_import_a_module_counts(tmp_path, monkeypatch, line):
+    package = tmp_path / "ownroot" / "ownpkg"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "helper.py").write_text("SCALE = 1\n")
+    (package / "method.py").write_text(f"def f():\n    {line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code = provenance.code_of("ownroot.ownpkg.method.Mine")["method"]
+    assert {Path(name).name for name in code} >= {"method.py", "helper.py"}
+    for name in [name for name in sys.modules if name.split(".")[0] == "ownroot"]:
+        del sys.modules[name]  # find_spec imports the packages
+
+
 @pytest.mark.parametrize("strategy", [*TTA, *CL])
 def test_the_code_of_a_method_is_its_file_and_what_it_imports(configure, strategy):
     targets = [str(node._target_) for node in nodes(configure(f"strategy={strategy}").strategy)]
