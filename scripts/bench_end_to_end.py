@@ -34,12 +34,12 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import kernels  # noqa: E402
 from backbones.backbone import Backbone  # noqa: E402
 from core.build import build  # noqa: E402
 from core.files import write_text  # noqa: E402
 from core.record import environment  # noqa: E402
 from core.stream import Batch, Task  # noqa: E402
+from kernels import adapter as fused  # noqa: E402
 from kernels import chosen  # noqa: E402
 from kernels.reference import formula  # noqa: E402
 
@@ -56,14 +56,15 @@ def plain(x: Tensor, down: Tensor, up: Tensor, **given: Any) -> Tensor:
 @contextmanager
 def side(name: str) -> Iterator[None]:
     """Inside, all adapters are computed by `plain` or by the operator."""
-    modules = [m for m in sys.modules.values() if getattr(m, "adapter", None) is kernels.adapter]
-    for module in modules if name != "fused" else ():
+    users = [m for n, m in sys.modules.items() if n.startswith(("parts.", "cl.", "tta."))]
+    users = [m for m in users if getattr(m, "adapter", None) is fused]
+    for module in users if name != "fused" else ():
         module.adapter = plain  # pyrefly: ignore
     try:
         yield
     finally:
-        for module in modules:
-            module.adapter = kernels.adapter  # pyrefly: ignore
+        for module in users:
+            module.adapter = fused  # pyrefly: ignore
 
 
 def method(name: str, tag: str, device: torch.device, **options: Any) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import nn
 
 from backbones.backbone import Backbone
@@ -197,6 +198,19 @@ def test_attention_that_bypasses_its_qkv_layer_is_served(name):
     torch.testing.assert_close(each[1], got, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match=r"no place.*blocks\.0:tokens.*any number of tokens"):
         bank.add("prompts", {"blocks.0:tokens": Prompt(32, 2)})
+
+
+def test_the_sides_of_the_benchmark_differ_and_are_put_back(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench_end_to_end as bench
+
+    import kernels
+    from parts.adapters import bottleneck
+
+    fused = kernels.adapter
+    with bench.side("plain"):
+        assert bottleneck.adapter is bench.plain and kernels.adapter is fused
+    assert bottleneck.adapter is fused and kernels.adapter is fused
 
 
 class Bypassing(nn.Module):
