@@ -24,10 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import UserError, suggest
-from core.paths import add_resolver
+from core.paths import CONF, add_resolver
 from core.torchrun import requested, speaks
 
-CONF = Path(__file__).parent / "conf"
 ADAPTER = "adapter@strategy.adapter"  # what adapter=... stands for
 # Flags of Hydra that take a value of their own.
 FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}

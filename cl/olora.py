@@ -279,12 +279,11 @@ class OLoRA(CLStrategy):
             [pair for a in self.bank.adapters(name).values() for pair in a.pairs()]
             for name in self.sets
         ]
-        old = [torch.cat([a for a, _ in maps]) for maps in zip(*earlier, strict=True)]
-        if not old:
-            old = [a.detach()[:0] for a, _ in new]
-        rows = zip(new, old, strict=True)
-        omega = torch.cat([orthogonality(a[None], before[None]) for (a, _), before in rows])
-        return omega, torch.stack([norms(a[None], b[None]) for a, b in new]).sum()
+        omega = []
+        for i, (a, _) in enumerate(new):
+            old = torch.cat([a.detach()[:0], *(pairs[i][0] for pairs in earlier)])
+            omega.append(orthogonality(a[None], old[None]))
+        return torch.cat(omega), torch.stack([norms(a[None], b[None]) for a, b in new]).sum()
 
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, D] with the updates of all tasks so far."""

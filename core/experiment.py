@@ -27,7 +27,7 @@ from core.console import Console, table
 from core.errors import UserError
 from core.files import replacing, write_json, write_text
 from core.identity import VOLATILE, identity
-from core.paths import expand_paths
+from core.paths import CONF, expand_paths
 from core.prepare import prepare
 from core.provenance import Code, changed_files, code_of, git_state
 from core.record import Lock, NoRecords, RunLogger, environment
@@ -42,7 +42,6 @@ from streams.datasets import ORIGIN
 from streams.pipelines import Geometry
 from streams.store import ImageStore
 
-CONF = Path(__file__).parents[1] / "conf"
 Stream = TaskStream | ShiftStream
 
 

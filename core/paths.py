@@ -1,4 +1,4 @@
-"""The home folder in settings; needs no torch.
+"""The folder of the configuration, and the home folder in settings; needs no torch.
 
 A shell replaces `~` at the beginning of a word only; in `'data.root="~/images"'` (Hydra wants the
 quotes) it arrives as typed. `expand_paths` is the one place that replaces it, before a setting is
@@ -13,6 +13,8 @@ from os.path import expanduser
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def expand_paths(node: DictConfig | ListConfig) -> None:

@@ -31,8 +31,7 @@ def code_of(*targets: str) -> Code:
         `method` and `framework`, each a mapping from file to 12 hex digits, and `python`, the minor
         version, since a tree is written out differently by another one.
     """
-    modules = [target.rpartition(".")[0] for target in targets]
-    method = sorted(set[Path]().union(*map(_closure, modules)))
+    method = sorted(_closure([target.rpartition(".")[0] for target in targets]))
     framework = {
         _name(path): fingerprint(path)
         for package in FRAMEWORK
@@ -68,17 +67,17 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
 
 
-def _closure(module: str) -> set[Path]:
-    """Files of `module` and of the modules of `METHOD` that it imports, recursively."""
+def _closure(modules: list[str]) -> set[Path]:
+    """Files of `modules` and of the modules of `METHOD` that they import, recursively."""
     paths: set[Path] = set()
-    waiting = [module]
+    packages = {*METHOD, *(module.split(".")[0] for module in modules)}
+    waiting = list(modules)
     while waiting:
         at = waiting.pop()
         path = _file(at)
         if path is None or path in paths:
             continue
         paths.add(path)
-        packages = (*METHOD, module.split(".")[0])
         waiting += [name for name in _imports(path, at) if name.split(".")[0] in packages]
     return paths
 

@@ -10,7 +10,6 @@ import inspect
 import re
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_type_hints, is_typeddict
 
 from annotated_types import Ge, Le, Predicate
@@ -19,10 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.build import check, check_call, check_options, check_value, locate, result
 from core.errors import UserError, suggest
+from core.paths import CONF
 from core.ranges import CountOrZero, OwnLabel, PlainName, Seed
 from core.sinks import SINKS
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 def device_name(text: str) -> bool:

@@ -28,10 +28,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from core.files import write_json
+from core.paths import CONF
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
-CONF = Path(__file__).parents[1] / "conf"
 Outcome = dict[str, Any]
 # Our launcher files are laid over the plugins' own of the same name, as intended.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 HANG = 1800  # seconds after which a process counts as hung; nothing is measured by it
@@ -142,3 +144,22 @@ def _nested(group: str, choice: str) -> dict[str, Any]:
         return strategy_node(choice)
     plain: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
     return plain
+
+
+def copied(value: Any) -> Any:
+    """A copy through a file, as a checkpoint goes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Bitwise equality of nested tensors and plain values."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)

@@ -7,7 +7,6 @@ around it. That each property can fail is shown on methods that break it (broken
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import subprocess
@@ -27,7 +26,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, strategy_node
+from conftest import ROOT, copied, equal, strategy_node
 from torch import Tensor, nn
 
 from backbones.backbone import Backbone
@@ -349,25 +348,6 @@ def resumed(case: Case, state: dict[str, Any], cursor: Cursor, dice: Tensor) -> 
     torch.set_rng_state(dice)
     rest = [row for _, row in drive(strategy, case, cursor)]
     return [*rest, end(strategy, case)]
-
-
-def copied(value: Any) -> Any:
-    """A copy through a file, as a checkpoint goes."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Bitwise equality of nested tensors and plain values."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
 
 
 def modes(strategy: nn.Module) -> list[tuple[bool, int]]:

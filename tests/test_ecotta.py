@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, copied, equal
 from golden_case import FOLDER, Case, both, names, names_in, optimiser, record
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -411,23 +410,6 @@ KINDS = {
 every = pytest.mark.parametrize("kind", KINDS)
 
 
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
-
-
 @every
 def test_the_frozen_network_stays(kind):
     method = ready(**KINDS[kind])
@@ -444,7 +426,7 @@ def test_the_frozen_network_stays(kind):
 def test_without_update_nothing_moves():
     method = ready(update=False)
     assert list(method.updated_parameters()) == []
-    start, x = through_a_file(method.snapshot()), images(6)
+    start, x = copied(method.snapshot()), images(6)
     assert torch.equal(method.adapt(x), method.predict(x))
     assert equal({**method.snapshot()["tensors"], "seen": 0}, {**start["tensors"], "seen": 0})
 

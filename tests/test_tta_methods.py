@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, copied, equal
 from omegaconf import OmegaConf
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, LayerNorm2d, RmsNorm
 from torch import Tensor, nn
@@ -82,25 +81,6 @@ def images(name: str, sizes: tuple[int, ...] = BATCHES) -> list[Tensor]:
 
 def run(method: TTAStrategy, batches: list[Tensor]) -> list[Tensor]:
     return [method.adapt(x) for x in batches]
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Bitwise equality of nested tensors."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
-
-
-def copied(state: dict[str, Any]) -> dict[str, Any]:
-    """Through a file, as a checkpoint goes."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("name", ["bn", "bn-mixed", "tent", "cotta"])

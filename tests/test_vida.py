@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, copied, equal
 from golden_case import FOLDER, Case, both, names, names_in, optimiser, record, weights
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -116,25 +115,6 @@ class Progress:
 
     def say(self, text: str) -> None:
         pass
-
-
-def copied(state: Any) -> Any:
-    """Through a file, as a checkpoint goes."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Bitwise equality of nested tensors."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
 
 
 # ------------------------------------------------------------------------ recorded numbers

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,3 +71,17 @@ class Adapter(nn.Module):
     def after_grouped(adapters: Sequence[Adapter], inp: Tensor, out: Tensor) -> Tensor:
         """`after` of T adapters on T chunks, as in `add_grouped`."""
         return torch.stack([a.after(i, o) for a, i, o in zip(adapters, inp, out, strict=True)])
+
+
+class Product(Adapter):
+    """Adds what one call of `kernels.adapter` gives; a subclass defines `_call` and `pairs`."""
+
+    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
+        """`[base +] weight * update(x)`; `residual` goes to the operator."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
+        return self._call(x, weight, base=base, in_place=True)

@@ -7,15 +7,15 @@
     bank.features_each(x, ["task0", "task1"])    # [2, B, D], one pass of the frozen weights
     bank.features_indexed(x, ["task0", "task1"], index)    # [B, D], a set for each image
 
-A point is `<module>:<kind>`, see `adapter.py`; `bank.points()` lists what a network
-offers. The network keeps its class, its modules and its weights: adapters act through hooks that
-do nothing outside the call. Linear modules anywhere and the parts of timm's `Block` (norm1, attn,
+A point is `<module>:<kind>`, see `adapter.py`; `bank.points()` lists what a network offers. The
+network keeps its class, its modules and its weights: adapters act through hooks that do nothing
+outside the call. Linear modules anywhere and the parts of timm's `Block` (norm1, attn,
 norm2, mlp) are enough for every kind; a network that lacks what a point needs is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, cast
@@ -37,6 +37,35 @@ Use = str | Mapping[str, float] | None
 KINDS = ("parallel", "out", "in", "keys", "tokens")
 
 
+class Reach:
+    """Whether the first pass through a set of adapters reaches all its points.
+
+    A network may compute something without calling the module that it has for it; adapters there
+    would learn nothing.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.points: set[str] = set()  # in this pass; hooks add to it
+        self.verified: set[str] = set()  # names of sets
+
+    def verify(self, sets: Mapping[str, Collection[str]]) -> None:
+        """After a pass through `sets`, name -> points.
+
+        Raises:
+            UserError: naming the network and the first point that was not reached.
+        """
+        for name in sets.keys() - self.verified:
+            if missed := [point for point in sets[name] if point not in self.points]:
+                raise UserError(
+                    f"{self.backbone.tag}: adapters at {missed[0]} are never reached, because the "
+                    f"network does not call that module ({len(missed)} of {len(sets[name])} "
+                    "points). Choose other points (strategy.adapter) or another backbone"
+                )
+            self.verified.add(name)
+        self.points.clear()
+
+
 class AdapterBank(nn.Module):
     """Adapter sets and their attachment to `backbone`.
 
@@ -54,8 +83,7 @@ class AdapterBank(nn.Module):
         self._index: Tensor | None = None  # the set of each image
         self._expanded = False
         self._residual: Tensor | None = None
-        self._reached: set[str] = set()  # points, in the last pass
-        self._verified: set[str] = set()  # sets of which a pass has reached every point
+        self._reach = Reach(backbone)
 
     @property
     def backbone(self) -> Backbone:
@@ -129,7 +157,7 @@ class AdapterBank(nn.Module):
     def remove(self, name: str) -> None:
         """Drop a set."""
         del self.sets[name]
-        self._verified.discard(name)
+        self._reach.verified.discard(name)
 
     def freeze(self, name: str, frozen: bool = True) -> None:
         """Stop (or start) training a set; a frozen set is in evaluation mode for good."""
@@ -159,7 +187,7 @@ class AdapterBank(nn.Module):
         """[B, 3, H, W] -> [B, D] with one set, a weighted sum of sets, or none."""
         with self.using(use):
             out = self.backbone.features(x)
-            self._verify([name for name, _ in self._active])
+            self._reach.verify({name: self.adapters(name) for name, _ in self._active})
         return out
 
     @distributed.shared(dim=1)
@@ -181,7 +209,7 @@ class AdapterBank(nn.Module):
         self._group, self._expanded = list(names), outside
         try:
             out = self.backbone.features(images)
-            self._verify(names)
+            self._reach.verify({name: self.adapters(name) for name in names})
         finally:
             self._group, self._residual = [], None
         if not outside:  # each copy counts as a pass, although block 0 is shared
@@ -205,7 +233,7 @@ class AdapterBank(nn.Module):
         self._group, self._index = list(names), index
         try:
             out = self.backbone.features(x)
-            self._verify(names)
+            self._reach.verify({name: self.adapters(name) for name in names})
             return out
         finally:
             self._group, self._index, self._residual = [], None, None
@@ -229,20 +257,6 @@ class AdapterBank(nn.Module):
             yield
         finally:
             self._active, self._residual = before, None
-
-    def _verify(self, names: Sequence[str]) -> None:
-        """After the first pass through a set: all its points were reached.
-
-        Raises:
-            UserError: for a network that computes something without calling the module it has for
-                it; its adapters there would learn nothing.
-        """
-        for name in set(names) - self._verified:
-            missed = [point for point in self.adapters(name) if point not in self._reached]
-            if missed:
-                raise never_reached(self.backbone, missed, len(self.adapters(name)))
-            self._verified.add(name)
-        self._reached.clear()
 
     # -------------------------------------------------------------- hooks
 
@@ -348,7 +362,7 @@ class AdapterBank(nn.Module):
             self._residual = x
 
     def _parallel(self, point: str, out: Tensor) -> Tensor:
-        self._reached.add(point)
+        self._reach.points.add(point)
         u = self._residual
         if adapters := self._grouped(point):
             assert u is not None
@@ -366,7 +380,7 @@ class AdapterBank(nn.Module):
         return out
 
     def _out(self, point: str, inp: Tensor, out: Tensor) -> Tensor:
-        self._reached.add(point)
+        self._reach.points.add(point)
         if out.data_ptr() == inp.data_ptr():
             out = out.clone()  # adapters may write into a module's output, not into its input
         if adapters := self._grouped(point):
@@ -380,7 +394,7 @@ class AdapterBank(nn.Module):
         return out
 
     def _in(self, point: str, inp: Tensor) -> Tensor:
-        self._reached.add(point)
+        self._reach.points.add(point)
         if adapters := self._grouped(point):
             parts = zip(adapters, self._chunks(inp), strict=True)
             return torch.cat([a.before(i) for a, i in parts])
@@ -393,7 +407,7 @@ class AdapterBank(nn.Module):
         return torch.stack(prompts) if prompts else None
 
     def _append(self, point: str, x: Tensor) -> Tensor:
-        self._reached.add(point)
+        self._reach.points.add(point)
         tokens = self._tokens(point)
         if tokens is None:
             return x
@@ -408,7 +422,7 @@ class AdapterBank(nn.Module):
         plain: Callable[..., Tensor] = module.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            self._reached.add(point)
+            self._reach.points.add(point)
             adapters = self._grouped(point) or _only(self._found(point), point, lambda a: [a], [])
             prefixes = [a for a in adapters if isinstance(a, Prefix)]
             return attend(module, x, prefixes) if prefixes else plain(x, *args, **kwargs)
@@ -461,15 +475,6 @@ def call_qkv(net: nn.Module, path: str, acts: Callable[[], bool]) -> None:
         owner.qkv_bias_separate = acts()
 
     owner.register_forward_pre_hook(switch)
-
-
-def never_reached(backbone: Backbone, missed: Sequence[str], points: int) -> UserError:
-    """The error for a network that does not call the modules that it has for something."""
-    return UserError(
-        f"{backbone.tag}: adapters at {missed[0]} are never reached, because the network does not "
-        f"call that module ({len(missed)} of {points} points). Choose other points "
-        "(strategy.adapter) or another backbone"
-    )
 
 
 def _only(found: Any, point: str, act: Callable[[Any], Any], otherwise: Any) -> Any:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from core.distributed import dropout
 from core.ranges import Below1, NonNegative, Size
 from kernels import adapter
-from parts.adapters.adapter import Adapter, kaiming
+from parts.adapters.adapter import Adapter, Product, kaiming
 
 
-class Bottleneck(Adapter):
+class Bottleneck(Product):
     """`scale * (up(dropout(act(down(x)))))` with biases.
 
     Args:
@@ -66,14 +66,8 @@ class Bottleneck(Adapter):
             **residual,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._call(x)
-
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         return [(self.down.weight, self.up.weight)] if self.placement == "parallel" else []
-
-    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
-        return self._call(x, weight, base=base, in_place=True)
 
     def before(self, inp: Tensor) -> Tensor:
         return self._call(inp, add_input=True)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from core.ranges import Size
 from kernels import adapter
-from parts.adapters.adapter import Adapter
+from parts.adapters.adapter import Product
 
 
-class DualRank(Adapter):
+class DualRank(Product):
     """`s1 * up1 down1 x + s2 * up2 down2 x`, a pair of very different rank (ViDA).
 
     Computed as one product of rank r1 + r2. The scales are a buffer that a method sets.
@@ -44,14 +44,8 @@ class DualRank(Adapter):
     def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
         return dual_rank(x, list(self.down), list(self.up), self.scales, weight, **residual)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._call(x)
-
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.down, self.up, strict=True))
-
-    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
-        return self._call(x, weight, base=base, in_place=True)
 
 
 def dual_rank(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from core.ranges import NonNegative, Size, distinct
 from kernels import adapter
-from parts.adapters.adapter import Adapter, kaiming
+from parts.adapters.adapter import Product, kaiming
 
 
-class LoRA(Adapter):
+class LoRA(Product):
     """Low-rank update of some row blocks of a linear layer: `sum over blocks of s * B A x`.
 
     Args:
@@ -66,14 +66,8 @@ class LoRA(Adapter):
         scale = weight * (1.0 if self.scale is None else self.scale)
         return adapter(x, down, up, scale=scale, rank_scale=columns, **residual)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._call(x)
-
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.a, self.b, strict=True))
-
-    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
-        return self._call(x, weight, base=base, in_place=True)
 
     @staticmethod
     def add_grouped(  # type: ignore[override]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from backbones.backbone import Backbone
 from core.errors import UserError, suggest
-from parts.adapters.bank import call_qkv, never_reached
+from parts.adapters.bank import Reach, call_qkv
 
 
 def _peft() -> Any:
@@ -60,8 +60,7 @@ class PeftBank(nn.Module):
         self._backbone = [backbone]  # in a list: not a submodule
         self._own: dict[str, list[nn.Parameter]] = {}  # of each adapter, in the network's order
         self._layers: list[tuple[str, Any]] = []  # wrapped layers by name
-        self._reached: set[str] = set()  # of them, in the last pass
-        self._verified: set[str] = set()  # adapters of which a pass has reached every layer
+        self._reach = Reach(backbone)
 
     @property
     def backbone(self) -> Backbone:
@@ -125,7 +124,7 @@ class PeftBank(nn.Module):
         for path, layer in self._layers:
             if path not in wrapped:
                 call_qkv(net, path, lambda layer=layer: not layer.disable_adapters)
-                layer.register_forward_hook(lambda *_, path=path: self._reached.add(path))
+                layer.register_forward_hook(lambda *_, path=path: self._reach.points.add(path))
         wanted = self.tensor_names(name)
         self._own[name] = [p for n, p in net.named_parameters() if n in wanted]
         if not self._own[name]:
@@ -152,6 +151,12 @@ class PeftBank(nn.Module):
             else:
                 found.add(path)
         return found
+
+    def _paths(self, name: str) -> list[str]:
+        """The layers that hold something of one adapter."""
+        names = self.tensor_names(name)
+        paths = [path for path, _ in self._layers]
+        return [path for path in paths if any(n.startswith(f"{path}.") for n in names)]
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """Parameters of one adapter, in the order of the network."""
@@ -184,15 +189,9 @@ class PeftBank(nn.Module):
         Raises:
             UserError: for a layer that the network does not call.
         """
-        self._reached.clear()
         with self.using(use):
             out = self.backbone.features(x)
-        if use is not None and use not in self._verified:
-            paths = [path for path, _ in self._layers]
-            own = [p for p in paths if any(n.startswith(f"{p}.") for n in self.tensor_names(use))]
-            if missed := [path for path in own if path not in self._reached]:
-                raise never_reached(self.backbone, missed, len(own))
-            self._verified.add(use)
+        self._reach.verify({} if use is None else {use: self._paths(use)})
         return out
 
     @contextmanager
