@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
 	&& { echo $$p; break; }; done)
 BIN := .venv/bin
 READY := .venv/.ready
+PACKAGES := analysis backbones cl core kernels parts runs streams tta
 
 .PHONY: demo test test-oldest check docs setup clean
 
@@ -40,6 +41,8 @@ $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 not found; name one: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	mkdir -p .venv/types/driftline    # what the type checker and editors read
+	for p in driftline/__init__.py $(PACKAGES); do ln -sfn ../../../$$p .venv/types/driftline/; done
 	touch $(READY)
 
 clean:

@@ -3,6 +3,13 @@
 Needs pandas and matplotlib (`pip install -e ".[analysis]"`); nothing else of ours imports this.
 """
 
-from analysis.runs import load_batches, load_experiences, load_matrix, load_runs, notes, select
+from driftline.analysis.runs import (
+    load_batches,
+    load_experiences,
+    load_matrix,
+    load_runs,
+    notes,
+    select,
+)
 
 __all__ = ["load_batches", "load_experiences", "load_matrix", "load_runs", "notes", "select"]

@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from analysis.tables import Table, as_html
+from driftline.analysis.tables import Table, as_html
 
 CSS = """
 :root { color-scheme: light dark; --text: #1d1d1b; --back: #fff; --line: #dcdcd8; --soft: #f5f5f2;

@@ -22,8 +22,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.runs import load_batches, load_experiences, load_matrix, named
-from analysis.tables import SHARES, headline, is_shift, methods_in_order, number, smaller_is_better
+from driftline.analysis.runs import load_batches, load_experiences, load_matrix, named
+from driftline.analysis.tables import (
+    SHARES,
+    headline,
+    is_shift,
+    methods_in_order,
+    number,
+    smaller_is_better,
+)
 
 COLOURS = {
     "source": "#666666",

@@ -22,8 +22,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from core.errors import UserError
-from core.identity import VOLATILE, VOLATILE_DATA
+from driftline.core.errors import UserError
+from driftline.core.identity import VOLATILE, VOLATILE_DATA
 
 MARKERS = {"summary.json", "config.yaml", "environment.json", "failure.txt"}
 IDENTITY = ("scenario", "strategy", "backbone", "seed")

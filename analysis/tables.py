@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.runs import PLACE, json_lines, named, stand_in, title
-from core.console import table as aligned
-from core.errors import UserError, suggest
+from driftline.analysis.runs import PLACE, json_lines, named, stand_in, title
+from driftline.core.console import table as aligned
+from driftline.core.errors import UserError, suggest
 
 SHIFT = (
     "err_mean",
@@ -176,7 +176,7 @@ def with_intransigence(runs: pd.DataFrame) -> pd.DataFrame:
     joint = runs[runs["strategy"] == "joint"]
     if joint.empty:
         return runs
-    from core.metrics import intransigence  # imports torch, which takes seconds
+    from driftline.core.metrics import intransigence  # imports torch, which takes seconds
 
     runs = runs.copy()
     same = ["data.fingerprint", "weights.hash", "seed"]

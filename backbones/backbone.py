@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core import distributed
+from driftline.core import distributed
 
 
 class Passes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import core.vision  # noqa: F401  # isort: skip
+import driftline.core.vision  # noqa: F401  # isort: skip
 
 from timm.layers import PatchEmbed
 from timm.models.resnet import BasicBlock, ResNet

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.errors import Diverged
+from driftline.core.errors import Diverged
 
 
 class ExpandingLinear(nn.Module):

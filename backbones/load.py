@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlparse
 
-import core.vision  # noqa: F401  # isort: skip
+import driftline.core.vision  # noqa: F401  # isort: skip
 
 import huggingface_hub
 import safetensors.torch
@@ -32,12 +32,12 @@ from timm.data.imagenet_info import infer_imagenet_subset
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from backbones import embedded
-from backbones.backbone import Backbone
-from backbones.resnext_cifar import CifarResNeXt
-from backbones.wide_resnet import WideResNet
-from core.errors import UserError, suggest
-from core.ranges import PlainName, Size
+from driftline.backbones import embedded
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.resnext_cifar import CifarResNeXt
+from driftline.backbones.wide_resnet import WideResNet
+from driftline.core.errors import UserError, suggest
+from driftline.core.ranges import PlainName, Size
 
 RANDOM = "random"  # value of `checkpoint` that asks for random weights
 WEIGHTS = Path(__file__).parent / "weights"

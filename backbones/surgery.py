@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from core.errors import UserError
+from driftline.core.errors import UserError
 
 Kind = Literal["bn2d", "bn1d", "ln", "gn"]
 Select = Callable[[str, nn.Module], bool]

@@ -27,16 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone, weights_hash
-from backbones.heads import CosineHead, PrototypeHead
-from cl.common import evaluation_mode, freeze_pretrained_head, rate_factor, require_finite
-from core.errors import Diverged
-from core.ranges import Count, NonNegative, Unit
-from core.strategy import CLStrategy
-from core.stream import Batch, Task
-from parts.adapters.bank import AdapterBank
-from parts.adapters.peft_bank import PeftBank, PeftPlan
-from parts.adapters.plan import Plan
+from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.backbones.heads import CosineHead, PrototypeHead
+from driftline.cl.common import evaluation_mode, freeze_pretrained_head, rate_factor, require_finite
+from driftline.core.errors import Diverged
+from driftline.core.ranges import Count, NonNegative, Unit
+from driftline.core.strategy import CLStrategy
+from driftline.core.stream import Batch, Task
+from driftline.parts.adapters.bank import AdapterBank
+from driftline.parts.adapters.peft_bank import PeftBank, PeftPlan
+from driftline.parts.adapters.plan import Plan
 
 NAME = "tuned"  # of the one set of adapters
 

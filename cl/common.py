@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.heads import ExpandingLinear
-from backbones.surgery import evaluation_mode as evaluation_mode  # what every method here needs
-from core.errors import Diverged
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.heads import ExpandingLinear
+from driftline.backbones.surgery import (
+    evaluation_mode as evaluation_mode,  # what every method here needs
+)
+from driftline.core.errors import Diverged
 
 Scope = Literal["current", "seen", "all"]
 Schedule = Literal["step", "cosine"]

@@ -32,14 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.backbone import Backbone, weights_hash
-from backbones.heads import CosineHead
-from cl.common import evaluation_mode, rate_factor, require_finite
-from core.errors import Diverged
-from core.ranges import Count, NonNegative, Unit
-from core.strategy import CLStrategy
-from core.stream import Batch, Task
-from parts.adapters.plan import Plan
+from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.backbones.heads import CosineHead
+from driftline.cl.common import evaluation_mode, rate_factor, require_finite
+from driftline.core.errors import Diverged
+from driftline.core.ranges import Count, NonNegative, Unit
+from driftline.core.strategy import CLStrategy
+from driftline.core.stream import Batch, Task
+from driftline.parts.adapters.plan import Plan
 
 PRETRAINED = "pretrained"  # the subspace without adapter
 COPIES = 512  # images times sets that go through the network at once, which bounds memory

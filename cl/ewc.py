@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from backbones.backbone import Backbone
-from cl.common import Schedule, Scope, Store, evaluation_mode
-from cl.l2 import Anchored
-from core.errors import Diverged
-from core.ranges import Count, CountOrZero, NonNegative, Unit
-from core.stream import Task
+from driftline.backbones.backbone import Backbone
+from driftline.cl.common import Schedule, Scope, Store, evaluation_mode
+from driftline.cl.l2 import Anchored
+from driftline.core.errors import Diverged
+from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
+from driftline.core.stream import Task
 
 
 class EWC(Anchored):

@@ -18,10 +18,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.heads import ExpandingLinear
-from backbones.surgery import batch_norms
-from cl.common import (
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.heads import ExpandingLinear
+from driftline.backbones.surgery import batch_norms
+from driftline.cl.common import (
     Schedule,
     Scope,
     evaluation_mode,
@@ -31,9 +31,9 @@ from cl.common import (
     scope_columns,
     scoped_cross_entropy,
 )
-from core.ranges import Count, CountOrZero, NonNegative, Unit
-from core.strategy import CLStrategy
-from core.stream import Batch, Task
+from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
+from driftline.core.strategy import CLStrategy
+from driftline.core.stream import Batch, Task
 
 
 class Finetune(CLStrategy):

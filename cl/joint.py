@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.heads import ExpandingLinear
-from cl.common import Schedule
-from cl.finetune import Finetune
-from core.ranges import Count, CountOrZero, NonNegative, Unit
-from core.stream import Batch, Task
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.heads import ExpandingLinear
+from driftline.cl.common import Schedule
+from driftline.cl.finetune import Finetune
+from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
+from driftline.core.stream import Batch, Task
 
 
 class Joint(Finetune):

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from cl.common import Schedule, Scope, Store
-from cl.finetune import Finetune
-from core.ranges import Count, CountOrZero, NonNegative, Unit
-from core.stream import Task
+from driftline.backbones.backbone import Backbone
+from driftline.cl.common import Schedule, Scope, Store
+from driftline.cl.finetune import Finetune
+from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
+from driftline.core.stream import Task
 
 
 class Anchored(Finetune):

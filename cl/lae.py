@@ -27,8 +27,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from cl.common import (
+from driftline.backbones.backbone import Backbone
+from driftline.cl.common import (
     NearZeroLinear,
     Scope,
     evaluation_mode,
@@ -36,10 +36,10 @@ from cl.common import (
     scope_columns,
     scoped_cross_entropy,
 )
-from core.ranges import Count, CountOrZero, NonNegative, Unit
-from core.strategy import CLStrategy
-from core.stream import Batch, Task
-from parts.adapters.plan import Plan
+from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
+from driftline.core.strategy import CLStrategy
+from driftline.core.stream import Batch, Task
+from driftline.parts.adapters.plan import Plan
 
 FROZEN, BATCH = "frozen", "batch"  # facts kept with the optimiser's state, hence in checkpoints
 

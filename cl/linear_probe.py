@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone, weights_hash
-from cl.common import Schedule, Scope, evaluation_mode
-from cl.finetune import Finetune
-from core.ranges import Count, CountOrZero, NonNegative, Unit
+from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.cl.common import Schedule, Scope, evaluation_mode
+from driftline.cl.finetune import Finetune
+from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
 
 
 class LinearProbe(Finetune):

@@ -22,11 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from cl.common import Schedule, Scope, Store, evaluation_mode, require_finite, scoped_cross_entropy
-from cl.finetune import Finetune
-from core.ranges import Count, CountOrZero, NonNegative, Positive, Unit
-from core.stream import Batch, Task
+from driftline.backbones.backbone import Backbone
+from driftline.cl.common import (
+    Schedule,
+    Scope,
+    Store,
+    evaluation_mode,
+    require_finite,
+    scoped_cross_entropy,
+)
+from driftline.cl.finetune import Finetune
+from driftline.core.ranges import Count, CountOrZero, NonNegative, Positive, Unit
+from driftline.core.stream import Batch, Task
 
 
 class LwF(Finetune):

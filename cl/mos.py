@@ -46,14 +46,14 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone, weights_hash
-from backbones.heads import PrototypeHead
-from cl.common import evaluation_mode, rate_factor, require_finite, scoped_cross_entropy
-from core.errors import Diverged, UserError
-from core.ranges import Below1, Count, CountOrZero, NonNegative, Unit
-from core.strategy import CLStrategy
-from core.stream import Batch, Task
-from parts.adapters.plan import Plan
+from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.backbones.heads import PrototypeHead
+from driftline.cl.common import evaluation_mode, rate_factor, require_finite, scoped_cross_entropy
+from driftline.core.errors import Diverged, UserError
+from driftline.core.ranges import Below1, Count, CountOrZero, NonNegative, Unit
+from driftline.core.strategy import CLStrategy
+from driftline.core.stream import Batch, Task
+from driftline.parts.adapters.plan import Plan
 
 CURRENT = "current"  # the working set; stored ones are task0, task1, ...
 TEMPERATURE = 0.8  # of the self-similarity term

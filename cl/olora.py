@@ -33,8 +33,8 @@ import torch
 from annotated_types import MinLen
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from cl.common import (
+from driftline.backbones.backbone import Backbone
+from driftline.cl.common import (
     NearZeroLinear,
     evaluation_mode,
     rate_factor,
@@ -42,14 +42,14 @@ from cl.common import (
     scope_columns,
     scoped_cross_entropy,
 )
-from core.distributed import average_gradients, dropout
-from core.errors import UserError
-from core.ranges import Below1, Count, NonNegative, Positive, Size
-from core.strategy import CLStrategy
-from core.stream import Batch, Task
-from kernels import adapter
-from parts.adapters.adapter import Adapter
-from parts.adapters.plan import Plan
+from driftline.core.distributed import average_gradients, dropout
+from driftline.core.errors import UserError
+from driftline.core.ranges import Below1, Count, NonNegative, Positive, Size
+from driftline.core.strategy import CLStrategy
+from driftline.core.stream import Batch, Task
+from driftline.kernels import adapter
+from driftline.parts.adapters.adapter import Adapter
+from driftline.parts.adapters.plan import Plan
 
 
 class StackedLoRA(Adapter):

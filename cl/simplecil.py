@@ -16,11 +16,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone, weights_hash
-from backbones.heads import PrototypeHead
-from cl.common import evaluation_mode
-from core.strategy import CLStrategy
-from core.stream import Task
+from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.backbones.heads import PrototypeHead
+from driftline.cl.common import evaluation_mode
+from driftline.core.strategy import CLStrategy
+from driftline.core.stream import Task
 
 
 class SimpleCIL(CLStrategy):

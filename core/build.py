@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -15,25 +16,32 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from core.errors import UserError, suggest
-from core.ranges import Later, alternatives, bare, describe, fits
+from driftline.core.errors import UserError, suggest
+from driftline.core.ranges import Later, alternatives, bare, describe, fits
 
-ALLOWED = ("cl.", "tta.", "backbones.", "parts.", "streams.", "core.", "kernels.")
+FOLDERS = ("cl", "tta", "backbones", "parts", "streams", "core", "kernels")
 
 
 def locate(target: Any, at: str = "") -> Any:
-    """The class or function that a dotted `_target_` names, from this project's packages only.
+    """The class or function that a dotted `_target_` names: one of ours or of any other package.
+
+    Whether it makes what is wanted at its place is for the caller to check.
 
     Args:
         at: where the node stands in the configuration, for messages.
 
     Raises:
-        UserError: for a target outside `ALLOWED` or one that does not exist.
+        UserError: for a target that does not exist.
     """
     key = f"{at}._target_" if at else "_target_"
-    if not isinstance(target, str) or not target.startswith(ALLOWED):
-        raise UserError(f"{key}={target!r} is not allowed; it must start with one of {ALLOWED}")
+    if not isinstance(target, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", target):
+        raise UserError(
+            f"{key}={target!r} is no dotted name; write it like driftline.tta.tent.Tent or "
+            "mypackage.mine.Mine"
+        )
     module, _, name = target.rpartition(".")
+    if module.split(".")[0] in FOLDERS:
+        raise UserError(f"{key}={target!r}: write driftline.{target}")
     try:
         thing = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
@@ -54,9 +62,12 @@ def result(target: Any) -> Any:
 
 @cache
 def _hints(target: Any) -> dict[str, Any]:
-    return typing.get_type_hints(
-        target.__init__ if inspect.isclass(target) else target, include_extras=True
-    )
+    try:
+        return typing.get_type_hints(
+            target.__init__ if inspect.isclass(target) else target, include_extras=True
+        )
+    except TypeError:  # compiled code has no annotations
+        return {}
 
 
 def check(node: Mapping[str, Any], /, *, at: str, live: Collection[str] = ()) -> None:
@@ -76,7 +87,12 @@ def check(node: Mapping[str, Any], /, *, at: str, live: Collection[str] = ()) ->
         raise UserError(f"{at}._target_ is missing: what {at} is made of")
     name = node["_target_"]
     options = {k: v for k, v in node.items() if k != "_target_"}
-    check_call(locate(name, at), options, at=at, live=live, of=f" ({at}._target_={name})")
+    target = locate(name, at)
+    if result(target) is Any:
+        raise UserError(
+            f"{at}._target_={name} is neither a class nor a function with an annotated result"
+        )
+    check_call(target, options, at=at, live=live, of=f" ({at}._target_={name})")
 
 
 def check_call(

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
-from core import distributed
-from core.errors import UserError
-from core.files import BadFile, read_checked, write_checked
-from core.record import RunLogger
-from core.seed import rng_state, set_rng_state
-from core.strategy import Strategy
+from driftline.core import distributed
+from driftline.core.errors import UserError
+from driftline.core.files import BadFile, read_checked, write_checked
+from driftline.core.record import RunLogger
+from driftline.core.seed import rng_state, set_rng_state
+from driftline.core.strategy import Strategy
 
 KIND = "checkpoint-3"  # 2: with the run's key and a checksum; 3: state of inner strategies
 

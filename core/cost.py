@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.strategy import Strategy, optimizers
+from driftline.core.strategy import Strategy, optimizers
 
 KEPT = (
     "forward", "backward", "images", "steps", "evaluated", "evaluated_forward",

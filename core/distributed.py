@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from core.errors import UserError
-from core.torchrun import requested, speaks
+from driftline.core.errors import UserError
+from driftline.core.torchrun import requested, speaks
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.strategy import CLStrategy
-from core.stream import Images
+from driftline.core.strategy import CLStrategy
+from driftline.core.stream import Images
 
 
 class FeatureCache:

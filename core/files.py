@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from core.errors import UserError
+from driftline.core.errors import UserError
 
 LINE = 64  # bytes of the last line of a checked file
 MARK = b"\ndriftline "  # what it begins with

@@ -17,6 +17,7 @@ VOLATILE_DATA = ("root", "cache")
 # without it, it does not count, so that their folders are still the ones of the same command.
 # `_target_` of a node ("" for the top level) -> option -> that value.
 SINCE: dict[str, dict[str, Any]] = {}
+OURS = "driftline."  # before our targets, which had no such prefix at first
 
 
 def identity(cfg: DictConfig, *facts: str) -> str:
@@ -44,4 +45,7 @@ def _as_before(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     young = SINCE.get(node.get("_target_", ""), {})
-    return {k: _as_before(v) for k, v in node.items() if k not in young or v != young[k]}
+    before = {k: _as_before(v) for k, v in node.items() if k not in young or v != young[k]}
+    if "_target_" in before:
+        before["_target_"] = before["_target_"].removeprefix(OURS)
+    return before

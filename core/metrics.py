@@ -20,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from core.errors import UserError, suggest
+from driftline.core.errors import UserError, suggest
 
 F64 = NDArray[np.float64]
 FORGETTING = ("standard", "nonnegative", "first_minus_last")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-METHOD = ("cl", "tta", "parts", "backbones")  # packages whose code methods are made of
-FRAMEWORK = ("core", "streams", "kernels")
+METHOD = ("cl", "tta", "parts", "backbones")  # folders whose code methods are made of
+FRAMEWORK = ("core", "runs", "streams", "kernels")
 Code = dict[str, Any]  # "python", "method" and "framework": file -> fingerprint
 
 
@@ -70,7 +70,7 @@ def fingerprint(path: Path) -> str:
 def _closure(modules: list[str]) -> set[Path]:
     """Files of `modules` and of the modules of `METHOD` that they import, recursively."""
     paths: set[Path] = set()
-    packages = {*METHOD, *(module.split(".")[0] for module in modules)}
+    packages = {*(f"driftline.{name}" for name in METHOD), *map(_package, modules)}
     waiting = list(modules)
     while waiting:
         at = waiting.pop()
@@ -78,18 +78,21 @@ def _closure(modules: list[str]) -> set[Path]:
         if path is None or path in paths:
             continue
         paths.add(path)
-        waiting += [name for name in _imports(path, at) if name.split(".")[0] in packages]
+        waiting += [name for name in _imports(path, at) if _package(name) in packages]
     return paths
+
+
+def _package(module: str) -> str:
+    """`driftline.cl` of `driftline.cl.ease`; of somebody else's module the first name."""
+    return ".".join(module.split(".")[: 2 if module.startswith("driftline.") else 1])
 
 
 def _file(module: str) -> Path | None:
     """The file of a dotted module; None for a name inside a module."""
-    path = ROOT.joinpath(*module.split("."))
-    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-        if candidate.is_file():
-            return candidate
-    if module.split(".")[0] in (*METHOD, *FRAMEWORK):
-        return None
+    if module.startswith("driftline."):
+        path = ROOT.joinpath(*module.split(".")[1:])
+        candidates = (path.with_suffix(".py"), path / "__init__.py")
+        return next((candidate for candidate in candidates if candidate.is_file()), None)
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):

@@ -17,9 +17,9 @@ from typing import IO, Any, Protocol
 import torch
 from torch import Tensor
 
-from core import distributed
-from core.errors import UserError
-from core.files import write_json, write_text
+from driftline.core import distributed
+from driftline.core.errors import UserError
+from driftline.core.files import write_json, write_text
 
 TABLES = ("batches", "experiences", "matrix")
 

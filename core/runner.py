@@ -11,18 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core import distributed
-from core.checkpoint import Checkpointer, Snapshots
-from core.console import Console
-from core.cost import Costs, reset_peak_memory
-from core.errors import Diverged, UserError
-from core.features import FeatureCache
-from core.metrics import AccuracyMatrix, NearFuture, OnlineError
-from core.record import RunLogger
-from core.seed import rng_state, set_rng_state
-from core.strategy import CLStrategy, TTAStrategy
-from core.stream import Batch, ShiftStream, Task, TaskStream
-from core.window import Window
+from driftline.core import distributed
+from driftline.core.checkpoint import Checkpointer, Snapshots
+from driftline.core.console import Console
+from driftline.core.cost import Costs, reset_peak_memory
+from driftline.core.errors import Diverged, UserError
+from driftline.core.features import FeatureCache
+from driftline.core.metrics import AccuracyMatrix, NearFuture, OnlineError
+from driftline.core.record import RunLogger
+from driftline.core.seed import rng_state, set_rng_state
+from driftline.core.strategy import CLStrategy, TTAStrategy
+from driftline.core.stream import Batch, ShiftStream, Task, TaskStream
+from driftline.core.window import Window
 
 
 @dataclass

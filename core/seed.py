@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from core import distributed
+from driftline.core import distributed
 
 
 def derive(seed: int, *path: str | int) -> int:

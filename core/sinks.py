@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from core.errors import UserError
-from core.ranges import Count
+from driftline.core.errors import UserError
+from driftline.core.ranges import Count
 
 
 @dataclass(frozen=True)

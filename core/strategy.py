@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from core.build import locate
-from core.errors import UserError
-from core.seed import generator
-from core.stream import Batch, SourceImages, Task
+from driftline.core.build import locate
+from driftline.core.errors import UserError
+from driftline.core.seed import generator
+from driftline.core.stream import Batch, SourceImages, Task
 
 
 class Strategy(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from core.installation import FIX_TORCHVISION, torchvision_problem
+from driftline.core.installation import FIX_TORCHVISION, torchvision_problem
 
 if _problem := torchvision_problem():
     print(f"error: {_problem}: {FIX_TORCHVISION}", file=sys.stderr)

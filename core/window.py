@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.strategy import TTAStrategy
+from driftline.core.strategy import TTAStrategy
 
 
 class Window:

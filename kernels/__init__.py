@@ -1,6 +1,6 @@
 """The fused adapter operator: one call for every low-rank or bottleneck module."""
 
-from kernels.adapter import adapter
-from kernels.dispatch import chosen, use
+from driftline.kernels.adapter import adapter
+from driftline.kernels.dispatch import chosen, use
 
 __all__ = ["adapter", "chosen", "use"]

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from core.errors import suggest
-from kernels import dispatch, reference
+from driftline.core.errors import suggest
+from driftline.kernels import dispatch, reference
 
 ACTIVATIONS = ("none", "relu", "gelu")
 SECOND_DERIVATIVE = (
@@ -307,7 +307,7 @@ def _launch_forward(
             return reference.forward(
                 *_named(operands, base, settings), **_options(settings), in_place=in_place
             )
-        from kernels import triton_adapter
+        from driftline.kernels import triton_adapter
 
         given, per_segment = _segments(operands, base, settings)
         y = triton_adapter.forward(*given, **_options(settings), per_segment=per_segment)
@@ -333,7 +333,7 @@ def _launch_backward(
                 needs=needs,
             )
         else:
-            from kernels import triton_adapter
+            from driftline.kernels import triton_adapter
 
             (x, wide_base, *rest), per_segment = _segments(operands, base, settings)
             found = triton_adapter.backward(

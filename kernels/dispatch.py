@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import UserError, suggest
+from driftline.core.errors import UserError, suggest
 
 BACKENDS = ("auto", "triton", "reference", "compile")
 NO_GPU = (
@@ -157,7 +157,7 @@ def _found_unfit(
 ) -> str | None:
     if reason := no_triton():
         return reason
-    from kernels import triton_adapter
+    from driftline.kernels import triton_adapter
 
     of_x, of_base, compute = dtypes
     x = torch.empty((1, 0, d_in), dtype=of_x, device=device)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.adapter import adapter
+from driftline.kernels.adapter import adapter
 
 
 class Kept:

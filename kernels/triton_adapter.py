@@ -30,10 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import triton_device, tuning
-from kernels.dispatch import MAX_SEGMENTS
-from kernels.reference import Norm, output_dtype
-from kernels.triton_device import INTERPRETED
+from driftline.kernels import triton_device, tuning
+from driftline.kernels.dispatch import MAX_SEGMENTS
+from driftline.kernels.reference import Norm, output_dtype
+from driftline.kernels.triton_device import INTERPRETED
 
 MAX_RANK = 144  # two rank tiles, 128 + 16
 MAX_WIDTH = 4096

@@ -21,15 +21,13 @@
 
 # %%
 import os
-import sys
 from pathlib import Path
 
 REPO = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "analysis").is_dir())
-sys.path.insert(0, str(REPO))
 RESULTS = Path(os.environ.get("RESULTS_ROOT", REPO / "results/example"))
 
 # %%
-from analysis import load_runs, notes, select
+from driftline.analysis import load_runs, notes, select
 
 runs = load_runs(RESULTS)
 runs.groupby(["scenario", "strategy", "backbone"])["state"].value_counts().unstack(fill_value=0)

@@ -20,18 +20,16 @@
 
 # %%
 import os
-import sys
 from pathlib import Path
 
 REPO = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "analysis").is_dir())
-sys.path.insert(0, str(REPO))
 RESULTS = Path(os.environ.get("RESULTS_ROOT", REPO / "results/example"))
 
 # %%
 import pandas as pd
 
-from analysis import load_matrix, load_runs, plots, select
-from analysis.tables import by_place, is_shift
+from driftline.analysis import load_matrix, load_runs, plots, select
+from driftline.analysis.tables import by_place, is_shift
 
 places = [
     (place, runs) for place, runs in by_place(select(load_runs(RESULTS))) if not is_shift(runs)

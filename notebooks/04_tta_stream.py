@@ -20,16 +20,14 @@
 
 # %%
 import os
-import sys
 from pathlib import Path
 
 REPO = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "analysis").is_dir())
-sys.path.insert(0, str(REPO))
 RESULTS = Path(os.environ.get("RESULTS_ROOT", REPO / "results/example"))
 
 # %%
-from analysis import load_batches, load_runs, plots, select
-from analysis.tables import by_place, domain_table, is_shift
+from driftline.analysis import load_batches, load_runs, plots, select
+from driftline.analysis.tables import by_place, domain_table, is_shift
 
 places = [(place, runs) for place, runs in by_place(select(load_runs(RESULTS))) if is_shift(runs)]
 assert places, f"no finished test-time adaptation run under {RESULTS}"

@@ -21,16 +21,14 @@
 
 # %%
 import os
-import sys
 from pathlib import Path
 
 REPO = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "analysis").is_dir())
-sys.path.insert(0, str(REPO))
 RESULTS = Path(os.environ.get("RESULTS_ROOT", REPO / "results/example"))
 
 # %%
-from analysis import load_runs, plots, select
-from analysis.tables import by_place, cost_table
+from driftline.analysis import load_runs, plots, select
+from driftline.analysis.tables import by_place, cost_table
 
 places = by_place(select(load_runs(RESULTS)))
 place, runs = places[0]

@@ -27,30 +27,29 @@ import os
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"  # before NumPy is loaded
 
-import argparse  # noqa: E402
-import contextlib  # noqa: E402
-import io  # noqa: E402
-import re  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-import types  # noqa: E402
-import warnings  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import contextlib
+import io
+import re
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from reference_corruptions import transcriptions  # noqa: E402
+from reference_corruptions import transcriptions
 
-from core.files import write_json  # noqa: E402
-from core.record import environment  # noqa: E402
-from streams import corruptions as C  # noqa: E402
+from driftline.core.files import write_json
+from driftline.core.record import environment
+from driftline.streams import corruptions as C
 
 SEVERITY = 5
 # Sum of the 15 in ms, geometric mean of the ratios, lowest ratio: a core, 224 px, draws included.
@@ -117,7 +116,7 @@ def clock(run: Side, images: int, cuda: bool) -> float:
 
 def forward_ms(batch: int, side: int, rounds: int, device: torch.device) -> float:
     """Milliseconds an image of a ResNet-50 forward, fp32, channels-last."""
-    import core.vision  # noqa: F401  # isort: skip
+    import driftline.core.vision  # noqa: F401  # isort: skip
     from torchvision.models import resnet50
 
     net = resnet50().eval().to(device, memory_format=torch.channels_last)

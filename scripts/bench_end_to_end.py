@@ -31,17 +31,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from driftline.backbones.backbone import Backbone
+from driftline.core.build import build
+from driftline.core.files import write_text
+from driftline.core.record import environment
+from driftline.core.stream import Batch, Task
+from driftline.kernels import adapter as fused
+from driftline.kernels import chosen
+from driftline.kernels.reference import formula
 
-from backbones.backbone import Backbone  # noqa: E402
-from core.build import build  # noqa: E402
-from core.files import write_text  # noqa: E402
-from core.record import environment  # noqa: E402
-from core.stream import Batch, Task  # noqa: E402
-from kernels import adapter as fused  # noqa: E402
-from kernels import chosen  # noqa: E402
-from kernels.reference import formula  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 Work = Callable[[], Tensor]
 TASKS = 10
@@ -56,7 +55,11 @@ def plain(x: Tensor, down: Tensor, up: Tensor, **given: Any) -> Tensor:
 @contextmanager
 def side(name: str) -> Iterator[None]:
     """Inside, all adapters are computed by `plain` or by the operator."""
-    users = [m for n, m in sys.modules.items() if n.startswith(("parts.", "cl.", "tta."))]
+    users = [
+        m
+        for n, m in sys.modules.items()
+        if n.startswith(("driftline.parts.", "driftline.cl.", "driftline.tta."))
+    ]
     users = [m for m in users if getattr(m, "adapter", None) is fused]
     for module in users if name != "fused" else ():
         module.adapter = plain  # pyrefly: ignore

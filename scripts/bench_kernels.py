@@ -25,7 +25,6 @@ import math
 import os
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from itertools import product
@@ -35,13 +34,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from driftline.core.files import write_json
+from driftline.core.record import cpu_name, environment
+from driftline.kernels import adapter, chosen
+from driftline.kernels.reference import formula
 
-from core.files import write_json  # noqa: E402
-from core.record import cpu_name, environment  # noqa: E402
-from kernels import adapter, chosen  # noqa: E402
-from kernels.reference import formula  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 CPU = torch.device("cpu")
 TOKENS, GROUPS, SCALE, LIMIT = 197, 10, 0.1, 1e-6

@@ -38,13 +38,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from driftline.core.files import write_json, write_text
+from driftline.core.record import environment
+from driftline.kernels import adapter, chosen, tuning, use
+from driftline.kernels.reference import formula
 
-from core.files import write_json, write_text  # noqa: E402
-from core.record import environment  # noqa: E402
-from kernels import adapter, chosen, tuning, use  # noqa: E402
-from kernels.reference import formula  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 TOKENS, SCALE = 197, 0.1
 WIDTHS = {"Ti": 192, "S": 384, "B": 768, "L": 1024}
@@ -284,7 +283,7 @@ def launched(
     config: tuning.Config, low: torch.dtype, module: Bottleneck, x: Tensor, base: Tensor | None
 ) -> Tensor:
     """The forward kernel with given tile sizes."""
-    from kernels import triton_adapter
+    from driftline.kernels import triton_adapter
 
     weights = [module.down.weight, module.up.weight, module.down.bias, module.up.bias]
     down, up, down_bias, up_bias = (w.detach().to(low)[None] for w in weights)
@@ -732,7 +731,7 @@ def configurations(kernel: str, width: int) -> list[tuning.Config]:
 
 def tuned_call(key: dict[str, Any], config: tuning.Config, data: Inputs, number: int) -> Any:
     """The kernel of a key with given tile sizes; a backward kernel runs with its neighbours."""
-    from kernels import triton_adapter
+    from driftline.kernels import triton_adapter
 
     m, x, base = data.module, data.x[number], data.base[number]
     weights = (m.down.weight, m.up.weight, m.down.bias, m.up.bias)
@@ -888,7 +887,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _interpreting() -> bool:
-    from kernels import dispatch
+    from driftline.kernels import dispatch
 
     return dispatch.interpreted()
 

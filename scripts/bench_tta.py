@@ -32,25 +32,24 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
+import driftline.core.vision  # noqa: F401  # isort: skip
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transform
+
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.surgery import collect_parameters, use_batch_statistics
+from driftline.core.build import build
+from driftline.core.checkpoint import Checkpointer, Signals
+from driftline.core.console import Console
+from driftline.core.cost import peak_memory_mb, reset_peak_memory
+from driftline.core.files import write_json, write_text
+from driftline.core.record import RunLogger, environment
+from driftline.core.runner import Context, run_shifts
+from driftline.core.stream import Batch, Segment, ShiftStream, Skipped
+from driftline.tta import augment
+from driftline.tta.vida import AdaptedLinear, adapters
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-import core.vision  # noqa: E402, F401  # isort: skip
-from torchvision.transforms import InterpolationMode  # noqa: E402
-from torchvision.transforms import functional as transform  # noqa: E402
-
-from backbones.backbone import Backbone  # noqa: E402
-from backbones.surgery import collect_parameters, use_batch_statistics  # noqa: E402
-from core.build import build  # noqa: E402
-from core.checkpoint import Checkpointer, Signals  # noqa: E402
-from core.console import Console  # noqa: E402
-from core.cost import peak_memory_mb, reset_peak_memory  # noqa: E402
-from core.files import write_json, write_text  # noqa: E402
-from core.record import RunLogger, environment  # noqa: E402
-from core.runner import Context, run_shifts  # noqa: E402
-from core.stream import Batch, Segment, ShiftStream, Skipped  # noqa: E402
-from tta import augment  # noqa: E402
-from tta.vida import AdaptedLinear, adapters  # noqa: E402
 
 CPU = torch.device("cpu")
 Adapt = Callable[[Tensor], Tensor]

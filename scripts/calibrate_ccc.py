@@ -25,19 +25,18 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.core.build import build
+from driftline.core.errors import UserError
+from driftline.core.files import write_text
+from driftline.core.seed import derive
+from driftline.runs.execute import complete, set_up
+from driftline.streams import corruptions as C
+from driftline.streams.pairs import corrupt_pair, corruption_names, images_of, key
+from driftline.streams.severities import HIGHEST, STEP
+from driftline.streams.shifts import frost_content
 
-from backbones.backbone import Backbone, weights_hash  # noqa: E402
-from core.build import build  # noqa: E402
-from core.errors import UserError  # noqa: E402
-from core.experiment import complete, set_up  # noqa: E402
-from core.files import write_text  # noqa: E402
-from core.seed import derive  # noqa: E402
-from streams import corruptions as C  # noqa: E402
-from streams.pairs import corrupt_pair, corruption_names, images_of, key  # noqa: E402
-from streams.severities import HIGHEST, STEP  # noqa: E402
-from streams.shifts import frost_content  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 QUARTERS = round(HIGHEST / STEP)
 BATCH = 64

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import driftline.core.vision  # noqa: F401  # isort: skip
+import timm
 
-import core.vision  # noqa: E402, F401  # isort: skip
-import timm  # noqa: E402
-
-from core.files import write_json, write_text  # noqa: E402
-from streams import corruptions as C  # noqa: E402
+from driftline.core.files import write_json, write_text
+from driftline.streams import corruptions as C
 
 DETERMINISTIC = {
     *("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"),

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+
 VIT_B = "vit_base_patch16_224.augreg_in1k"
 
 

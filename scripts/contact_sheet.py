@@ -10,19 +10,15 @@ corrupted, and shown in tiles of `--tile` px. Without `--image` one of the embed
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from core.files import replacing  # noqa: E402
-from streams import corruptions as C  # noqa: E402
-from streams.embedded import SHIFT_CLASSES, EmbeddedImages  # noqa: E402
+from driftline.core.files import replacing
+from driftline.streams import corruptions as C
+from driftline.streams.embedded import SHIFT_CLASSES, EmbeddedImages
 
 SIDE = {"imagenet": 224, "cifar": 32}
 GAP, HEAD, LABEL = 3, 22, 118  # px

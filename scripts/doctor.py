@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from core.errors import UserError
-from core.installation import FIX_TORCHVISION, torchvision_problem
-from core.paths import expand_paths
+from driftline.core.errors import UserError
+from driftline.core.installation import FIX_TORCHVISION, torchvision_problem
+from driftline.core.paths import expand_paths
 
 ROOT = Path(__file__).parents[1]
+
 EXTRAS = {
     "sweep": ("hydra-joblib-launcher", "hydra-submitit-launcher", "submitit"),
     "tensorboard": ("tensorboard",),
@@ -185,7 +185,7 @@ def data(report: Report, root: str | None) -> None:
 
 def _cifar(report: Report, root: Path) -> int:
     """CIFAR: the MD5 sums that torchvision holds."""
-    import core.vision  # noqa: F401  # isort: skip
+    import driftline.core.vision  # noqa: F401  # isort: skip
     from torchvision import datasets
 
     found = 0
@@ -234,8 +234,8 @@ def _cifar_c(report: Report, root: Path) -> int:
 
 def _imagenet_c(report: Report, root: Path) -> int:
     """ImageNet-C: folders, the images of one of them, and a few that must decode."""
-    from streams.datasets import GROUPS
-    from streams.images import open_rgb
+    from driftline.streams.datasets import GROUPS
+    from driftline.streams.images import open_rgb
 
     bases = [
         b for b in (root / n for n in ("ImageNet-C", "imagenet-c", "imagenet_c")) if b.is_dir()
@@ -273,8 +273,8 @@ def _imagenet_c(report: Report, root: Path) -> int:
 
 def _imagenet(report: Report, root: Path) -> int:
     """Clean ImageNet images, as the scenarios look for them."""
-    from streams.datasets import imagenet_clean
-    from streams.images import open_rgb
+    from driftline.streams.datasets import imagenet_clean
+    from driftline.streams.images import open_rgb
 
     try:
         files = imagenet_clean(root)
@@ -348,13 +348,13 @@ def checkpoints(report: Report, cfg: DictConfig) -> None:
 
 def _known_weights() -> Iterator[tuple[str, Path | None, str]]:
     """Name, local file and published start of the SHA-256 sum of each backbone option."""
-    import core.vision  # noqa: F401  # isort: skip
+    import driftline.core.vision  # noqa: F401  # isort: skip
     import huggingface_hub
     import timm
     import torch
     import torchvision
 
-    from backbones.load import HUB_FILES, WEIGHTS
+    from driftline.backbones.load import HUB_FILES, WEIGHTS
 
     for file in sorted(WEIGHTS.glob("*.safetensors")):
         yield file.stem, file, ""
@@ -387,12 +387,12 @@ def command(report: Report, cfg: DictConfig) -> None:
     """Passes, time and memory of a run, from a few batches of it."""
     import torch
 
-    from core.cost import Costs, peak_memory_mb, reset_peak_memory
-    from core.experiment import check_kind, complete, make_strategy, make_stream, set_up
-    from core.strategy import CLStrategy, TTAStrategy
-    from core.stream import TaskStream
-    from kernels import dispatch
-    from streams.pipelines import Geometry
+    from driftline.core.cost import Costs, peak_memory_mb, reset_peak_memory
+    from driftline.core.strategy import CLStrategy, TTAStrategy
+    from driftline.core.stream import TaskStream
+    from driftline.kernels import dispatch
+    from driftline.runs.execute import check_kind, complete, make_strategy, make_stream, set_up
+    from driftline.streams.pipelines import Geometry
 
     report.section("This command")
     try:
@@ -510,7 +510,7 @@ def main() -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from run import CONF, explain, spelled_out
+    from driftline.runs.command import CONF, explain, spelled_out
 
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):

@@ -31,18 +31,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from core.errors import UserError  # noqa: E402
-from core.files import replacing, write_bytes, write_json, write_text  # noqa: E402
-from core.record import Lock  # noqa: E402
-from core.stream import Skipped  # noqa: E402
-from streams import corruptions as C  # noqa: E402
-from streams.datasets import MANIFEST, cifar, existing_root, imagenet_clean  # noqa: E402
-from streams.images import Derived, Files, ImageSet, channels_last  # noqa: E402
-from streams.loading import Reader, Rows, as_stored  # noqa: E402
-from streams.shifts import CROP, corrupted, corruption_names, crop, frost_source  # noqa: E402
+from driftline.core.errors import UserError
+from driftline.core.files import replacing, write_bytes, write_json, write_text
+from driftline.core.record import Lock
+from driftline.core.stream import Skipped
+from driftline.streams import corruptions as C
+from driftline.streams.datasets import MANIFEST, cifar, existing_root, imagenet_clean
+from driftline.streams.images import Derived, Files, ImageSet, channels_last
+from driftline.streams.loading import Reader, Rows, as_stored
+from driftline.streams.shifts import CROP, corrupted, corruption_names, crop, frost_source
 
 FOLDERS = {"imagenet_c": "ImageNet-C", "cifar10_c": "CIFAR-10-C", "cifar100_c": "CIFAR-100-C"}
 BATCH = 64

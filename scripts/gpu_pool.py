@@ -23,10 +23,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from core.paths import results_folder
-from core.sweep import end_with_parent, expand, note, plan, report
-from run import as_sweeps
+from driftline.core.paths import results_folder
+from driftline.runs.command import as_sweeps
+from driftline.runs.sweep import end_with_parent, expand, note, plan, report
 
 COMMAND = [sys.executable, str(Path(__file__).parents[1] / "run.py")]
 ARRAY = """#!/bin/bash

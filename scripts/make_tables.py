@@ -17,14 +17,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import pandas as pd
 
-from analysis import load_runs, notes, select
-from analysis.runs import AVERAGE
-from analysis.tables import by_place, markdown, tables_of, with_intransigence
-from core.errors import UserError
-from core.files import write_text
+from driftline.analysis import load_runs, notes, select
+from driftline.analysis.runs import AVERAGE
+from driftline.analysis.tables import by_place, markdown, tables_of, with_intransigence
+from driftline.core.errors import UserError
+from driftline.core.files import write_text
 
 
 def tables(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> str:

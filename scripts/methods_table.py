@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
+
 FACTS = ROOT / "docs" / "methods.yaml"
 GOLDEN = ROOT / "tests" / "golden"
 PAGES = {ROOT / "README.md": "docs/", ROOT / "docs" / "methods.md": ""}  # page -> path to docs

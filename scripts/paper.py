@@ -27,16 +27,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from methods_table import facts
 from omegaconf import OmegaConf
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-from methods_table import facts
-
-from core.console import table
-from core.errors import suggest
-from core.paths import results_folder
-from streams.datasets import LAYOUT, ORIGIN
+from driftline.core.console import table
+from driftline.core.errors import suggest
+from driftline.core.paths import results_folder
+from driftline.streams.datasets import LAYOUT, ORIGIN
 
 CONF = Path(__file__).parents[1] / "conf"
 PRESETS = CONF / "experiment"

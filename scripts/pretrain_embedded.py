@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from driftline.backbones import embedded as builders
+from driftline.backbones.load import load_strict, load_tensors
+from driftline.streams import embedded as data
 
-from backbones import embedded as builders  # noqa: E402
-from backbones.load import load_strict, load_tensors  # noqa: E402
-from streams import embedded as data  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 COMMAND = "python scripts/pretrain_embedded.py"
 

@@ -25,16 +25,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 try:
-    from analysis import load_runs, notes, plots, select
+    from driftline.analysis import load_runs, notes, plots, select
 except ModuleNotFoundError as error:
     sys.exit(f'error: this needs {error.name}: pip install -e ".[analysis]"')
-from analysis import tables as tab
-from analysis.page import Picture, Section, page
-from analysis.runs import AVERAGE, named
-from core.errors import UserError, suggest
-from core.files import write_bytes, write_text
+from driftline.analysis import tables as tab
+from driftline.analysis.page import Picture, Section, page
+from driftline.analysis.runs import AVERAGE, named
+from driftline.core.errors import UserError, suggest
+from driftline.core.files import write_bytes, write_text
 
 FORMATS = ("html", "md", "tex", "csv")
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+
 KILLS = 5
 SWEEP = ["strategy=source,bn_adapt,tent,lame", "seed=range(10)"]
 SMALL = [

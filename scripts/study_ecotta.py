@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,18 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from driftline.core.build import build
+from driftline.core.seed import seed_all
+from driftline.core.strategy import TTAStrategy
+from driftline.core.stream import Batch, ShiftStream, SourceImages
+from driftline.runs.execute import complete
+from driftline.streams.pipelines import Geometry
+from driftline.streams.store import ImageStore
 
-from core.build import build  # noqa: E402
-from core.experiment import complete  # noqa: E402
-from core.seed import seed_all  # noqa: E402
-from core.strategy import TTAStrategy  # noqa: E402
-from core.stream import Batch, ShiftStream, SourceImages  # noqa: E402
-from streams.pipelines import Geometry  # noqa: E402
-from streams.store import ImageStore  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 WARMUP = {
-    "_target_": "tta.warmup.WarmUp",
+    "_target_": "driftline.tta.warmup.WarmUp",
     "epochs": 3,
     "batch_size": 50,
     "optimizer": "sgd",

@@ -32,18 +32,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from core.console import table
-from core.errors import UserError
-from core.files import write_json, write_text
-from core.paths import results_folder
-from core.sweep import outcomes
+from driftline.core.console import table
+from driftline.core.errors import UserError
+from driftline.core.files import write_json, write_text
+from driftline.core.paths import results_folder
+from driftline.runs.sweep import outcomes
 
 RUN = Path(__file__).parents[1] / "run.py"
 LOWER = ("err", "mce", "forgetting", "source_forgetting", "ece", "collapse", "nan")

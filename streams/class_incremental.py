@@ -7,15 +7,15 @@ from typing import Literal
 
 import numpy as np
 
-from core.errors import UserError
-from core.ranges import Count, CountOrZero, PlainName, Seed
-from core.seed import derive
-from core.stream import Skipped, Task, TaskStream
-from streams.datasets import cifar, existing_root, expected
-from streams.images import ImageSet, fingerprint, image_folder
-from streams.loading import Reader, Rows
-from streams.pipelines import Geometry, Name
-from streams.store import ImageStore, TaskImages
+from driftline.core.errors import UserError
+from driftline.core.ranges import Count, CountOrZero, PlainName, Seed
+from driftline.core.seed import derive
+from driftline.core.stream import Skipped, Task, TaskStream
+from driftline.streams.datasets import cifar, existing_root, expected
+from driftline.streams.images import ImageSet, fingerprint, image_folder
+from driftline.streams.loading import Reader, Rows
+from driftline.streams.pipelines import Geometry, Name
+from driftline.streams.store import ImageStore, TaskImages
 
 
 def order_of_classes(
@@ -62,7 +62,7 @@ def _load(
     per_class: tuple[int, int],
 ) -> tuple[ImageSet, ImageSet]:
     if root is None:
-        from streams.embedded import TASK_CLASSES, EmbeddedImages
+        from driftline.streams.embedded import TASK_CLASSES, EmbeddedImages
 
         classes = TASK_CLASSES[:10] if dataset == "cifar10" else TASK_CLASSES
         train, test = (

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from core.errors import UserError
-from core.files import read_checked, write_checked
+from driftline.core.errors import UserError
+from driftline.core.files import read_checked, write_checked
 
 WHOLE = 2**16  # bytes; larger files are sampled
 PIECE = 2**13

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.exact import divide_
-from streams.corruption_ops import OPERATIONS
-from streams.corruption_ops.common import Array, Rng, jpeg, keep_freed_memory
-from streams.corruption_ops.frost import FROST_FILES, FROST_NOTE, frost_source
+from driftline.core.exact import divide_
+from driftline.streams.corruption_ops import OPERATIONS
+from driftline.streams.corruption_ops.common import Array, Rng, jpeg, keep_freed_memory
+from driftline.streams.corruption_ops.frost import FROST_FILES, FROST_NOTE, frost_source
 
 __all__ = [
     "EXTRA",

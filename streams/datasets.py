@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from core.errors import UserError
-from streams.images import Arrays, Files, ImageSet, NpyRows, fingerprint, image_folder
+from driftline.core.errors import UserError
+from driftline.streams.images import Arrays, Files, ImageSet, NpyRows, fingerprint, image_folder
 
 Cifar = Literal["cifar10", "cifar100"]
 
@@ -119,7 +119,7 @@ def generated(root: Path, dataset: str) -> Manifest | None:
 @cache
 def wnids() -> list[str]:
     """The 1,000 synset ids of ImageNet-1k in label order."""
-    import core.vision  # noqa: F401  # isort: skip
+    import driftline.core.vision  # noqa: F401  # isort: skip
     from timm.data import ImageNetInfo
 
     return [str(name) for name in ImageNetInfo().label_names()]
@@ -226,7 +226,7 @@ def cifar(root: Path, which: Cifar, *, train: bool) -> Arrays:
     Raises:
         UserError: if the files are missing or damaged.
     """
-    import core.vision  # noqa: F401  # isort: skip
+    import driftline.core.vision  # noqa: F401  # isort: skip
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if which == "cifar10" else datasets.CIFAR100

@@ -10,15 +10,15 @@ import numpy as np
 from annotated_types import MinLen, Predicate
 from PIL import Image
 
-from core.errors import UserError, suggest
-from core.ranges import Count, PlainName, distinct
-from core.stream import Skipped, Task, TaskStream
-from streams import corruptions as C
-from streams.datasets import existing_root, expected
-from streams.images import Derived, Files, ImageSet, fingerprint, image_folder
-from streams.loading import Reader, Rows
-from streams.pipelines import Geometry, Name
-from streams.store import ImageStore, TaskImages
+from driftline.core.errors import UserError, suggest
+from driftline.core.ranges import Count, PlainName, distinct
+from driftline.core.stream import Skipped, Task, TaskStream
+from driftline.streams import corruptions as C
+from driftline.streams.datasets import existing_root, expected
+from driftline.streams.images import Derived, Files, ImageSet, fingerprint, image_folder
+from driftline.streams.loading import Reader, Rows
+from driftline.streams.pipelines import Geometry, Name
+from driftline.streams.store import ImageStore, TaskImages
 
 EMBEDDED_DOMAINS = ("clean", "contrast", "fog", "pixelate", "gaussian_noise")
 
@@ -29,7 +29,7 @@ def _corrupt(image: Image.Image, row: int, *, name: str) -> Image.Image:
 
 
 def _embedded(domain: str, split: str, per_class: int) -> ImageSet:
-    from streams.embedded import TASK_CLASSES, EmbeddedImages
+    from driftline.streams.embedded import TASK_CLASSES, EmbeddedImages
 
     images = EmbeddedImages(classes=TASK_CLASSES[:10], split=split, per_class=per_class)
     if domain == "clean":

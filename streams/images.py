@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.errors import UserError
-from core.files import BadFile, read_checked, write_checked
-from streams.content import SIZE, array_digest, file_digests, rows_digest
+from driftline.core.errors import UserError
+from driftline.core.files import BadFile, read_checked, write_checked
+from driftline.streams.content import SIZE, array_digest, file_digests, rows_digest
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 KIND = "pixels-1"  # of cached images

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from core.errors import UserError
-from core.exact import divide_
-from core.seed import derive
-from core.stream import Batch, Skipped
-from streams.images import Generated, ImageError, ImageSet, channels_last, fingerprint
-from streams.pipelines import Pipeline, seeded
+from driftline.core.errors import UserError
+from driftline.core.exact import divide_
+from driftline.core.seed import derive
+from driftline.core.stream import Batch, Skipped
+from driftline.streams.images import Generated, ImageError, ImageSet, channels_last, fingerprint
+from driftline.streams.pipelines import Pipeline, seeded
 
 CPU = torch.device("cpu")
 # Where the main process corrupts, on the device, what workers read. On a CPU the workers do it,

@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.errors import UserError, suggest
+from driftline.core.errors import UserError, suggest
 
 Domain = tuple[str, int]  # corruption, severity
 

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import core.vision  # noqa: F401  # isort: skip
+import driftline.core.vision  # noqa: F401  # isort: skip
 
 import numpy as np
 import torch
@@ -33,18 +33,18 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 
-from core.errors import UserError, suggest
-from core.ranges import Count, CountOrZero, Percent, PlainName, Seed, distinct
-from core.seed import derive
-from core.stream import Batch, Segment, ShiftStream, Skipped
-from streams import corruptions as C
-from streams.corruption_ops.common import jpeg
-from streams.datasets import cifar, existing_root, imagenet_clean
-from streams.images import Derived, Generated, ImageSet, fingerprint
-from streams.loading import Reader, Rows, as_stored
-from streams.pipelines import seeded
-from streams.severities import HIGHEST, NAMES, STEP, interpolated
-from streams.shifts import (
+from driftline.core.errors import UserError, suggest
+from driftline.core.ranges import Count, CountOrZero, Percent, PlainName, Seed, distinct
+from driftline.core.seed import derive
+from driftline.core.stream import Batch, Segment, ShiftStream, Skipped
+from driftline.streams import corruptions as C
+from driftline.streams.corruption_ops.common import jpeg
+from driftline.streams.datasets import cifar, existing_root, imagenet_clean
+from driftline.streams.images import Derived, Generated, ImageSet, fingerprint
+from driftline.streams.loading import Reader, Rows, as_stored
+from driftline.streams.pipelines import seeded
+from driftline.streams.severities import HIGHEST, NAMES, STEP, interpolated
+from driftline.streams.shifts import (
     CROP,
     LABELS,
     Dataset,
@@ -54,7 +54,7 @@ from streams.shifts import (
     frost_source,
     surroundings,
 )
-from streams.store import ImageStore
+from driftline.streams.store import ImageStore
 
 Pair = tuple[str, str]
 Cells = list[tuple[int, int]]  # severities of a and b, in quarters
@@ -331,7 +331,7 @@ def images_of(
         UserError: for missing data.
     """
     if data_root is None:
-        from streams.embedded import SHIFT_CLASSES, EmbeddedImages
+        from driftline.streams.embedded import SHIFT_CLASSES, EmbeddedImages
 
         base, probe = (
             EmbeddedImages(SHIFT_CLASSES, split=split, per_class=count)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import core.vision  # noqa: F401  # isort: skip
+import driftline.core.vision  # noqa: F401  # isort: skip
 
 import torch
 from PIL import Image

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from streams import corruptions as C
+from driftline.streams import corruptions as C
 
 STEP = 0.25
 HIGHEST = 5.0

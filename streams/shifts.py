@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import core.vision  # noqa: F401  # isort: skip
+import driftline.core.vision  # noqa: F401  # isort: skip
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
 
-from core.errors import UserError, suggest
-from core.ranges import Count, CountOrZero, PlainName, Positive, Seed, Size, distinct
-from core.seed import derive
-from core.stream import Batch, Batches, Segment, ShiftStream, Skipped, SourceImages
-from streams import corruptions as C
-from streams.datasets import (
+from driftline.core.errors import UserError, suggest
+from driftline.core.ranges import Count, CountOrZero, PlainName, Positive, Seed, Size, distinct
+from driftline.core.seed import derive
+from driftline.core.stream import Batch, Batches, Segment, ShiftStream, Skipped, SourceImages
+from driftline.streams import corruptions as C
+from driftline.streams.datasets import (
     LAYOUT,
     Cifar,
     canonical,
@@ -39,11 +39,11 @@ from streams.datasets import (
     imagenet_train,
     published_list,
 )
-from streams.images import Derived, Files, Generated, ImageSet, fingerprint, image_folder
-from streams.loading import Reader, Rows, as_stored
-from streams.orders import LABEL_ORDERS, SEQUENCES, Domain, Options, parse, plan
-from streams.pipelines import PHOTOMETRIC, Pipeline
-from streams.store import ImageStore
+from driftline.streams.images import Derived, Files, Generated, ImageSet, fingerprint, image_folder
+from driftline.streams.loading import Reader, Rows, as_stored
+from driftline.streams.orders import LABEL_ORDERS, SEQUENCES, Domain, Options, parse, plan
+from driftline.streams.pipelines import PHOTOMETRIC, Pipeline
+from driftline.streams.store import ImageStore
 
 Dataset = Literal["imagenet_c", "cifar10_c", "cifar100_c"]
 Severity = Literal[1, 2, 3, 4, 5]
@@ -513,7 +513,7 @@ def _source(
         UserError: where there are none, or fewer than asked for.
     """
     if root is None:
-        from streams.embedded import SHIFT_CLASSES, EmbeddedImages
+        from driftline.streams.embedded import SHIFT_CLASSES, EmbeddedImages
 
         wanted = count or 400
         per_class = -(-wanted // len(SHIFT_CLASSES))
@@ -567,7 +567,7 @@ def _source(
 
 
 def _embedded(request: Request, dataset: Dataset) -> Sources:
-    from streams.embedded import SHIFT_CLASSES, EmbeddedImages
+    from driftline.streams.embedded import SHIFT_CLASSES, EmbeddedImages
 
     def images(split: str, count: int) -> ImageSet:
         per_class = max(1, -(-count // len(SHIFT_CLASSES)))

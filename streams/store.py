@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.exact import divide_
-from core.seed import derive
-from core.stream import Batch
-from streams.loading import Reader, Rows
-from streams.pipelines import FLIP_ONLY, Geometry, Name, Pipeline, pipeline
+from driftline.core.exact import divide_
+from driftline.core.seed import derive
+from driftline.core.stream import Batch
+from driftline.streams.loading import Reader, Rows
+from driftline.streams.pipelines import FLIP_ONLY, Geometry, Name, Pipeline, pipeline
 
 READ = 256  # images at a time
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.seed import generator
-from core.strategy import CLStrategy, TTAStrategy
-from core.stream import Batch, Task
+from driftline.core.seed import generator
+from driftline.core.strategy import CLStrategy, TTAStrategy
+from driftline.core.stream import Batch, Task
 
 
 class Sound(TTAStrategy):

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import core.vision  # noqa: F401  # isort: skip
+import driftline.core.vision  # noqa: F401  # isort: skip
 
 import numpy as np
 import pytest
@@ -18,6 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+# Scripts that tests start import the packages of this checkout, whichever one is installed.
+paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 HANG = 1800  # seconds after which a process counts as hung; nothing is measured by it
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from core.strategy import TTAStrategy
+from driftline.core.strategy import TTAStrategy
 
 FOLDER = Path(__file__).parent / "golden" / "tta"
 LISTS = json.loads((FOLDER / "lists.json").read_text())

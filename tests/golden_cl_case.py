@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
-from backbones.backbone import Backbone
-from core.stream import Batch, Task
+from driftline.backbones.backbone import Backbone
+from driftline.core.stream import Batch, Task
 
 FOLDER = Path(__file__).parent / "golden" / "cl"
 

@@ -17,13 +17,13 @@ import torch
 from test_kernels import GRADIENTS, assert_matches, error, learn, operands, oracle, wide
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from kernels import adapter, dispatch, triton_adapter, tuning
-from kernels.reference import formula
-from kernels.triton_adapter import backward, forward, supported
-from parts.adapters.bank import AdapterBank
-from parts.adapters.bottleneck import Bottleneck
-from parts.adapters.lora import LoRA
+from driftline.backbones.backbone import Backbone
+from driftline.kernels import adapter, dispatch, triton_adapter, tuning
+from driftline.kernels.reference import formula
+from driftline.kernels.triton_adapter import backward, forward, supported
+from driftline.parts.adapters.bank import AdapterBank
+from driftline.parts.adapters.bottleneck import Bottleneck
+from driftline.parts.adapters.lora import LoRA
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 5e-6, FP16: 1e-3, BF16: 5e-3}

@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from driftline.core import distributed
+from driftline.core.checkpoint import Checkpointer
 
-from core import distributed  # noqa: E402
-from core.checkpoint import Checkpointer  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:

@@ -17,11 +17,19 @@ import yaml
 from conftest import HANG, ROOT
 from PIL import Image
 
-from analysis import load_batches, load_experiences, load_matrix, load_runs, notes, select
-from analysis import runs as runs_module
-from analysis.plots import COLOURS, pareto_front
-from analysis.tables import cell, grid, latex, main_table, markdown, published_table, statistics
-from core.errors import UserError
+from driftline.analysis import load_batches, load_experiences, load_matrix, load_runs, notes, select
+from driftline.analysis import runs as runs_module
+from driftline.analysis.plots import COLOURS, pareto_front
+from driftline.analysis.tables import (
+    cell,
+    grid,
+    latex,
+    main_table,
+    markdown,
+    published_table,
+    statistics,
+)
+from driftline.core.errors import UserError
 
 DOMAINS = {"fog:5": 40.0, "snow:5": 50.0}
 
@@ -48,7 +56,7 @@ def write_run(
         "root": str(root),
         "runtime": {"threads": 1},
         "scenario": {"name": "imagenet_c", "label": label, "severity": 5, "order_seed": 1},
-        "strategy": {"_target_": f"tta.{strategy}", "name": strategy, "lr": 0.1},
+        "strategy": {"_target_": f"driftline.tta.{strategy}", "name": strategy, "lr": 0.1},
         "backbone": {"name": "embedded_resnet", "arch": "embedded_resnet"},
     }
     config["scenario"] |= scenario or {}
@@ -117,7 +125,7 @@ def test_a_configuration_read_in_blocks_is_what_yaml_reads():
 
 
 def test_what_counts_as_no_setting_is_what_the_identity_of_a_run_leaves_out():
-    from core.identity import VOLATILE, VOLATILE_DATA
+    from driftline.core.identity import VOLATILE, VOLATILE_DATA
 
     assert runs_module.VOLATILE == VOLATILE
     assert {f"data.{key}" for key in VOLATILE_DATA} <= set(runs_module.NO_SETTING)

@@ -15,14 +15,14 @@ from test_cl_methods import learn, stream, tensors, through_file
 from test_cl_methods import make as method
 from torch import Tensor
 
-from backbones.heads import PrototypeHead
-from cl.aper import APER
-from core.build import build
-from core.errors import Diverged, UserError
-from core.features import FeatureCache
-from core.stream import Task
-from parts.adapters.bottleneck import Bottleneck
-from parts.adapters.prompt import Prompt
+from driftline.backbones.heads import PrototypeHead
+from driftline.cl.aper import APER
+from driftline.core.build import build
+from driftline.core.errors import Diverged, UserError
+from driftline.core.features import FeatureCache
+from driftline.core.stream import Task
+from driftline.parts.adapters.bottleneck import Bottleneck
+from driftline.parts.adapters.prompt import Prompt
 
 YAML = Path(__file__).parents[1] / "conf" / "strategy" / "aper.yaml"
 RECORDED = {  # the names of the recordings -> conf/adapter
@@ -203,7 +203,7 @@ def test_the_published_number_of_parameters():
     """1,189,632 of the adapters of a ViT-B/16; 5 prompts of 768 in each of 12 blocks."""
     import timm
 
-    from backbones.backbone import Backbone
+    from driftline.backbones.backbone import Backbone
 
     net = timm.create_model("vit_base_patch16_224", num_classes=0, weight_init="skip")
     counts = {}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from tta import augment
+from driftline.tta import augment
 
 SHAPES = [(3, 3, 64, 64), (2, 3, 32, 32), (2, 3, 17, 40), (1, 3, 9, 8), (2, 3, 31, 4)]
 

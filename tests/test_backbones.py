@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-from backbones import load
-from backbones.backbone import Backbone, weights_hash
-from backbones.resnext_cifar import CifarResNeXt
-from backbones.wide_resnet import WideResNet
-from core.build import build
-from core.errors import UserError
+from driftline.backbones import load
+from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.backbones.resnext_cifar import CifarResNeXt
+from driftline.backbones.wide_resnet import WideResNet
+from driftline.core.build import build
+from driftline.core.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf" / "backbone"
 IMAGENET_MEAN = [0.485, 0.456, 0.406]

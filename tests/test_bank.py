@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
 
-from backbones.backbone import Backbone
-from core.errors import UserError
-from parts.adapters.adapter import Adapter
-from parts.adapters.bank import AdapterBank
-from parts.adapters.bottleneck import Bottleneck
-from parts.adapters.dora import DoRA
-from parts.adapters.dual_rank import DualRank
-from parts.adapters.lora import LoRA
-from parts.adapters.prefix import Prefix
-from parts.adapters.prompt import Prompt
-from parts.adapters.scale_shift import ScaleShift
+from driftline.backbones.backbone import Backbone
+from driftline.core.errors import UserError
+from driftline.parts.adapters.adapter import Adapter
+from driftline.parts.adapters.bank import AdapterBank
+from driftline.parts.adapters.bottleneck import Bottleneck
+from driftline.parts.adapters.dora import DoRA
+from driftline.parts.adapters.dual_rank import DualRank
+from driftline.parts.adapters.lora import LoRA
+from driftline.parts.adapters.prefix import Prefix
+from driftline.parts.adapters.prompt import Prompt
+from driftline.parts.adapters.scale_shift import ScaleShift
 
 VITS = {
     "vit_tiny_patch16_224": {},
@@ -204,8 +204,8 @@ def test_the_sides_of_the_benchmark_differ_and_are_put_back(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import bench_end_to_end as bench
 
-    import kernels
-    from parts.adapters import bottleneck
+    from driftline import kernels
+    from driftline.parts.adapters import bottleneck
 
     fused = kernels.adapter
     with bench.side("plain"):
@@ -361,7 +361,7 @@ def test_networks_without_a_place_are_refused_with_the_reason():
 @torch.no_grad()
 def test_the_class_token_prefix_matches_timm_when_it_is_empty():
     """Our attention restates timm's; without rows both must agree."""
-    from parts.adapters.bank import attend
+    from driftline.parts.adapters.bank import attend
 
     net = backbone()
     attention = net.net.blocks[0].attn

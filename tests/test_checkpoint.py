@@ -11,11 +11,11 @@ import pytest
 import torch
 from test_runs import Kill, settings, stop_after
 
-from core.checkpoint import Checkpointer, Signals
-from core.errors import UserError
-from core.experiment import run_experiment
-from core.files import LINE, BadFile, read_checked, replacing, write_checked
-from core.record import RunLogger
+from driftline.core.checkpoint import Checkpointer, Signals
+from driftline.core.errors import UserError
+from driftline.core.files import LINE, BadFile, read_checked, replacing, write_checked
+from driftline.core.record import RunLogger
+from driftline.runs.execute import run_experiment
 
 
 class Stub:

@@ -13,14 +13,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.heads import ExpandingLinear, PrototypeHead
-from cl.common import rate_factor, scope_columns
-from cl.joint import mixed
-from core.build import build
-from core.errors import Diverged
-from core.seed import generator
-from core.stream import Batch, Task
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.heads import ExpandingLinear, PrototypeHead
+from driftline.cl.common import rate_factor, scope_columns
+from driftline.cl.joint import mixed
+from driftline.core.build import build
+from driftline.core.errors import Diverged
+from driftline.core.seed import generator
+from driftline.core.stream import Batch, Task
 
 CONF = Path(__file__).parents[1] / "conf" / "strategy"
 TRAINED = ("finetune", "linear_probe", "joint")

@@ -16,11 +16,11 @@ from conftest import ROOT, write_images
 from PIL import Image
 from test_streams import make
 
-from core.experiment import run_experiment
-from streams import content
-from streams.corruption_ops.frost import FROST_FILES
-from streams.images import Files, NpyRows, image_folder
-from streams.store import ImageStore
+from driftline.runs.execute import run_experiment
+from driftline.streams import content
+from driftline.streams.corruption_ops.frost import FROST_FILES
+from driftline.streams.images import Files, NpyRows, image_folder
+from driftline.streams.store import ImageStore
 
 WNIDS = ("n01440764", "n01443537")
 

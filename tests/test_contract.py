@@ -29,17 +29,17 @@ import yaml
 from conftest import ROOT, copied, equal, strategy_node
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from core.build import build, locate
-from core.checkpoint import Checkpointer, Signals
-from core.console import Console
-from core.cost import state_bytes
-from core.errors import UserError
-from core.record import RunLogger
-from core.runner import Context, run_shifts, run_tasks
-from core.seed import generator
-from core.strategy import CLStrategy, Strategy, TTAStrategy, Wrapper
-from core.stream import (
+from driftline.backbones.backbone import Backbone
+from driftline.core.build import build, locate
+from driftline.core.checkpoint import Checkpointer, Signals
+from driftline.core.console import Console
+from driftline.core.cost import state_bytes
+from driftline.core.errors import UserError
+from driftline.core.record import RunLogger
+from driftline.core.runner import Context, run_shifts, run_tasks
+from driftline.core.seed import generator
+from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy, Wrapper
+from driftline.core.stream import (
     Batch,
     Segment,
     ShiftStream,
@@ -48,7 +48,7 @@ from core.stream import (
     Task,
     TaskStream,
 )
-from tta.reset_every import ResetEvery
+from driftline.tta.reset_every import ResetEvery
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of tiny tasks
 CONF = ROOT / "conf" / "strategy"
@@ -724,7 +724,7 @@ def taught(page: str, code: str, settings_: str) -> Case:
     """The method of a tutorial, from its text."""
     text = (ROOT / "docs" / "tutorials" / page).read_text()
     blocks = dict(re.findall(r"```(?:python|yaml)\n# ([\w/]+\.\w+)\n(.*?)```", text, re.S))
-    name = code.removesuffix(".py").replace("/", ".")
+    name = "driftline." + code.removesuffix(".py").replace("/", ".")
     module = types.ModuleType(name)
     exec(compile(blocks[code], code, "exec"), module.__dict__)
     sys.modules.setdefault(name, module)
@@ -740,7 +740,7 @@ TAUGHT += wrapped(TAUGHT)
 
 def fixture(kind: type, **options: Any) -> Case:
     """A method of broken_methods.py, under a name that `build` accepts."""
-    module = types.ModuleType(f"tta.fixture_{kind.__name__}")
+    module = types.ModuleType(f"driftline.tta.fixture_{kind.__name__}")
     setattr(module, kind.__name__, kind)
     sys.modules[module.__name__] = module
     node = {"_target_": f"{module.__name__}.{kind.__name__}", **options}

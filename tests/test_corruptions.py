@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from streams import corruptions as C
-from streams.corruption_ops import blur, common, digital, frost, noise, spatter, weather
+from driftline.streams import corruptions as C
+from driftline.streams.corruption_ops import blur, common, digital, frost, noise, spatter, weather
 
 ALL = C.STANDARD + C.EXTRA
 PRESETS = {"imagenet": "imagenet224", "cifar": "cifar32"}

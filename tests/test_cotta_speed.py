@@ -13,10 +13,10 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from torch import nn
 
-from backbones.backbone import Backbone
-from backbones.surgery import batch_norms, use_batch_statistics, view_statistics
-from core.build import build
-from core.errors import UserError
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.surgery import batch_norms, use_batch_statistics, view_statistics
+from driftline.core.build import build
+from driftline.core.errors import UserError
 
 
 def network(kind: str = "test_resnet") -> Backbone:

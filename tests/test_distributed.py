@@ -20,12 +20,12 @@ from test_runs import pausing, wait_for
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 
-from backbones.backbone import Backbone
-from core import distributed
-from core.checkpoint import Checkpointer, Stopped
-from core.errors import UserError
-from core.experiment import run_experiment
-from parts.adapters.bottleneck import Bottleneck
+from driftline.backbones.backbone import Backbone
+from driftline.core import distributed
+from driftline.core.checkpoint import Checkpointer, Stopped
+from driftline.core.errors import UserError
+from driftline.parts.adapters.bottleneck import Bottleneck
+from driftline.runs.execute import run_experiment
 
 TINY = [
     "scenario=split_cifar10",

@@ -23,8 +23,8 @@ import pytest
 from conftest import HANG, ROOT
 from omegaconf import OmegaConf
 
-from core.sweep import expand
-from run import as_sweeps, spelled_out
+from driftline.runs.command import as_sweeps, spelled_out
+from driftline.runs.sweep import expand
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import methods_table

@@ -13,13 +13,13 @@ from conftest import strategy_node
 from golden_cl_case import ClCase, images
 from golden_cl_case import backbone as recorded_backbone
 
-from backbones.backbone import Backbone
-from cl.ease import Ease, complete, ensemble
-from core.build import build
-from core.errors import Diverged, UserError
-from core.features import FeatureCache
-from core.seed import generator
-from core.stream import Batch, Task
+from driftline.backbones.backbone import Backbone
+from driftline.cl.ease import Ease, complete, ensemble
+from driftline.core.build import build
+from driftline.core.errors import Diverged, UserError
+from driftline.core.features import FeatureCache
+from driftline.core.seed import generator
+from driftline.core.stream import Batch, Task
 
 CONF = Path(__file__).parents[1] / "conf" / "strategy"
 CPU = torch.device("cpu")
@@ -320,7 +320,7 @@ def test_many_images_and_sets_are_embedded_in_parts(monkeypatch):
     x, names = torch.rand(5, 3, 16, 16), ["task1", "pretrained", "task3", "task0"]
     whole = strategy.embed(x, names)
     strategy.eval()  # `embed` sees to that itself
-    monkeypatch.setattr("cl.ease.COPIES", 6)
+    monkeypatch.setattr("driftline.cl.ease.COPIES", 6)
     assert torch.allclose(strategy.embed(x, names), whole, atol=1e-5)
     for name, feature in zip(names, whole, strict=True):
         with torch.no_grad():

@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.wide_resnet import WideResNet
-from core.build import build
-from core.errors import UserError
-from core.stream import Batch, SourceImages
-from tta.ecotta import EcoTTA, blocks_per_part, residual_blocks, trace
-from tta.warmup import WarmUp
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.wide_resnet import WideResNet
+from driftline.core.build import build
+from driftline.core.errors import UserError
+from driftline.core.stream import Batch, SourceImages
+from driftline.tta.ecotta import EcoTTA, blocks_per_part, residual_blocks, trace
+from driftline.tta.warmup import WarmUp
 
 
 def make(backbone: Backbone, seed: int = 0, **changes: Any) -> EcoTTA:
@@ -194,7 +194,7 @@ class Notes:
 
 def warm_up(**changes: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "_target_": "tta.warmup.WarmUp",
+        "_target_": "driftline.tta.warmup.WarmUp",
         "epochs": 2,
         "batch_size": 40,
         "optimizer": "sgd",

@@ -14,9 +14,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from backbones import embedded as builders
-from streams import embedded
-from streams.embedded import PRETRAIN_CLASSES, SHIFT_CLASSES, TASK_CLASSES, EmbeddedImages, render
+from driftline.backbones import embedded as builders
+from driftline.streams import embedded
+from driftline.streams.embedded import (
+    PRETRAIN_CLASSES,
+    SHIFT_CLASSES,
+    TASK_CLASSES,
+    EmbeddedImages,
+    render,
+)
 
 WEIGHTS = Path(__file__).parents[1] / "backbones" / "weights"
 NETWORKS = {"embedded_resnet": SHIFT_CLASSES, "embedded_vit": PRETRAIN_CLASSES}

@@ -14,7 +14,7 @@ from conftest import write_images
 from PIL import Image
 from test_streams import make
 
-from core.errors import UserError
+from driftline.core.errors import UserError
 from scripts import generate_corruptions
 from scripts.generate_corruptions import main
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
-from backbones.backbone import Backbone
-from cl.simplecil import SimpleCIL
-from core import metrics
-from core.metrics import AccuracyMatrix
-from core.stream import Batch, Task
+from driftline.backbones.backbone import Backbone
+from driftline.cl.simplecil import SimpleCIL
+from driftline.core import metrics
+from driftline.core.metrics import AccuracyMatrix
+from driftline.core.stream import Batch, Task
 
 FOLDER = Path(__file__).parent / "golden" / "cl"
 

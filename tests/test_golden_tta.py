@@ -15,12 +15,12 @@ from golden_case import Case, both, names, names_in, optimiser, record, weights
 from torch import Tensor, nn
 from torchvision import transforms
 
-from backbones.backbone import Backbone
-from backbones.surgery import collect_parameters, use_batch_statistics
-from tta import augment
-from tta.bn_adapt import BNAdapt
-from tta.cotta import CoTTA
-from tta.tent import Tent
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.surgery import collect_parameters, use_batch_statistics
+from driftline.tta import augment
+from driftline.tta.bn_adapt import BNAdapt
+from driftline.tta.cotta import CoTTA
+from driftline.tta.tent import Tent
 
 
 @both

@@ -13,11 +13,12 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from test_runs import CL, TTA, Kill, records, settings, stop_after
 
-from core import experiment, identity, provenance
-from core.build import nodes
-from core.errors import UserError
-from core.experiment import complete, run_experiment
-from core.record import Lock
+from driftline.core import identity, provenance
+from driftline.core.build import nodes
+from driftline.core.errors import UserError
+from driftline.core.record import Lock
+from driftline.runs import execute
+from driftline.runs.execute import complete, run_experiment
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "identities.json").read_text())
 
@@ -40,7 +41,7 @@ def test_a_young_option_counts_only_with_another_value(configure, monkeypatch):
     cfg.strategy.window = None
     cfg.ema = 0.5
     assert identity.identity(cfg) != before
-    monkeypatch.setitem(identity.SINCE, "tta.tent.Tent", {"window": None})
+    monkeypatch.setitem(identity.SINCE, "driftline.tta.tent.Tent", {"window": None})
     monkeypatch.setitem(identity.SINCE, "", {"ema": 0.5})
     assert identity.identity(cfg) == before
     cfg.strategy.window = 3
@@ -122,7 +123,7 @@ class Editor:
                 code[part] |= {k: v for k, v in self.edited.items() if k in code[part]}
             return code
 
-        monkeypatch.setattr(experiment, "code_of", code_of)
+        monkeypatch.setattr(execute, "code_of", code_of)
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ def test_a_run_without_recorded_code_is_not_the_run_asked_for(configure, capsys)
 
 
 def test_another_version_of_python_is_no_other_code():
-    now = provenance.code_of("tta.tent.Tent")
+    now = provenance.code_of("driftline.tta.tent.Tent")
     before = {**now, "method": {"tta/tent.py": "changed"}}
     assert "tta/tent.py" in provenance.changed_files("method", before, now)
     assert provenance.changed_files("method", {**before, "python": "3.8"}, now) == []
@@ -194,6 +195,8 @@ def test_another_version_of_python_is_no_other_code():
 def test_a_new_method_is_in_the_patch_though_git_does_not_track_it(tmp_path):
     copy = tmp_path / "checkout"
     (copy / "core").mkdir(parents=True)
+    shutil.copytree(ROOT / "driftline", copy / "driftline")
+    shutil.copy(ROOT / "run.py", copy)
     (copy / "tta").mkdir()
     for name in ("__init__", "provenance"):
         shutil.copy(ROOT / "core" / f"{name}.py", copy / "core")
@@ -201,7 +204,8 @@ def test_a_new_method_is_in_the_patch_though_git_does_not_track_it(tmp_path):
     def git(*words: str) -> None:
         subprocess.run(["git", *words], cwd=copy, check=True, capture_output=True)
 
-    code = "import json; from core.provenance import git_state; print(json.dumps(git_state()))"
+    code = "import json; from driftline.core.provenance import git_state as state; "
+    code += "print(json.dumps(state()))"
 
     def state() -> list:
         command = [sys.executable, "-c", code]
@@ -239,7 +243,7 @@ def test_a_run_that_another_process_finished_in_between_is_not_run_again(configu
         return real(self)
 
     monkeypatch.setattr(Lock, "acquire", acquire)
-    monkeypatch.setattr(experiment, "_execute", None)  # nothing is computed
+    monkeypatch.setattr(execute, "_execute", None)  # nothing is computed
     assert run_experiment(cfg, [])["metrics"] == done["metrics"]
 
 
@@ -258,7 +262,7 @@ def test_a_resumed_result_is_that_of_an_undisturbed_run(configure, monkeypatch, 
     words = [*settings(strategy), "scenario.increment=5"]
     whole = run_experiment(configure(*words), [])
     cfg = configure(*words, "on_exists=rerun", "checkpoint.every=4")
-    from core.checkpoint import Checkpointer
+    from driftline.core.checkpoint import Checkpointer
 
     real = Checkpointer.save
 

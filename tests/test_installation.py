@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.installation import torchvision_problem
+from driftline.core.installation import torchvision_problem
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("core", "cl", "tta", "backbones", "parts", "streams", "kernels", "analysis", "scripts")
@@ -47,7 +47,7 @@ def test_every_import_of_torchvision_or_timm_comes_after_the_check():
         first = next((n for n, name in lines if name.split(".")[0] in ("torchvision", "timm")), 0)
         if first and file.name != "installation.py":
             checked += 1
-            assert any(name == "core.vision" and n < first for n, name in lines), file
+            assert any(name == "driftline.core.vision" and n < first for n, name in lines), file
     assert checked > 5
 
 
@@ -64,7 +64,7 @@ def test_both_versions_are_named(other_build, monkeypatch):
 
 def test_a_missing_torchvision_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    monkeypatch.setattr("core.installation.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("driftline.core.installation.importlib.util.find_spec", lambda _: None)
     assert "torchvision, the partner of torch" in str(torchvision_problem())
 
 
@@ -85,5 +85,5 @@ def test_a_program_ends_with_one_line(other_build, command):
 
 def test_help_needs_no_torch():
     """The modules that `run.py` imports before a run begins."""
-    code = "import sys; import run, core.installation; sys.exit('torch' in sys.modules)"
+    code = "import sys, run, driftline.core.installation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

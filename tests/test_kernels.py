@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
 
-from core.errors import UserError
-from kernels import adapter, chosen, dispatch, use
-from kernels import dora as dora_module
-from kernels.adapter import SECOND_DERIVATIVE, Operands
-from kernels.dora import Kept, dora_linear, lora_linear, merged_weight
-from kernels.reference import formula
+from driftline.core.errors import UserError
+from driftline.kernels import adapter, chosen, dispatch, use
+from driftline.kernels import dora as dora_module
+from driftline.kernels.adapter import SECOND_DERIVATIVE, Operands
+from driftline.kernels.dora import Kept, dora_linear, lora_linear, merged_weight
+from driftline.kernels.reference import formula
 
 LIMIT = 5e-6
 PARAMETERS = ("down", "up", "down_bias", "up_bias", "scale", "rank_scale")
@@ -696,7 +696,7 @@ def test_too_many_segments_fall_back(monkeypatch):
 
 
 def test_compile_backend(monkeypatch):
-    module = __import__("sys").modules["kernels.adapter"]
+    module = __import__("sys").modules["driftline.kernels.adapter"]
     torch.compiler.reset()
     compiled = torch.compile(formula, backend="aot_eager")
     monkeypatch.setattr(module, "_compiled", lambda: compiled)

@@ -14,15 +14,15 @@ from golden_cl_case import ClCase, images
 from golden_cl_case import backbone as recorded_backbone
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from cl.lae import LAE
-from core.build import build
-from core.errors import Diverged, UserError
-from core.seed import generator
-from core.stream import Batch, Task
-from parts.adapters.bottleneck import Bottleneck
-from parts.adapters.lora import LoRA
-from parts.adapters.prefix import Prefix
+from driftline.backbones.backbone import Backbone
+from driftline.cl.lae import LAE
+from driftline.core.build import build
+from driftline.core.errors import Diverged, UserError
+from driftline.core.seed import generator
+from driftline.core.stream import Batch, Task
+from driftline.parts.adapters.bottleneck import Bottleneck
+from driftline.parts.adapters.lora import LoRA
+from driftline.parts.adapters.prefix import Prefix
 
 PETS = {"adapter": "lae", "lora": "lae_lora", "prefix": "lae_prefix"}
 SMALL = {"epochs": 3, "freeze_epochs": 1, "lr": 0.01, "ema_decay": 0.9}

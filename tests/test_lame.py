@@ -13,11 +13,11 @@ from golden_case import Case, both
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from core.build import build
-from core.errors import UserError
-from tta import lame
-from tta.lame import LAME, affinity_matrix, distances, laplacian_assignments
+from driftline.backbones.backbone import Backbone
+from driftline.core.build import build
+from driftline.core.errors import UserError
+from driftline.tta import lame
+from driftline.tta.lame import LAME, affinity_matrix, distances, laplacian_assignments
 
 
 def backbone(kind: str = "resnet", **options: Any) -> Backbone:

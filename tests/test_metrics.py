@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from core import metrics
-from core.errors import UserError
-from core.metrics import (
+from driftline.core import metrics
+from driftline.core.errors import UserError
+from driftline.core.metrics import (
     ALEXNET,
     AccuracyMatrix,
     NearFuture,

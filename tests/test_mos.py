@@ -21,13 +21,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from backbones.backbone import Backbone
-from cl.mos import CURRENT, Mos, covariance, retrieve
-from core.build import build
-from core.errors import Diverged, UserError
-from core.features import FeatureCache
-from core.seed import generator
-from core.stream import Task
+from driftline.backbones.backbone import Backbone
+from driftline.cl.mos import CURRENT, Mos, covariance, retrieve
+from driftline.core.build import build
+from driftline.core.errors import Diverged, UserError
+from driftline.core.features import FeatureCache
+from driftline.core.seed import generator
+from driftline.core.stream import Task
 
 CONF = Path(__file__).parents[1] / "conf" / "strategy"
 CPU = torch.device("cpu")

@@ -17,13 +17,12 @@ from golden_cl_case import ClCase, images
 from golden_cl_case import backbone as recorded_backbone
 from torch import Tensor
 
-import cl.olora
-from backbones.backbone import Backbone
-from cl.olora import OLoRA, StackedLoRA, norms, orthogonality
-from core.build import build
-from core.errors import Diverged, UserError
-from core.seed import generator
-from core.stream import Batch, Task
+from driftline.backbones.backbone import Backbone
+from driftline.cl.olora import OLoRA, StackedLoRA, norms, orthogonality
+from driftline.core.build import build
+from driftline.core.errors import Diverged, UserError
+from driftline.core.seed import generator
+from driftline.core.stream import Batch, Task
 
 SMALL = {"epochs": 2, "rank": 2, "alpha": 4, "dropout": 0.0}
 PARTS = ("q", "v")
@@ -164,7 +163,7 @@ def test_one_dropout_mask_serves_both_branches(monkeypatch):
         calls.append(x.shape)
         return x * case["dropout/keep_mask"].flatten(0, 1) / (1 - p)
 
-    monkeypatch.setattr(cl.olora, "dropout", drop)
+    monkeypatch.setattr("driftline.cl.olora.dropout", drop)
     lora = layer(case, "dropout", ("q", "q")).train()
     x = case["dropout/input"]
     base = F.linear(x, case["dropout/param/q.weight"], case["dropout/param/q.bias"])

@@ -7,15 +7,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from core.build import build
-from core.errors import UserError
-from core.experiment import complete
-from core.stream import ShiftStream
-from streams import corruptions as C
-from streams.orders import LABEL_ORDERS, SEQUENCES, Options, parse, plan
-from streams.pipelines import Geometry
-from streams.shifts import corruption_names
-from streams.store import ImageStore
+from driftline.core.build import build
+from driftline.core.errors import UserError
+from driftline.core.stream import ShiftStream
+from driftline.runs.execute import complete
+from driftline.streams import corruptions as C
+from driftline.streams.orders import LABEL_ORDERS, SEQUENCES, Options, parse, plan
+from driftline.streams.pipelines import Geometry
+from driftline.streams.shifts import corruption_names
+from driftline.streams.store import ImageStore
 
 ONCE = ("shuffled", "correlated", "dirichlet_note", "dirichlet_rotta", "lame_grouped")
 OPTIONS = Options(delta=0.1, imbalance=100.0, zipf=2.0)

@@ -13,10 +13,9 @@ import torch
 from conftest import ROOT, write_images
 from test_streams import make
 
-from core.errors import UserError
-from scripts.calibrate_ccc import main as calibrate
-from streams import corruptions as C
-from streams.pairs import (
+from driftline.core.errors import UserError
+from driftline.streams import corruptions as C
+from driftline.streams.pairs import (
     EMBEDDED,
     corrupt_pair,
     key,
@@ -25,7 +24,8 @@ from streams.pairs import (
     route,
     walk,
 )
-from streams.severities import NAMES, interpolated
+from driftline.streams.severities import NAMES, interpolated
+from scripts.calibrate_ccc import main as calibrate
 
 SETTINGS = {"seed": 4, "preset": "cifar", "jpeg_quality": None, "frost_dir": None}
 
@@ -184,7 +184,7 @@ def test_each_image_shows_what_the_stored_order_says(configure):
     for key_, field in (("row", "index"), ("label", "y"), ("domain", "domain")):
         got = torch.cat([getattr(b, field) for s in stream.segments for b in s.batches()])
         assert np.array_equal(got.numpy(), order[key_])
-    from streams.embedded import SHIFT_CLASSES, EmbeddedImages
+    from driftline.streams.embedded import SHIFT_CLASSES, EmbeddedImages
 
     clean = EmbeddedImages(SHIFT_CLASSES, split="test", per_class=40)
     for n in (0, 31, 59):

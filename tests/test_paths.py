@@ -17,10 +17,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from safetensors.torch import save_file
 from test_streams import make
 
-from core.build import build
-from core.experiment import complete
-from core.paths import add_resolver, expand_paths, results_folder
-from streams.corruption_ops.frost import FROST_FILES
+from driftline.core.build import build
+from driftline.core.paths import add_resolver, expand_paths, results_folder
+from driftline.runs.execute import complete
+from driftline.streams.corruption_ops.frost import FROST_FILES
 
 CONF = ROOT / "conf"
 GROUPS = ("scenario", "strategy", "backbone", "logger")

@@ -9,12 +9,12 @@ import timm
 import torch
 from golden_cl_case import backbone, images
 
-from backbones.backbone import Backbone
-from core.errors import UserError
-from core.seed import generator
-from parts.adapters.bank import AdapterBank
-from parts.adapters.lora import LoRA
-from parts.adapters.peft_bank import PeftBank
+from driftline.backbones.backbone import Backbone
+from driftline.core.errors import UserError
+from driftline.core.seed import generator
+from driftline.parts.adapters.bank import AdapterBank
+from driftline.parts.adapters.lora import LoRA
+from driftline.parts.adapters.peft_bank import PeftBank
 
 X = images("test", range(6)).x
 RANK4 = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv", "fc1"]}

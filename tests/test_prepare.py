@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from core.errors import UserError
-from core.files import BadFile
-from core.prepare import PartialFile, _load, prepare
-from core.strategy import Progress, TTAStrategy
-from core.stream import Batch, SourceImages
-from tta.warmup import WarmUp
+from driftline.backbones.backbone import Backbone
+from driftline.core.errors import UserError
+from driftline.core.files import BadFile
+from driftline.core.strategy import Progress, TTAStrategy
+from driftline.core.stream import Batch, SourceImages
+from driftline.runs.prepare import PartialFile, _load, prepare
+from driftline.tta.warmup import WarmUp
 
 
 def warmup(**changes: Any) -> WarmUp:
@@ -119,7 +119,7 @@ def test_other_weights_images_or_settings_never_reuse_it(run, change):
 
 def test_an_edited_method_prepares_again(run, monkeypatch):
     _, before, _ = run()
-    monkeypatch.setattr("core.provenance.fingerprint", lambda path: "another tree")
+    monkeypatch.setattr("driftline.core.provenance.fingerprint", lambda path: "another tree")
     _, after, calls = run()
     assert before["key"] != after["key"] and calls == ["prepare"] * 2
 

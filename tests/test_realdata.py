@@ -7,7 +7,7 @@ import csv
 import pytest
 from conftest import ROOT
 
-from core.experiment import run_experiment
+from driftline.runs.execute import run_experiment
 
 pytestmark = pytest.mark.realdata
 
@@ -31,7 +31,7 @@ def imagenet(realdata, tmp_path, images: int, *more: str) -> list[str]:
 
 
 def test_labels_of_the_pack_are_canonical(realdata):
-    from streams.datasets import imagenet_clean, wnids
+    from driftline.streams.datasets import imagenet_clean, wnids
 
     images = imagenet_clean(realdata / "imagenet_real")
     with open(realdata / "imagenet_real" / "labels.csv", newline="") as file:

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from core.errors import UserError
-from core.files import write_json
-from core.identity import identity
-from core.record import Lock, RunLogger
+from driftline.core.errors import UserError
+from driftline.core.files import write_json
+from driftline.core.identity import identity
+from driftline.core.record import Lock, RunLogger
 
 
 def test_rows_are_tidy_tables_and_carry_the_label(tmp_path):

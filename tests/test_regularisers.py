@@ -19,9 +19,9 @@ from test_cl_methods import (
 )
 from torch import Tensor
 
-from cl.common import Store
-from core.errors import Diverged, UserError
-from core.stream import Batch, Task
+from driftline.cl.common import Store
+from driftline.core.errors import Diverged, UserError
+from driftline.core.stream import Batch, Task
 
 ALL = ("l2", "ewc", "lwf")
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from core import experiment
-from core.errors import Diverged
-from core.experiment import run_experiment
-from core.strategy import TTAStrategy
-from core.window import Window
+from driftline.backbones.backbone import Backbone
+from driftline.core.errors import Diverged
+from driftline.core.strategy import TTAStrategy
+from driftline.core.window import Window
+from driftline.runs import execute
+from driftline.runs.execute import run_experiment
 
 
 class Echo(TTAStrategy):
@@ -89,7 +89,7 @@ def test_a_stream_of_single_images_runs_through_a_window(configure):
 @pytest.fixture
 def diverging(monkeypatch):
     """Every method's third batch returns NaN."""
-    real = experiment.make_strategy
+    real = execute.make_strategy
 
     def make(*args):
         strategy, weights = real(*args)
@@ -103,7 +103,7 @@ def diverging(monkeypatch):
         return strategy, weights
 
     def switch(on: bool = True) -> None:
-        monkeypatch.setattr(experiment, "make_strategy", make if on else real)
+        monkeypatch.setattr(execute, "make_strategy", make if on else real)
 
     return switch
 
@@ -142,7 +142,7 @@ def test_rounds_are_reported(configure):
 def test_constant_images_and_a_stream_shorter_than_a_batch(configure, monkeypatch):
     words = [*TINY[1:], "scenario.images=3", "scenario.batch_size=8", "scenario.clean_images=0"]
     for strategy in ("bn_adapt", "tent", "cotta", "lame", "ecotta"):
-        real = experiment.make_strategy
+        real = execute.make_strategy
 
         def make(*args, real=real):
             made, weights = real(*args)
@@ -151,6 +151,6 @@ def test_constant_images_and_a_stream_shorter_than_a_batch(configure, monkeypatc
             return made, weights
 
         with monkeypatch.context() as patch:
-            patch.setattr(experiment, "make_strategy", make)
+            patch.setattr(execute, "make_strategy", make)
             metrics = run_experiment(configure(f"strategy={strategy}", *words), [])["metrics"]
         assert metrics["nan"] == 0 and metrics["err_mean"] <= 100

@@ -15,16 +15,18 @@ import torch
 from conftest import HANG, ROOT
 from omegaconf import OmegaConf
 
-from core import checkpoint, experiment
-from core.errors import UserError
-from core.experiment import run_experiment
-from core.features import FeatureCache
-from core.record import Lock
+from driftline.core import checkpoint
+from driftline.core.errors import UserError
+from driftline.core.features import FeatureCache
+from driftline.core.record import Lock
+from driftline.runs import execute
+from driftline.runs import folder as folders
+from driftline.runs.execute import run_experiment
 
 CONF = ROOT / "conf" / "strategy"
 TARGETS = {p.stem: str(OmegaConf.load(p)["_target_"]) for p in sorted(CONF.glob("*.yaml"))}
-TTA = [n for n, t in TARGETS.items() if t.startswith("tta.")]
-CL = [n for n, t in TARGETS.items() if t.startswith("cl.")]
+TTA = [n for n, t in TARGETS.items() if t.startswith("driftline.tta.")]
+CL = [n for n, t in TARGETS.items() if t.startswith("driftline.cl.")]
 TINY = {
     "tta": [
         "scenario=imagenet_c",
@@ -157,7 +159,7 @@ def test_finished_run_is_found_and_not_run_again(configure, monkeypatch, capsys)
     cfg = configure(*settings("source"))
     first = run_experiment(cfg, [])
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "make_strategy", None)  # not even a network is built
+        patch.setattr(execute, "make_strategy", None)  # not even a network is built
         assert run_experiment(cfg, [])["metrics"] == first["metrics"]
     assert "already done" in capsys.readouterr().out
     cfg.on_exists = "error"
@@ -219,7 +221,9 @@ def test_kept_features_change_no_metric_and_save_passes(configure, monkeypatch):
     words = ["strategy=ease", *TINY["cl"], "scenario.increment=2", "strategy.epochs=1"]
     kept = run_experiment(configure(*words), [])
     fresh = run_experiment(configure(*words, "runtime.feature_cache_mb=0", "on_exists=rerun"), [])
-    monkeypatch.setattr("core.runner.FeatureCache", lambda place, _: FeatureCache(place, 0.001))
+    monkeypatch.setattr(
+        "driftline.core.runner.FeatureCache", lambda place, _: FeatureCache(place, 0.001)
+    )
     filed = run_experiment(configure(*words, "on_exists=rerun"), [])
     assert kept["metrics"] == fresh["metrics"] == filed["metrics"]
     passes = [r["cost"]["evaluation_forward_images"] for r in (kept, fresh, filed)]
@@ -376,7 +380,7 @@ def test_in_a_sweep_a_run_waits_for_another_one_that_is_at_it(configure, monkeyp
         summary.rename(folder / "summary.json")
         other.release()
 
-    monkeypatch.setattr(experiment.time, "sleep", lambda seconds: finish())  # while it waits
+    monkeypatch.setattr(folders.time, "sleep", lambda seconds: finish())  # while it waits
     assert run_experiment(configure(*words), [], wait=True) == done
     assert "which is at the same run" in capsys.readouterr().out
 

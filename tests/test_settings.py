@@ -25,13 +25,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import run
-from core import schema
-from core.build import _hints, check, locate
-from core.errors import UserError
-from core.experiment import run_experiment
-from core.ranges import NonNegative, Positive, Seed, Unit, describe, fits
-from core.sweep import expand
+from driftline.core.build import _hints, check, locate
+from driftline.core.errors import UserError
+from driftline.core.ranges import NonNegative, Positive, Seed, Unit, describe, fits
+from driftline.runs import command, schema
+from driftline.runs.execute import run_experiment
+from driftline.runs.sweep import expand
 
 CONF = ROOT / "conf"
 
@@ -39,11 +38,11 @@ CONF = ROOT / "conf"
 def answer(*words: str, really: bool = False) -> str:
     """What `python run.py words...` says, without starting a process; empty if it would run.
 
-    The steps of `run.main`: the words, Hydra's composition, the check of all settings, and with
+    The steps of `command.main`: the words, Hydra's composition, the check of all settings, and with
     `really` the run itself.
     """
-    words = tuple(run.flags_first(list(words)))
-    if trouble := run.check_words(list(words)):
+    words = tuple(command.flags_first(list(words)))
+    if trouble := command.check_words(list(words)):
         return trouble
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -54,7 +53,7 @@ def answer(*words: str, really: bool = False) -> str:
     except UserError as error:
         return str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        return run.explain(error)
+        return command.explain(error)
     return ""
 
 
@@ -299,13 +298,13 @@ def test_suggestions_are_never_part_of_what_was_typed():
 
 
 def test_a_glob_stands_for_the_names_in_conf():
-    assert run.check_words(["-m", "strategy=glob(l*)"]) is None
+    assert command.check_words(["-m", "strategy=glob(l*)"]) is None
     names = sorted(p.stem for p in (CONF / "strategy").glob("l*.yaml"))
     assert sorted(expand(["strategy=glob(l*)"])) == [[f"strategy={name}"] for name in names]
 
 
 def test_an_interval_is_left_to_a_sweeper_that_draws():
-    assert run.check_words(["-m", "hydra/sweeper=optuna", "strategy.lr=interval(0,1)"]) is None
+    assert command.check_words(["-m", "hydra/sweeper=optuna", "strategy.lr=interval(0,1)"]) is None
 
 
 def test_a_sweep_without_a_place_for_its_folder(tmp_path):
@@ -332,7 +331,7 @@ def test_flags_of_hydra_that_name_nothing(flag, tmp_path):
 
 def test_flags_may_stand_between_settings():
     words = ["seed=1", "--cfg", "job", "strategy=tent", "-m"]
-    assert run.flags_first(words) == ["--cfg", "job", "-m", "seed=1", "strategy=tent"]
+    assert command.flags_first(words) == ["--cfg", "job", "-m", "seed=1", "strategy=tent"]
 
 
 def test_the_callers_environment_does_not_change_the_answer():
@@ -349,6 +348,7 @@ def test_the_callers_environment_does_not_change_the_answer():
 
 
 def test_words_and_schema_need_no_torch():
-    code = "import sys, run, core.schema; run.check_words(['strategy=tent']); "
+    code = "import sys, driftline.runs.schema; from driftline.runs import command; "
+    code += "command.check_words(['strategy=tent']); "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import HANG, ROOT
 
-from core.errors import UserError
-from core.experiment import run_experiment
-from core.record import RunLogger
-from core.sinks import About, TensorBoardSink, WandbSink, make_sinks
+from driftline.core.errors import UserError
+from driftline.core.record import RunLogger
+from driftline.core.sinks import About, TensorBoardSink, WandbSink, make_sinks
+from driftline.runs.execute import run_experiment
 
 WANDB = {"mode": "offline", "project": "driftline-test", "entity": None, "every": 2}
 SUMMARY = {
@@ -139,7 +139,7 @@ def test_a_resumed_run_goes_on_counting_batches(about):
 
 
 def test_tensorboard_without_its_package_names_the_fix(about, monkeypatch):
-    monkeypatch.setattr("core.sinks.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("driftline.core.sinks.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[tensorboard\]"'):
         make_sinks({"wandb": None, "tensorboard": {"every": 1}}, about)
 
@@ -148,7 +148,7 @@ def test_groups_hold_the_seeds_of_one_setting(configure, monkeypatch):
     """Same group for two seeds, another one for another severity; companions are marked."""
     told: list[About] = []
     monkeypatch.setattr(
-        "core.experiment.make_sinks", lambda loggers, about: told.append(about) or []
+        "driftline.runs.execute.make_sinks", lambda loggers, about: told.append(about) or []
     )
     tiny = ["scenario.corruptions=[contrast]", "scenario.images=10", "scenario.probe_images=0"]
     tiny += ["scenario.clean_images=0", "strategy=bn_adapt"]

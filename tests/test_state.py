@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from core.build import build
-from core.cost import state_bytes
-from core.errors import UserError
-from core.strategy import TTAStrategy, optimizers
+from driftline.backbones.backbone import Backbone
+from driftline.core.build import build
+from driftline.core.cost import state_bytes
+from driftline.core.errors import UserError
+from driftline.core.strategy import TTAStrategy, optimizers
 
 STEPS = 3
 
@@ -305,9 +305,8 @@ class Holder:
         self.backbone, self.inner = backbone, inner
 
 
-def test_nested_nodes_get_the_live_objects(monkeypatch):
-    monkeypatch.setattr("core.build.ALLOWED", ("tests.", "test_state.", "tta."))
+def test_nested_nodes_get_the_live_objects():
     net = network()
-    node = {"_target_": "test_state.Holder", "inner": {"_target_": "tta.source.Source"}}
+    node = {"_target_": "test_state.Holder", "inner": {"_target_": "driftline.tta.source.Source"}}
     holder = build(node, at="strategy", backbone=net, seed=0, num_classes=4)
     assert holder.backbone is holder.inner.backbone is net

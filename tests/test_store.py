@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from core.stream import Skipped
-from streams.images import ImageError, ImageSet
-from streams.loading import Reader, Rows
-from streams.pipelines import Geometry
-from streams.store import ImageStore, TaskImages
+from driftline.core.stream import Skipped
+from driftline.streams.images import ImageError, ImageSet
+from driftline.streams.loading import Reader, Rows
+from driftline.streams.pipelines import Geometry
+from driftline.streams.store import ImageStore, TaskImages
 
 
 class Counted(ImageSet):

@@ -13,18 +13,18 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torchvision import transforms as T
 
-from core.build import build
-from core.errors import UserError
-from core.experiment import complete
-from core.stream import Skipped
-from streams import corruptions as C
-from streams import loading
-from streams.class_incremental import order_of_classes, task_sizes
-from streams.images import Derived, Files
-from streams.orders import plan
-from streams.pipelines import Geometry, pipeline, seeded
-from streams.shifts import corrupted
-from streams.store import ImageStore
+from driftline.core.build import build
+from driftline.core.errors import UserError
+from driftline.core.stream import Skipped
+from driftline.runs.execute import complete
+from driftline.streams import corruptions as C
+from driftline.streams import loading
+from driftline.streams.class_incremental import order_of_classes, task_sizes
+from driftline.streams.images import Derived, Files
+from driftline.streams.orders import plan
+from driftline.streams.pipelines import Geometry, pipeline, seeded
+from driftline.streams.shifts import corrupted
+from driftline.streams.store import ImageStore
 
 
 def make(cfg, size: int = 32, workers: int = 0, store: ImageStore | None = None):
@@ -371,7 +371,7 @@ def test_images_of_different_sizes_are_refused_with_a_remedy(configure, tmp_path
 
 
 def test_published_list_is_complete():
-    from streams.datasets import published_list, wnids
+    from driftline.streams.datasets import published_list, wnids
 
     names = published_list()
     classes = {n.split("/")[0] for n in names}
@@ -545,7 +545,7 @@ def test_scenarios_build_without_unknown_options(configure):
 
     from conftest import ROOT
 
-    from core.build import locate
+    from driftline.core.build import locate
 
     live = {"data_root", "on_error", "cache", "workers", "seed", "geometry", "store"}
     for path in sorted((ROOT / "conf" / "scenario").glob("*.yaml")):

@@ -15,8 +15,7 @@ from conftest import HANG, ROOT
 from omegaconf import OmegaConf
 from test_runs import pausing, wait_for
 
-import run
-from core import sweep
+from driftline.runs import command, sweep
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_pool
@@ -122,10 +121,10 @@ def test_a_missing_plugin_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     for launcher, package in (("joblib", "hydra-joblib"), ("slurm", "hydra-submitit")):
-        text = run.check_launcher(["-m", f"hydra/launcher={launcher}", "seed=0,1"])
+        text = command.check_launcher(["-m", f"hydra/launcher={launcher}", "seed=0,1"])
         assert package in text and 'pip install -e ".[sweep]"' in text
-    assert "add -m" in run.check_launcher(["hydra/launcher=joblib"])
-    assert run.check_launcher(["-m", "hydra/launcher=basic", "seed=0,1"]) is None
+    assert "add -m" in command.check_launcher(["hydra/launcher=joblib"])
+    assert command.check_launcher(["-m", "hydra/launcher=basic", "seed=0,1"]) is None
 
 
 def test_a_typo_in_a_launcher_gets_a_short_answer():
@@ -183,7 +182,7 @@ def test_ctrl_c_saves_the_run_and_reports(tmp_path):
     [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]],
 )
 def test_other_launchers_report_the_same_way(tmp_path, launcher):
-    plugin = run.PLUGINS[launcher[0]]
+    plugin = command.PLUGINS[launcher[0]]
     pytest.importorskip(f"hydra_plugins.{plugin}")
     more = [f"hydra/launcher={launcher[0]}", *launcher[1:]]
     process = start(tmp_path, "-m", *more, *SMALL, "strategy=source,finetune")

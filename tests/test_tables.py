@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis import load_runs, select
-from analysis.tables import with_intransigence
-from core.experiment import run_experiment
+from driftline.analysis import load_runs, select
+from driftline.analysis.tables import with_intransigence
+from driftline.runs.execute import run_experiment
 from scripts.make_tables import tables
 
 TINY = ["scenario.images=20", "scenario.corruptions=[contrast,fog]", "scenario.probe_images=0",

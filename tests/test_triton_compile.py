@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from kernels import dispatch  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests"))
+from driftline.kernels import dispatch  # noqa: E402
 
 if reason := dispatch.no_triton():
     pytest.skip(reason, allow_module_level=True)
@@ -33,7 +33,7 @@ from interpreted_kernels import BF16, FP16, FP32, NEEDS, Case, make  # noqa: E40
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import triton_adapter, tuning  # noqa: E402
+from driftline.kernels import triton_adapter, tuning  # noqa: E402
 
 pytestmark = pytest.mark.slow  # a dozen kernels are compiled
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import dispatch
+from driftline.kernels import dispatch
 
 if reason := dispatch.no_triton():
     pytest.skip(reason, allow_module_level=True)
 import interpreted_kernels as shared
 from interpreted_kernels import BF16, CASES, FP16, FP32, Case
 
-from kernels.reference import formula
-from kernels.triton_adapter import INTERPRETED, backward, forward
+from driftline.kernels.reference import formula
+from driftline.kernels.triton_adapter import INTERPRETED, backward, forward
 
 ROOT = Path(__file__).parents[1]
 TILED = ((40, 5), (67, 20), (192, 64), (768, 16), (67, 1), (768, 64), (192, 4), (40, 129))
@@ -101,7 +101,7 @@ def test_tf32_on_the_gpu(precision):
 @on_gpu
 def test_every_tuned_configuration_on_the_gpu():
     """Tile sizes change the last bits alone; all that the table holds for these shapes."""
-    from kernels import tuning
+    from driftline.kernels import tuning
 
     for entry in tuning.entries():
         if entry["dtype"] != "bf16" or entry["rank"] not in (16, 64, 144):

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, LayerNorm2d, RmsNorm
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.surgery import (
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.surgery import (
     batch_norms,
     by_kind,
     by_name,
@@ -21,10 +21,10 @@ from backbones.surgery import (
     evaluating,
     use_batch_statistics,
 )
-from core.build import build
-from core.errors import UserError
-from core.seed import generator
-from core.strategy import TTAStrategy
+from driftline.core.build import build
+from driftline.core.errors import UserError
+from driftline.core.seed import generator
+from driftline.core.strategy import TTAStrategy
 
 BATCHES = (6, 6, 1)  # the last one is short
 

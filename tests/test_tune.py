@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from core.errors import UserError
+from driftline.core.errors import UserError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import tune

@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from core.build import build
-from core.errors import Diverged, UserError
-from core.seed import generator
-from core.stream import Batch, SourceImages
-from tta.vida import MARK, AdaptedLinear, ViDA, adapters
-from tta.warmup import WarmUp
+from driftline.backbones.backbone import Backbone
+from driftline.core.build import build
+from driftline.core.errors import Diverged, UserError
+from driftline.core.seed import generator
+from driftline.core.stream import Batch, SourceImages
+from driftline.tta.vida import MARK, AdaptedLinear, ViDA, adapters
+from driftline.tta.warmup import WarmUp
 
 SMALL = {"rank_high": 4, "views": 3, "warmup": {"batch_size": 6, "lr": 0.01, "every": 2}}
 LOUD = {"lr": 0.01, "adapter_lr": 0.01, "threshold": 0.001, "uncertainty_weight": 1.0}

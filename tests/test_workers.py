@@ -18,9 +18,9 @@ from test_content import CASES, any_cifar  # noqa: F401
 from test_streams import make
 from torch.utils.data import DataLoader
 
-from core.stream import Batch, TaskStream
-from streams import loading
-from streams.pipelines import Name
+from driftline.core.stream import Batch, TaskStream
+from driftline.streams import loading
+from driftline.streams.pipelines import Name
 
 TASKS = ["scenario.embedded_images=[2,1]"]
 SHIFTS = ["scenario.images=20", "scenario.clean_images=20", "scenario.batch_size=16"]

@@ -19,11 +19,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.surgery import batch_norms, evaluating, mix_statistics, use_batch_statistics
-from core.errors import UserError
-from core.ranges import Unit
-from core.strategy import TTAStrategy
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.surgery import (
+    batch_norms,
+    evaluating,
+    mix_statistics,
+    use_batch_statistics,
+)
+from driftline.core.errors import UserError
+from driftline.core.ranges import Unit
+from driftline.core.strategy import TTAStrategy
 
 
 class BNAdapt(TTAStrategy):

@@ -24,8 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.surgery import (
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.surgery import (
     collect_parameters,
     evaluating,
     make_optimizer,
@@ -33,11 +33,11 @@ from backbones.surgery import (
     use_batch_statistics,
     view_statistics,
 )
-from core.errors import Diverged
-from core.ranges import Below1, Count, NonNegative, Unit
-from core.strategy import Progress, TTAStrategy
-from core.stream import SourceImages
-from tta import augment, teacher
+from driftline.core.errors import Diverged
+from driftline.core.ranges import Below1, Count, NonNegative, Unit
+from driftline.core.strategy import Progress, TTAStrategy
+from driftline.core.stream import SourceImages
+from driftline.tta import augment, teacher
 
 SOURCE_BATCH = 64  # images, while the threshold is measured
 

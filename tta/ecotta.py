@@ -38,7 +38,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-import core.vision  # noqa: F401  # isort: skip
+import driftline.core.vision  # noqa: F401  # isort: skip
 
 import torch
 import torch.nn.functional as F
@@ -46,14 +46,14 @@ from annotated_types import MinLen
 from torch import Tensor, nn
 from torchvision.models import mobilenetv2, mobilenetv3
 
-from backbones.backbone import Backbone
-from backbones.surgery import batch_norms, make_optimizer, use_batch_statistics
-from core.errors import Diverged, UserError
-from core.ranges import Below1, Count, NonNegative, Positive, Unit
-from core.seed import derive
-from core.strategy import Progress, TTAStrategy
-from core.stream import Batch, SourceImages
-from tta.warmup import WarmUp
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.surgery import batch_norms, make_optimizer, use_batch_statistics
+from driftline.core.errors import Diverged, UserError
+from driftline.core.ranges import Below1, Count, NonNegative, Positive, Unit
+from driftline.core.seed import derive
+from driftline.core.strategy import Progress, TTAStrategy
+from driftline.core.stream import Batch, SourceImages
+from driftline.tta.warmup import WarmUp
 
 # Where networks keep their residual blocks, in execution order.
 SIBLINGS = (

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from core.errors import UserError
-from core.ranges import Count, NonNegative
-from core.strategy import TTAStrategy
+from driftline.backbones.backbone import Backbone
+from driftline.core.errors import UserError
+from driftline.core.ranges import Count, NonNegative
+from driftline.core.strategy import TTAStrategy
 
 BLOCK_VALUES = 2**24  # values of a block of differences: 64 MiB in float32
 STEPS_PER_READ = 8  # iterations between two reads of the energy on an accelerator

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from core.ranges import Count
-from core.strategy import TTAStrategy, Wrapper
+from driftline.core.ranges import Count
+from driftline.core.strategy import TTAStrategy, Wrapper
 
 
 class ResetEvery(Wrapper):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from core.strategy import TTAStrategy
+from driftline.core.strategy import TTAStrategy
 
 
 class Source(TTAStrategy):

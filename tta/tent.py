@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from backbones.backbone import Backbone
-from backbones.surgery import (
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.surgery import (
     Select,
     by_kind,
     by_name,
@@ -28,9 +28,9 @@ from backbones.surgery import (
     train_only,
     use_batch_statistics,
 )
-from core.errors import UserError
-from core.ranges import Below1, Count, NonNegative, Unit
-from core.strategy import TTAStrategy
+from driftline.core.errors import UserError
+from driftline.core.ranges import Below1, Count, NonNegative, Unit
+from driftline.core.strategy import TTAStrategy
 
 LAYERS: dict[str, Select] = {
     "bn": by_kind("bn2d"),

@@ -34,17 +34,17 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le, MinLen
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from backbones.load import load_strict, load_tensors
-from backbones.surgery import evaluating, make_optimizer
-from core.errors import Diverged, UserError
-from core.ranges import Below1, Count, NonNegative, Size, Unit
-from core.seed import generator
-from core.strategy import Progress, TTAStrategy
-from core.stream import Batch, SourceImages
-from parts.adapters.dual_rank import dual_rank
-from tta import augment, teacher
-from tta.warmup import WarmUp
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.load import load_strict, load_tensors
+from driftline.backbones.surgery import evaluating, make_optimizer
+from driftline.core.errors import Diverged, UserError
+from driftline.core.ranges import Below1, Count, NonNegative, Size, Unit
+from driftline.core.seed import generator
+from driftline.core.strategy import Progress, TTAStrategy
+from driftline.core.stream import Batch, SourceImages
+from driftline.parts.adapters.dual_rank import dual_rank
+from driftline.tta import augment, teacher
+from driftline.tta.warmup import WarmUp
 
 MARK = "vida_"  # in the name of every adapter parameter, and of no other
 

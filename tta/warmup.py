@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from backbones.surgery import make_optimizer
-from core.errors import UserError
-from core.ranges import Below1, Count, CountOrZero, NonNegative, Unit
-from core.strategy import Progress
-from core.stream import Batch, SourceImages
+from driftline.backbones.surgery import make_optimizer
+from driftline.core.errors import UserError
+from driftline.core.ranges import Below1, Count, CountOrZero, NonNegative, Unit
+from driftline.core.strategy import Progress
+from driftline.core.stream import Batch, SourceImages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import core.vision  # noqa: F401
-from backbones.backbone import Backbone
-from core import distributed
-from core.errors import UserError, suggest
-from parts.adapters.adapter import Adapter
-from parts.adapters.bottleneck import Bottleneck
-from parts.adapters.prefix import Prefix
-from parts.adapters.prompt import Prompt
+import driftline.core.vision  # noqa: F401
+from driftline.backbones.backbone import Backbone
+from driftline.core import distributed
+from driftline.core.errors import UserError, suggest
+from driftline.parts.adapters.adapter import Adapter
+from driftline.parts.adapters.bottleneck import Bottleneck
+from driftline.parts.adapters.prefix import Prefix
+from driftline.parts.adapters.prompt import Prompt
 
 Use = str | Mapping[str, float] | None
 KINDS = ("parallel", "out", "in", "keys", "tokens")

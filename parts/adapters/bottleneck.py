@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from core.distributed import dropout
-from core.ranges import Below1, NonNegative, Size
-from kernels import adapter
-from parts.adapters.adapter import Adapter, Product, kaiming
+from driftline.core.distributed import dropout
+from driftline.core.ranges import Below1, NonNegative, Size
+from driftline.kernels import adapter
+from driftline.parts.adapters.adapter import Adapter, Product, kaiming
 
 
 class Bottleneck(Product):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from core.ranges import NonNegative, Size
-from kernels import adapter
-from kernels.dora import Kept, weight_norm
-from parts.adapters.adapter import Adapter, kaiming
+from driftline.core.ranges import NonNegative, Size
+from driftline.kernels import adapter
+from driftline.kernels.dora import Kept, weight_norm
+from driftline.parts.adapters.adapter import Adapter, kaiming
 
 
 class DoRA(Adapter):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.ranges import Size
-from kernels import adapter
-from parts.adapters.adapter import Product
+from driftline.core.ranges import Size
+from driftline.kernels import adapter
+from driftline.parts.adapters.adapter import Product
 
 
 class DualRank(Product):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from annotated_types import MinLen, Predicate
 from torch import Tensor, nn
 
-from core.ranges import NonNegative, Size, distinct
-from kernels import adapter
-from parts.adapters.adapter import Product, kaiming
+from driftline.core.ranges import NonNegative, Size, distinct
+from driftline.kernels import adapter
+from driftline.parts.adapters.adapter import Product, kaiming
 
 
 class LoRA(Product):

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.backbone import Backbone
-from core.errors import UserError, suggest
-from parts.adapters.bank import Reach, call_qkv
+from driftline.backbones.backbone import Backbone
+from driftline.core.errors import UserError, suggest
+from driftline.parts.adapters.bank import Reach, call_qkv
 
 
 def _peft() -> Any:

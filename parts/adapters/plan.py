@@ -20,10 +20,10 @@ import torch
 from annotated_types import MinLen
 from torch import nn
 
-from backbones.backbone import Backbone
-from core.ranges import Count, CountOrZero, Later
-from parts.adapters.adapter import Adapter
-from parts.adapters.bank import AdapterBank, no_place
+from driftline.backbones.backbone import Backbone
+from driftline.core.ranges import Count, CountOrZero, Later
+from driftline.parts.adapters.adapter import Adapter
+from driftline.parts.adapters.bank import AdapterBank, no_place
 
 # Known at a point: input and output width, the module itself, what initial values are drawn from.
 POINT = ("dim", "out", "module", "generator")

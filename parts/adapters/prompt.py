@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from core.ranges import Size
-from parts.adapters.adapter import Adapter
+from driftline.core.ranges import Size
+from driftline.parts.adapters.adapter import Adapter
 
 
 class Prompt(Adapter):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from core.ranges import NonNegative
-from parts.adapters.adapter import Adapter
+from driftline.core.ranges import NonNegative
+from driftline.parts.adapters.adapter import Adapter
 
 
 class ScaleShift(Adapter):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from streams.corruption_ops import blur, digital, frost, noise, spatter, weather
-from streams.corruption_ops.common import Array
+from driftline.streams.corruption_ops import blur, digital, frost, noise, spatter, weather
+from driftline.streams.corruption_ops.common import Array
 
 
 class Operation(NamedTuple):

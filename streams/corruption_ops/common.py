@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.exact import divide_
+from driftline.core.exact import divide_
 
 Array = np.ndarray[Any, Any]
 Draws = Mapping[str, Tensor]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.exact import divide_
-from streams.corruption_ops.common import (
+from driftline.core.exact import divide_
+from driftline.streams.corruption_ops.common import (
     Array,
     Draws,
     Rng,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from streams.corruption_ops.common import Array, Draws, Rng, field, integers
+from driftline.streams.corruption_ops.common import Array, Draws, Rng, field, integers
 
 FROST_NOTE: str = (
     "The reference blends one of five frost photographs of its repository into the image. Without "

@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streams.corruption_ops.common import Array, Draws, Rng, field, select, to_levels, unit
+from driftline.streams.corruption_ops.common import (
+    Array,
+    Draws,
+    Rng,
+    field,
+    select,
+    to_levels,
+    unit,
+)
 
 
 def _channels_last(levels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streams.corruption_ops.common import (
+from driftline.streams.corruption_ops.common import (
     Array,
     Draws,
     Rng,

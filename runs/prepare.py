@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.errors import UserError
-from core.files import BadFile, read_checked, replacing, write_checked
-from core.provenance import code_of
-from core.record import Lock
-from core.strategy import TTAStrategy
-from core.stream import SourceImages
+from driftline.core.errors import UserError
+from driftline.core.files import BadFile, read_checked, replacing, write_checked
+from driftline.core.provenance import code_of
+from driftline.core.record import Lock
+from driftline.core.strategy import TTAStrategy
+from driftline.core.stream import SourceImages
 
 FORMAT = 2  # of artefacts; 2: with a checksum
 KIND = "preparation-2"  # unfinished; 2: with the artefact's key and a checksum

@@ -16,11 +16,11 @@ from annotated_types import Ge, Le, Predicate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core.build import check, check_call, check_options, check_value, locate, result
-from core.errors import UserError, suggest
-from core.paths import CONF
-from core.ranges import CountOrZero, OwnLabel, PlainName, Seed
-from core.sinks import SINKS
+from driftline.core.build import check, check_call, check_options, check_value, locate, result
+from driftline.core.errors import UserError, suggest
+from driftline.core.paths import CONF
+from driftline.core.ranges import CountOrZero, OwnLabel, PlainName, Seed
+from driftline.core.sinks import SINKS
 
 
 def device_name(text: str) -> bool:

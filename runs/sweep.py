@@ -27,8 +27,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from core.files import write_json
-from core.paths import CONF
+from driftline.core.files import write_json
+from driftline.core.paths import CONF
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
@@ -97,7 +97,7 @@ def run_job(cfg: DictConfig) -> float | None:
     overrides = typed(hydra.overrides.task)
     with _slot(folder, hydra.launcher):
         # Imported here once and inherited by every child: torch and timm take seconds.
-        import core.experiment  # noqa: F401
+        import driftline.runs.execute  # noqa: F401
 
         cfg = _threads(cfg, folder, hydra.launcher)
         note(folder, number, state="running", overrides=overrides)
@@ -127,9 +127,9 @@ def typed(words: Any) -> list[str]:
 
 
 def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> None:
-    from core.checkpoint import Stopped
-    from core.errors import UserError
-    from core.experiment import run_experiment
+    from driftline.core.checkpoint import Stopped
+    from driftline.core.errors import UserError
+    from driftline.runs.execute import run_experiment
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,372 @@
+"""The command line: `python run.py strategy=cotta ...` or `driftline strategy=cotta ...`.
+
+torch is imported only once a run starts, so that --help, --cfg job and typos answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import sys
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from driftline.core.errors import UserError, suggest
+from driftline.core.paths import CONF, add_resolver
+from driftline.core.torchrun import requested, speaks
+
+ADAPTER = "adapter@strategy.adapter"  # what adapter=... stands for
+# Flags of Hydra that take a value of their own.
+FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
+FLAGS |= {"--config-dir", "-cd", "--experimental-rerun"}
+HYDRAS_OWN = ("hydra.run.", "hydra.job.chdir", "hydra.output_subdir")
+FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(")  # of Hydra's grammar
+MOST_RUNS = 10_000  # of one word of a sweep
+PLUGINS = {  # launcher -> the package that it needs, all in the extra `sweep`
+    "joblib": "hydra_joblib_launcher",
+    "slurm": "hydra_submitit_launcher",
+    "submitit_local": "hydra_submitit_launcher",
+}
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def run(cfg: DictConfig) -> float | None:
+    """One run; returns the headline number, which Hydra sweepers may optimise."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        from driftline.runs.sweep import run_job
+
+        return run_job(cfg)
+    from driftline.core import distributed
+    from driftline.core.checkpoint import Stopped
+    from driftline.runs.execute import run_experiment
+    from driftline.runs.sweep import typed
+
+    try:
+        metrics = run_experiment(cfg, typed(HydraConfig.get().overrides.task))["metrics"]
+    except Stopped as stop:
+        raise SystemExit(128 + stop.number) from None
+    except UserError as error:
+        if distributed.is_news(error):
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Exception as error:
+        if distributed.is_news(error):
+            raise
+        raise SystemExit(1) from None
+    distributed.leave()
+    return metrics.get("err_mean", metrics.get("acc_inc"))
+
+
+def check_words(words: list[str]) -> str | None:
+    """What is wrong with the command line, seen before Hydra composes it, if anything.
+
+    Hydra passes over an explicit recipe that does not exist, because the group is optional, and
+    fails with a stack trace where a group is given anything but a name.
+    """
+    from driftline.runs.sweep import reader
+
+    draws = any(word.lstrip("+").startswith("hydra/sweeper=") for word in words)
+    flag = False  # whether the word before takes this one
+    for index, word in enumerate(words):
+        if word.startswith("-"):
+            flag = word in FLAGS
+            continue
+        if flag:
+            flag = False
+            continue
+        key, sign, _ = word.partition("=")
+        if not word.startswith("~") and not (sign and key.lstrip("+")):
+            return _no_setting(word, words[index - 1] if index else "")
+        try:
+            override = reader([word]).parse_overrides([word])[0]
+        except HydraException as error:
+            return _unreadable(word, words[index + 1 :], error)
+        if trouble := _check_override(word, override, draws):
+            return trouble
+    return None
+
+
+def _check_override(word: str, override: Override, draws: bool) -> str | None:
+    """What is wrong with one setting that Hydra can read.
+
+    Args:
+        draws: a sweeper that draws values out of intervals was asked for.
+    """
+    groups = {p.name for p in CONF.iterdir() if p.is_dir()} - {"hydra"} | {"local"}
+    key, value = override.key_or_group, override.value()
+    if key.startswith(HYDRAS_OWN):
+        return f"{key}: folders of Hydra's own are not used here; root=... says where results go"
+    values = [value]
+    if override.is_interval_sweep():
+        if draws:
+            return None
+        return f"{word}: an interval names no values; list them: {key}=0,1,2 or {key}=range(0,3)"
+    if override.is_sweep_override():
+        values = list(islice(override.sweep_iterator(), MOST_RUNS + 1))
+        if not values:
+            return f"{word} holds no value: the sweep has no run"
+        if len(values) > MOST_RUNS:
+            return f"{word} stands for more than {MOST_RUNS:,} runs"
+    if key not in groups:
+        return None
+    if override.is_delete():
+        return f"{word}: {key} cannot be left out; choose one with {key}=..."
+    if isinstance(value, dict):
+        inner = next(iter(value), "key")
+        return f"{word}: {key} takes the name of an option; write {key}.{inner}=... to set one"
+    if isinstance(value, list):
+        return (
+            f"{word}: {key} takes one name; a run with each: -m {key}={','.join(map(str, value))}"
+        )
+    for one in values:
+        name = str(one)
+        if one is None and key == "experiment":
+            return "experiment=null is what an experiment left out means: leave it out"
+        if not (CONF / key / f"{name}.yaml").is_file():
+            return _unknown(key, "null" if one is None else name)
+    return None
+
+
+def _unknown(group: str, name: str) -> str:
+    """A group has no such option: the nearest one and all of them."""
+    options = sorted(
+        p.relative_to(CONF / group).with_suffix("").as_posix()
+        for p in (CONF / group).rglob("*.yaml")
+    )
+    options += ["basic"] if group == "hydra/launcher" else []
+    text = f"{group}={name}: no such option{suggest(name, options)}"
+    return f"{text}\noptions of {group}: {', '.join(options) or '(none)'}"
+
+
+def _no_setting(word: str, before: str) -> str:
+    """A word without `key=`, which may be the rest of a value with a blank."""
+    text = f"{word!r} is no setting: a setting is typed key=value"
+    key, sign, value = before.partition("=")
+    if not sign or before.startswith("-"):
+        return text
+    return f"{text}; a value with a blank is typed in two pairs of quotes: " + _in_quotes(
+        key, f"{value} {word}"
+    )
+
+
+def _unreadable(word: str, following: list[str], error: HydraException) -> str:
+    """What is wrong with a word that Hydra cannot read, and how to type what was meant."""
+    from driftline.runs.sweep import reader
+
+    key, _, value = word.partition("=")
+    name = key.lstrip("+~")
+    if FUNCTION.match(value):
+        return f"{name}: {value!r} cannot be read: {str(error).splitlines()[-1].strip()}"
+    if value.startswith(("[", "{")):
+        for end in range(1, len(following) + 1):  # the shell has cut it at its blanks
+            whole = " ".join([word, *following[:end]])
+            with suppress(HydraException):
+                reader([whole]).parse_overrides([whole])
+                quoted = shlex.quote(whole)
+                return check_words([whole]) or (
+                    f"{name}: {value!r} ends at a blank; type the word in quotes: {quoted}"
+                )
+        if any(value.count(a) > value.count(b) for a, b in ("[]", "{}")):
+            return f"{name}: {value!r} lacks its closing bracket"
+    value = value.strip("\"'")
+    return (
+        f"{name}: {value!r} cannot be read as it stands; a value with =, #, $, ~, blanks, "
+        f"brackets, commas or colons is typed in two pairs of quotes: {_in_quotes(key, value)}"
+    )
+
+
+def _in_quotes(key: str, value: str) -> str:
+    """A setting as text for the shell and for Hydra's grammar."""
+    value = value.strip("\"'")
+    quote = "'" if '"' in value else '"'
+    return shlex.quote(f"{key}={quote}{value}{quote}")
+
+
+def flags_first(words: list[str]) -> list[str]:
+    """Flags before settings: Python's parser takes settings on one side of a flag only."""
+    flags, settings, value_next = [], [], False
+    for word in words:
+        (flags if value_next or word.startswith("-") else settings).append(word)
+        value_next = word in FLAGS
+    return flags + settings
+
+
+def explain(error: BaseException) -> str:
+    """A Hydra or OmegaConf error in one short message, with the nearest valid name."""
+    text = str(error)
+    if key := getattr(error, "full_key", None):
+        return f"{key}: {text.splitlines()[0]}"
+    if f"Could not override '{ADAPTER}'" in text:
+        return "adapter=...: the strategy chosen has no adapters; these have: " + ", ".join(
+            sorted(p.stem for p in _with_adapters())
+        )
+    found = re.search(r"Could not find '((?:hydra/)?[^/']+)/([^']+)'", text)
+    if found and (CONF / found.group(1)).is_dir():
+        return _unknown(*found.groups())
+    if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
+        key, value = found.groups()
+        return (
+            f"{key}={value}: commas separate the runs of a sweep, which needs -m (--multirun); a "
+            f"list is typed '{key}=[{value}]', a text '{key}=\"{value}\"'"
+        )
+    if found := re.search(r"Could not override '([^']+)'", text):
+        key = found.group(1).split("@")[0].lstrip("+~")
+        if key.startswith("backbone.") and not any(w.startswith("backbone=") for w in sys.argv):
+            return f"{key}: backbone=auto has no settings; name one first, such as backbone=timm"
+        keys = _keys()
+        above = [k for k in keys if key.startswith(f"{k}.")]  # of these, none was meant
+        inside = [k for k in keys if k.endswith(f".{key.rpartition('.')[2]}")]
+        inside = [k for k in inside if k.startswith(f"{key.partition('.')[0]}.")]
+        near = suggest(key, inside) or suggest(key, [k for k in keys if k not in above])
+        return f"{key}: no such setting{near}\nall settings: the same command with --cfg job"
+    if text.startswith("Cannot find primary config"):
+        return text.splitlines()[0]
+    return "\n".join(line for line in text.splitlines() if line.strip())
+
+
+def _with_adapters() -> list[Path]:
+    """The strategies whose adapters are a choice."""
+    return [p for p in (CONF / "strategy").glob("*.yaml") if "/adapter@adapter:" in p.read_text()]
+
+
+def _keys() -> list[str]:
+    """Every dotted key of the configuration as typed, without the overrides that failed."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    groups = [p.name for p in CONF.iterdir() if p.is_dir()]
+    chosen = [a for a in sys.argv[1:] if a.split("=")[0] in groups and "," not in a]
+    keys: list[str] = [*groups, "hydra/launcher"]
+    for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
+        keys += [f"hydra.launcher.{k}" for k in OmegaConf.load(path)]
+
+    def walk(node: Any, path: str) -> None:
+        for name in node or {}:
+            dotted = f"{path}.{name}" if path else str(name)
+            keys.append(dotted)
+            if isinstance(node, DictConfig) and isinstance(node._get_node(name), DictConfig):
+                walk(node._get_node(name), dotted)
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            walk(compose("config", chosen), "")
+    except (HydraException, OmegaConfBaseException):
+        pass  # several mistakes at once: the group names still serve as suggestions
+    return keys
+
+
+def spelled_out(words: list[str]) -> list[str]:
+    """`adapter=...` as Hydra names it: an option group inside the strategy."""
+    return [re.sub(r"^adapter=", f"{ADAPTER}=", word) for word in words]
+
+
+def as_sweeps(words: list[str]) -> list[str]:
+    """Settings inside a swept group become sweeps of one value.
+
+    Hydra composes a sweep once without its swept groups; `-m strategy=ease,mos strategy.epochs=3`
+    would then set the epochs of the default strategy, which has none.
+    """
+    swept = {w.split("=")[0] for w in words if re.match(r"\w+=[^,=\[{(]+,", w)}
+    found = []
+    for word in words:
+        key, _, value = word.partition("=")
+        single = value and "," not in re.sub(r"\[.*?\]|\{.*?\}|\(.*?\)", "", value)
+        inside = "." in key and key.lstrip("+").split(".")[0] in swept
+        inside = inside or (key == ADAPTER and "strategy" in swept)
+        wrap = inside and single and not value.startswith(("choice(", "range(", "interval("))
+        found.append(f"{key}=choice({value})" if wrap else word)
+    return found
+
+
+def _installed(plugin: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"hydra_plugins.{plugin}") is not None
+    except ModuleNotFoundError:  # no plugin at all
+        return False
+
+
+def check_launcher(words: list[str]) -> str | None:
+    """What is wrong with the launcher asked for, if anything."""
+    if {"-m", "--multirun"} & set(words) and requested() > 1:
+        return (
+            "torchrun takes one run, not a sweep (-m): leave -m out, or sweep without torchrun, "
+            "a process a run (python run.py -m ..., or python scripts/gpu_pool.py ... with a GPU "
+            "each)"
+        )
+    asked = [w.split("=")[1] for w in words if w.lstrip("+").startswith("hydra/launcher=")]
+    if not asked:
+        return None
+    if not {"-m", "--multirun"} & set(words):
+        return f"hydra/launcher={asked[-1]} runs sweeps: add -m"
+    plugin = PLUGINS.get(asked[-1])
+    if plugin and not _installed(plugin):
+        return (
+            f"hydra/launcher={asked[-1]} needs the package {plugin.replace('_', '-')}: "
+            'pip install -e ".[sweep]"'
+        )
+    return None
+
+
+def main() -> int:
+    """Run and turn every expected failure into one message and an exit status."""
+    add_resolver()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function as they are
+    sys.argv[1:] = flags_first(sys.argv[1:])
+    if trouble := check_words(sys.argv[1:]) or check_launcher(sys.argv[1:]):
+        if speaks():
+            print(f"error: {trouble}", file=sys.stderr)
+        return 2
+    sys.argv[1:] = spelled_out(sys.argv[1:])
+    if {"-m", "--multirun"} & set(sys.argv):
+        return sweep()
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException) as error:
+        if speaks():
+            print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def sweep() -> int:
+    """A multirun; whatever ends it, the last lines tell what became of each run."""
+    from driftline.runs.sweep import Planned, report
+
+    sys.argv[1:] = as_sweeps(sys.argv[1:])
+    paths = [str(CONF.parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)  # for submitit's processes
+    status = 0
+    try:
+        run()
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except Exception as error:  # of the launcher: those of the runs are in the report
+        text, status = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}", 1
+        if isinstance(error, OSError) and Planned.folder is None:
+            text, status = f"the folder of the sweep, hydra.sweep.dir (in root), fails: {error}", 2
+        print(f"error: {text}", file=sys.stderr)
+    if Planned.folder is not None:
+        text, ending = report(Planned.folder)
+        print(text, file=sys.stderr if ending else sys.stdout)
+        status = status or ending
+    return status

@@ -1,0 +1,168 @@
+"""What a run is composed of: settings filled in, the stream, the backbone and the strategy."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.core.build import build, locate
+from driftline.core.errors import UserError
+from driftline.core.paths import CONF, expand_paths
+from driftline.core.seed import seed_all
+from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
+from driftline.core.stream import ShiftStream, TaskStream
+from driftline.streams.pipelines import Geometry
+from driftline.streams.store import ImageStore
+
+Stream = TaskStream | ShiftStream
+
+
+def load_option(group: str, name: str) -> DictConfig:
+    """One file of conf/<group>/ as a node."""
+    node = OmegaConf.load(CONF / group / f"{name}.yaml")
+    assert isinstance(node, DictConfig)
+    return node
+
+
+def complete(cfg: DictConfig) -> DictConfig:
+    """Fill in what depends on whether real data is given: label and backbone.
+
+    Without `data.root` everything is embedded and labelled so, with it nothing is. Corruptions
+    made on the fly from real images are labelled as well: they are not the released files.
+    """
+    cfg = cfg.copy()
+    expand_paths(cfg)
+    real = cfg.data.root is not None
+    with open_dict(cfg):
+        choice = cfg.scenario.pop("backbones")
+        if cfg.backbone.name == "auto":
+            cfg.backbone = load_option("backbone", _automatic(cfg, choice, real))
+        label = cfg.scenario.pop("label", None) or cfg.scenario.name
+        defaults = {k: cfg.scenario.pop(k, {}) for k in ("real", "embedded")}
+        for key, value in defaults["real" if real else "embedded"].items():
+            if cfg.scenario[key] is None:
+                cfg.scenario[key] = value
+        if cfg.scenario.get("single_pass") and "epochs" in cfg.strategy:
+            cfg.strategy.epochs = 1
+        made = cfg.scenario.get("corrupt") == "on_the_fly"
+        cfg.scenario.label = (
+            label + ("[on_the_fly]" if made else "") if real else f"{label}[embedded]"
+        )
+    return cfg
+
+
+def _automatic(cfg: DictConfig, choice: DictConfig, real: bool) -> str:
+    """The backbone that `backbone=auto` stands for."""
+    kind = "real" if real else "embedded"
+    if (
+        locate(cfg.strategy._target_).preferred_backbone(cfg.strategy) == "vit"
+        and f"{kind}_vit" in choice
+    ):
+        kind += "_vit"
+    if choice[kind] is None:
+        what = "a vision transformer" if kind.endswith("_vit") else "a network"
+        raise UserError(
+            f"strategy={cfg.strategy.name} needs {what}, and none is agreed on for "
+            f"scenario={cfg.scenario.name} (scenario.backbones.{kind} is null). Name one, for "
+            "example backbone=timm backbone.tag=vit_base_patch16_384.augreg_in21k_ft_in1k"
+        )
+    return str(choice[kind])
+
+
+def make_stream(cfg: DictConfig, geometry: Geometry, device: torch.device) -> Stream:
+    """The scenario's stream; `geometry` gets its size from the backbone later."""
+    return build(
+        cfg.scenario,
+        at="scenario",
+        data_root=cfg.data.root,
+        on_error=cfg.data.on_error,
+        cache=cfg.data.cache,
+        workers=_workers(cfg),
+        seed=cfg.seed,
+        geometry=geometry,
+        store=ImageStore(device, cfg.runtime.image_store_mb),
+    )
+
+
+def make_strategy(
+    cfg: DictConfig, stream: Stream, geometry: Geometry, device: torch.device
+) -> tuple[Strategy, dict[str, str]]:
+    """A seeded strategy around a freshly loaded backbone, and the identity of the weights."""
+    seed_all(cfg.seed)
+    backbone: Backbone = build(cfg.backbone, at="backbone").to(device)
+    if cfg.channels_last:
+        backbone.to(memory_format=torch.channels_last)
+    geometry.size, geometry.interpolation = backbone.input_size, backbone.interpolation
+    _check_labels(cfg, stream, backbone)
+    weights = {"tag": backbone.tag, "hash": weights_hash(backbone.net.state_dict())}
+    strategy: Strategy = build(
+        cfg.strategy,
+        at="strategy",
+        backbone=backbone,
+        seed=cfg.seed,
+        num_classes=stream.num_classes,
+    ).to(device)
+    _check_needs(cfg, strategy, stream, backbone)
+    return strategy, weights
+
+
+def _workers(cfg: DictConfig) -> int:
+    """Loader processes: none for in-memory embedded images, else up to four."""
+    if cfg.runtime.workers is not None:
+        return int(cfg.runtime.workers)
+    return 0 if cfg.data.root is None else min(4, os.cpu_count() or 1)
+
+
+def check_kind(cfg: DictConfig, stream: Stream) -> type[Strategy]:
+    """The strategy's class, if it fits the kind of stream.
+
+    Raises:
+        UserError: if a task method meets a shift stream or the reverse.
+    """
+    kind = locate(cfg.strategy._target_)
+    wanted = CLStrategy if isinstance(stream, TaskStream) else TTAStrategy
+    if not issubclass(kind, wanted):
+        fitting = []
+        for path in sorted((CONF / "strategy").glob("*.yaml")):
+            target = str(load_option("strategy", path.stem)._target_)
+            if issubclass(locate(target), wanted):
+                fitting.append(path.stem)
+        what = "a stream of tasks" if wanted is CLStrategy else "a stream of shifts"
+        raise UserError(
+            f"strategy={cfg.strategy.name} does not fit scenario={cfg.scenario.name}, which is "
+            f"{what}. Strategies for it: {', '.join(fitting)}"
+        )
+    return kind
+
+
+def _check_labels(cfg: DictConfig, stream: Stream, backbone: Backbone) -> None:
+    if isinstance(stream, TaskStream):
+        return
+    space = stream.facts["label_space"]
+    if backbone.classes is not None and backbone.classes != space:
+        fix = (
+            "Set data.root=/path/to/data to run on the real set, or leave backbone unset"
+            if space == "embedded"
+            else "Choose a backbone trained for this label space"
+        )
+        raise UserError(
+            f"backbone={cfg.backbone.name} predicts {backbone.classes} classes, but "
+            f"scenario={stream.name} holds {space} classes. {fix}."
+        )
+    if backbone.num_classes != stream.num_classes:
+        raise UserError(
+            f"scenario={stream.name} has {stream.num_classes} classes, but "
+            f"backbone={cfg.backbone.name} ({backbone.tag}) has {backbone.num_classes} outputs"
+        )
+
+
+def _check_needs(cfg: DictConfig, strategy: Strategy, stream: Stream, backbone: Backbone) -> None:
+    lacking = strategy.needs - stream.provides - backbone.provides
+    if lacking:
+        raise UserError(
+            f"strategy={cfg.strategy.name} needs {', '.join(sorted(lacking))}, which neither "
+            f"scenario={stream.name} nor backbone={cfg.backbone.name} ({backbone.tag}) provides"
+        )

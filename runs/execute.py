@@ -1,0 +1,390 @@
+"""From a composed configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from driftline.core import distributed
+from driftline.core.build import innermost, nodes
+from driftline.core.checkpoint import Checkpointer, Signals, Stopped
+from driftline.core.console import Console
+from driftline.core.errors import UserError
+from driftline.core.identity import VOLATILE, identity
+from driftline.core.provenance import Code, code_of, git_state
+from driftline.core.record import NoRecords, RunLogger, environment
+from driftline.core.runner import Context, reference, run_shifts, run_tasks
+from driftline.core.seed import seed_all
+from driftline.core.sinks import About, Mirror, make_sinks
+from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
+from driftline.core.stream import ShiftStream, TaskStream
+from driftline.kernels import dispatch
+from driftline.runs.compose import (
+    Stream,
+    check_kind,
+    complete,
+    load_option,
+    make_strategy,
+    make_stream,
+)
+from driftline.runs.folder import choose_folder, describe, framework_notes, hold
+from driftline.runs.machine import set_up
+from driftline.runs.prepare import prepare
+from driftline.runs.schema import check_settings
+from driftline.runs.table import result_table
+from driftline.streams.datasets import ORIGIN
+from driftline.streams.pipelines import Geometry
+
+
+def run_experiment(
+    cfg: DictConfig, overrides: list[str], *, quiet: bool = False, wait: bool = False
+) -> dict[str, Any]:
+    """Run (or find, or resume) the experiment that `cfg` describes; returns its summary.
+
+    Args:
+        quiet: a run inside another one; shows its progress only.
+        wait: another process that is at the same run may finish it. Otherwise that is an error.
+
+    Raises:
+        UserError: for anything the user can fix.
+        Stopped: after a signal, with the state saved.
+    """
+    check_settings(cfg)
+    cfg = complete(cfg)
+    device = set_up(cfg)
+    distributed.join(device)
+    console = Console(cfg.scenario.label, quiet, mute=not distributed.first())
+    if cfg.data.root is None:
+        console.say(_how_to_real(cfg))
+    geometry = Geometry()
+    stream = make_stream(cfg, geometry, device)
+    kind = check_kind(cfg, stream)
+    if distributed.size() > 1 and issubclass(kind, TTAStrategy):
+        raise UserError(_one_process(cfg.strategy.name))
+    if cfg.stage == "prepare":
+        return _prepare_only(cfg, stream, geometry, device, console)
+    key = identity(
+        cfg,
+        str(stream.facts["fingerprint"]),
+        _checkpoint_hash(cfg),
+        *_source_facts(cfg, kind, stream),
+    )
+    place = Path(cfg.root) / stream.name / cfg.strategy.name / cfg.backbone.name
+    name = f"s{cfg.seed}-{key}"
+    code = code_of(*(node._target_ for node in nodes(cfg.strategy)))
+    identities = distributed.from_first(lambda: (key, code["method"]))
+    if identities != (key, code["method"]):
+        raise UserError(
+            f"the processes disagree on what is run ({identities[0]} and {key}): data, weights or "
+            "code differ between the machines"
+        )
+    choose = partial(choose_folder, place, name, cfg.on_exists, code)
+    folder, finished, _ = distributed.from_first(choose)
+    made = None
+    if finished is None:
+        # Before anything is written or run: a mistake in the settings leaves nothing behind.
+        dispatch.use(cfg.kernel.backend)
+        made = make_strategy(cfg, stream, geometry, device)
+    with ExitStack() as stack:
+        if finished is None:
+            folder, finished, notes = distributed.from_first(
+                lambda: hold(choose, stack, console, wait=wait)
+            )
+            for note in notes:
+                console.say(note)
+        else:
+            console.say(f"already done: {folder} (on_exists=rerun runs it again)")
+            for note in framework_notes(folder, code):
+                console.say(note)
+        if finished is not None:
+            console.say(result_table(finished))
+            return finished
+        execute = partial(
+            _execute, cfg, stream, geometry, device, folder, key, code, overrides, console
+        )
+        if not issubclass(kind, TTAStrategy) or cfg.strategy.name == "source":
+            return execute(made)
+        made = None  # made anew after these runs, which need the memory and draw numbers
+        return execute(None, source=_source_run(cfg, console), frozen=_frozen_run(cfg, console))
+
+
+def _one_process(strategy: str) -> str:
+    """Why an adaptation stream does not run under torchrun, and what to do instead."""
+    return (
+        f"strategy={strategy} adapts to a stream in which every batch depends on the one before: "
+        "such a run takes one process. Several GPUs serve several runs, by seed or by domain: "
+        f"python scripts/gpu_pool.py strategy={strategy} seed=0,1,2 "
+        "'scenario.corruptions=[fog],[snow]' (a GPU each; on a cluster with --slurm, or python "
+        "run.py -m hydra/launcher=slurm ...)"
+    )
+
+
+def _execute(
+    cfg: DictConfig,
+    stream: Stream,
+    geometry: Geometry,
+    device: torch.device,
+    folder: Path,
+    key: str,
+    code: Code,
+    overrides: list[str],
+    console: Console,
+    made: tuple[Strategy, dict[str, str]] | None,
+    source: dict[str, Any] | None = None,
+    frozen: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    dispatch.use(cfg.kernel.backend)  # forgets what other runs of this process used
+    strategy, weights = made or make_strategy(cfg, stream, geometry, device)
+    prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
+    if prepared is not None:
+        seed_all(cfg.seed)  # whether the artefact was cached changes nothing
+
+    git, patch = git_state()
+    about = {
+        "scenario": stream.name,
+        "strategy": cfg.strategy.name,
+        "backbone": cfg.backbone.name,
+        "seed": cfg.seed,
+        "key": key,
+    }
+    if distributed.first():
+        known = {**about, **environment(device), "git": git, "weights": weights}
+        known |= {"data": stream.facts, "prepared": prepared, "code": code}
+        describe(cfg, folder, overrides, known, patch, stream)
+        log = RunLogger(folder, stream.name, _sinks(cfg, folder, about, console.quiet))
+    else:
+        log = NoRecords(folder, stream.name)
+    where = f"{n} x {device.type}" if (n := distributed.size()) > 1 else str(device)
+    console.say(f"{about['strategy']}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
+    started = time.perf_counter()
+    with Signals() as signals:
+        checkpoint = Checkpointer(log, signals, key=key, every=cfg.checkpoint.every)
+        run = Context(
+            log,
+            checkpoint,
+            console,
+            device,
+            cfg.forgetting,
+            cfg.on_nan,
+            cfg.runtime.feature_cache_mb,
+            {"kernel": dispatch.Record()},
+        )
+        try:
+            if isinstance(stream, TaskStream):
+                assert isinstance(strategy, CLStrategy)
+                result = run_tasks(strategy, stream, run)
+            else:
+                assert isinstance(strategy, TTAStrategy)
+                result = run_shifts(strategy, stream, run)
+        except (Stopped, KeyboardInterrupt) as stop:
+            console.stop()
+            log.close()
+            console.say(f"stopped; the same command goes on from here: {folder}", always=True)
+            raise stop
+        except Exception as error:
+            console.stop()
+            log.fail(distributed.cause(error))
+            raise
+    method = innermost(cfg.strategy)
+    summary = {
+        "run": {**about, "folder": str(folder), "git": git["commit"]},
+        "data": {k: v for k, v in stream.facts.items() if k != "class_order"},
+        "weights": weights,
+        "definitions": {
+            "forgetting": cfg.forgetting,
+            **{k: method[k] for k in ("loss_scope", "head", "mode") if k in method},
+        },
+        "kernel": dispatch.chosen(),
+        "skipped_images": len(stream.skipped.reasons),
+        **result,
+        "wall_seconds": time.perf_counter() - started,
+    }
+    if source is not None:
+        summary["source"] = {
+            "folder": source["run"]["folder"],
+            "metrics": source["metrics"],
+            "gain": reference(result["metrics"], source["metrics"]),
+        }
+    if prepared is not None:
+        summary["prepared"] = prepared
+    if frozen is not None:
+        summary["frozen"] = {
+            "folder": frozen["run"]["folder"],
+            "metrics": frozen["metrics"],
+            "gain": reference(result["metrics"], frozen["metrics"]),
+        }
+    if "tuned" in cfg:  # by scripts/tune.py: what was chosen on which other stream
+        summary["tuned"] = OmegaConf.to_container(cfg.tuned, resolve=True)
+    if cfg.reference is not None:
+        summary["reference"] = _against_published(cfg, stream, overrides, summary)
+    log.finish(summary)
+    if distributed.first() and not cfg.checkpoint.keep:
+        checkpoint.remove()
+    console.say(result_table(summary))
+    console.say(f"results: {folder}")
+    return summary
+
+
+def _prepare(
+    cfg: DictConfig,
+    strategy: Strategy,
+    weights: dict[str, str],
+    stream: Stream,
+    geometry: Geometry,
+    device: torch.device,
+    console: Console,
+) -> dict[str, Any] | None:
+    """The source phase, if the strategy has one; says what was done."""
+    if not isinstance(strategy, TTAStrategy) or not isinstance(stream, ShiftStream):
+        return None
+
+    def fresh() -> TTAStrategy:
+        made = make_strategy(cfg, stream, geometry, device)[0]
+        assert isinstance(made, TTAStrategy)
+        return made.method
+
+    try:
+        return prepare(
+            strategy.method,
+            fresh,
+            stream.source,
+            weights=weights["hash"],
+            folder=Path(cfg.root) / "prepared" / innermost(cfg.strategy).name,
+            say=console.say,
+        )
+    except KeyboardInterrupt:
+        console.say("stopped; the same command goes on with the preparation", always=True)
+        raise
+
+
+def _prepare_only(
+    cfg: DictConfig, stream: Stream, geometry: Geometry, device: torch.device, console: Console
+) -> dict[str, Any]:
+    """`stage=prepare`: the source phase alone."""
+    strategy, weights = make_strategy(cfg, stream, geometry, device)
+    prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
+    if prepared is None:
+        raise UserError(
+            f"stage=prepare: strategy={cfg.strategy.name} with these settings needs no preparation"
+        )
+    return {"metrics": {}, "prepared": prepared}
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+def _how_to_real(cfg: DictConfig) -> str:
+    dataset = cfg.scenario.dataset
+    return (
+        "procedural stand-in images made by this project, not the data set of that name. "
+        f"To run on the real one: add data.root=/path/to/data (published at {ORIGIN[dataset]})"
+    )
+
+
+def _checkpoint_hash(cfg: DictConfig) -> str:
+    """A local weights file counts by content, not by name."""
+    found = []
+    for node in (cfg.backbone, *nodes(cfg.strategy)):
+        path = node.get("checkpoint")
+        if path and Path(path).is_file():
+            with open(path, "rb") as file:
+                found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(found)
+
+
+def _source_facts(cfg: DictConfig, kind: type[Strategy], stream: Stream) -> list[str]:
+    """What identifies the source images, for methods that use them."""
+    if not issubclass(kind, TTAStrategy) or not kind.uses_source(cfg.strategy):
+        return []
+    assert isinstance(stream, ShiftStream)
+    try:
+        return [stream.source().fingerprint] if stream.source is not None else []
+    except UserError:
+        return []  # the preparation says so if it needs them
+
+
+def _against_published(
+    cfg: DictConfig, stream: Stream, overrides: list[str], summary: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The preset's figures for this strategy and for the source model, with ours beside them."""
+    as_published = "[" not in stream.name and _only_volatile(overrides)
+    measured = {cfg.strategy.name: summary["metrics"]}
+    if "source" in summary:
+        measured["source"] = summary["source"]["metrics"]
+    rows: Any = OmegaConf.to_container(cfg.reference, resolve=True)
+    return [
+        {
+            **row,
+            "comparable": row["comparable"] and as_published,
+            "ours": measured[row["strategy"]].get(row["metric"]),
+        }
+        for row in rows
+        if row["strategy"] in measured
+    ]
+
+
+def _only_volatile(overrides: list[str]) -> bool:
+    """Whether nothing was typed that makes a preset another experiment."""
+    keys = {o.split("=")[0].lstrip("+~") for o in overrides}
+    return all(
+        k in ("experiment", "strategy", "seed") or k.split(".")[0] in {*VOLATILE, "data"}
+        for k in keys
+    )
+
+
+def _sinks(
+    cfg: DictConfig, folder: Path, about: dict[str, Any], companion: bool
+) -> Sequence[Mirror]:
+    """The mirrors that `logger` names, told what makes a sweep of such runs read well."""
+    names = [str(about[k]) for k in ("scenario", "strategy", "key")]
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    seedless = cfg.copy()
+    seedless.seed = None
+    told = About(
+        folder,
+        plain,
+        run_id="-".join(names).replace("[", "-").replace("]", ""),
+        group="/".join(
+            [str(about[k]) for k in ("scenario", "strategy", "backbone")] + [identity(seedless)[:4]]
+        ),
+        job_type="companion" if companion else "run",
+        tags=tuple(f"{k}:{about[k]}" for k in ("scenario", "strategy", "backbone", "seed")),
+    )
+    return make_sinks(plain["logger"], told)
+
+
+def _beside(
+    cfg: DictConfig, strategy: DictConfig, override: str, console: Console, text: str
+) -> dict[str, Any]:
+    """A run on the same stream to compare with: one of its own, found or made first."""
+    console.say(f"{text} (kept as a run of its own) ...")
+    with open_dict(cfg := cfg.copy()):
+        cfg.strategy, cfg.reference, cfg.on_exists = strategy, None, "skip"
+        cfg.pop("tuned", None)
+        cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
+        cfg.scenario.label = cfg.scenario.label.split("[")[0]
+    return run_experiment(cfg, [override], quiet=True, wait=True)
+
+
+def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:
+    """The frozen model."""
+    text = "source error on this stream first"
+    return _beside(cfg, load_option("strategy", "source"), "strategy=source", console, text)
+
+
+def _frozen_run(cfg: DictConfig, console: Console) -> dict[str, Any] | None:
+    """What preparation alone gives: the same method with `update=false`."""
+    strategy = innermost(cfg.strategy).copy()
+    if not strategy.get("update"):
+        return None
+    strategy["update"] = False
+    text = "the prepared model without adaptation next"
+    return _beside(cfg, strategy, "strategy.update=false", console, text)

@@ -1,0 +1,122 @@
+"""The folder of a run: which one it is, whether the run is done there, and the lock on it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from driftline.core.console import Console
+from driftline.core.errors import UserError
+from driftline.core.files import replacing, write_json, write_text
+from driftline.core.provenance import Code, changed_files
+from driftline.core.record import Lock
+from driftline.core.stream import ShiftStream, TaskStream
+
+
+class Place(NamedTuple):
+    """Where a run goes."""
+
+    folder: Path
+    finished: dict[str, Any] | None  # its summary, where the run is done and shall be kept
+    notes: list[str]  # why it is not the folder that the reader expects
+
+
+def choose_folder(place: Path, name: str, on_exists: str, code: Code) -> Place:
+    """The first folder of this run that holds it, finished or not, as made by this code.
+
+    Folders of the same settings are numbered: `name`, `name-2`, ... A folder whose method had other
+    code belongs to another run, whether that is finished or not.
+    """
+    notes = []
+    for number in count(1):
+        folder = place / (name if number == 1 else f"{name}-{number}")
+        finished = (folder / "summary.json").exists()
+        if finished or (folder / "environment.json").exists():
+            recorded = _recorded(folder).get("code")
+            if recorded is None or (changed := changed_files("method", recorded, code)):
+                what = (
+                    "is not recorded" if recorded is None else f"was another: {', '.join(changed)}"
+                )
+                notes.append(f"not the run of {folder}, the method's code of which {what}")
+                continue
+        if not finished:
+            return Place(folder, None, notes + framework_notes(folder, code))
+        if on_exists == "error":
+            raise UserError(f"{folder} is finished already; use on_exists=skip or rerun")
+        if on_exists == "skip":
+            return Place(folder, json.loads((folder / "summary.json").read_text()), [])
+    raise AssertionError
+
+
+def hold(choose: Callable[[], Place], stack: ExitStack, console: Console, *, wait: bool) -> Place:
+    """Lock the folder that `choose` names, then look again: another process may have finished it.
+
+    Args:
+        stack: releases the lock where it ends.
+        wait: wait for a process that is at the same run; otherwise that is an error.
+    """
+    waiting = False
+    while True:
+        place = choose()
+        if place.finished is not None:
+            return place
+        lock = Lock(place.folder)
+        if lock.acquire():
+            if choose().folder == place.folder and not (place.folder / "summary.json").exists():
+                stack.callback(lock.release)
+                return place
+            lock.release()
+            continue
+        if not wait:
+            raise UserError(
+                f"{place.folder} is being written by {lock.holder()}. Wait for it to end, or "
+                "change a setting (for example the seed) to get another run folder"
+            )
+        if not waiting:
+            console.say(f"waiting for {lock.holder()}, which is at the same run: {place.folder}")
+            waiting = True
+        lock.release()
+        time.sleep(1)
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """environment.json of a run folder; empty where there is none."""
+    path = folder / "environment.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def framework_notes(folder: Path, code: Code) -> list[str]:
+    """One line if code outside the method has changed since a run that is used again."""
+    changed = changed_files("framework", _recorded(folder).get("code", code), code)
+    if not changed:
+        return []
+    files = ", ".join(changed[:3]) + (f" and {n} more" if (n := len(changed) - 3) > 0 else "")
+    return [f"note: code outside the method has changed since the run of {folder.name}: {files}"]
+
+
+def describe(
+    cfg: DictConfig,
+    folder: Path,
+    overrides: list[str],
+    known: dict[str, Any],
+    patch: str,
+    stream: TaskStream | ShiftStream,
+) -> None:
+    """The files of a run folder that say what is run: settings, environment, order of images."""
+    with replacing(folder / "config.yaml") as part:
+        OmegaConf.save(cfg, part, resolve=True)
+    write_text(folder / "overrides.txt", "\n".join(overrides) + "\n")
+    write_json(folder / "environment.json", known)
+    if patch:
+        write_text(folder / "patch.diff", patch)
+    if stream.order:
+        with replacing(folder / "order.npz") as part, open(part, "wb") as file:
+            np.savez_compressed(file, **dict(stream.order))  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""What `import driftline` offers: a strategy around a network, a run, a table of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from driftline.backbones.backbone import Backbone
+from driftline.core.build import build
+from driftline.core.errors import UserError, suggest
+from driftline.core.paths import CONF, add_resolver
+from driftline.core.strategy import Strategy, TTAStrategy
+from driftline.runs.command import check_words, explain, spelled_out
+from driftline.runs.execute import run_experiment
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def make(
+    strategy: str,
+    net: nn.Module,
+    *,
+    num_classes: int | None = None,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **options: Any,
+) -> Strategy:
+    """A strategy with the settings of conf/strategy/NAME.yaml around a network.
+
+    An adaptation method is ready: call `adapt` on every batch. One that is prepared on source
+    images (`preparation()` is not None) has to be given the result of its `prepare` first. A
+    continual method takes `begin_task`, `observe` and `end_task`, see `core/strategy.py`.
+
+    Args:
+        strategy: name of a file in conf/strategy.
+        net: the classifier, on the device to work on; changed by the method as it learns. A
+            `Backbone` is taken as it is, any other network is wrapped in one.
+        num_classes: of the whole stream; None: the outputs of the network.
+        seed: of everything the method draws.
+        mean, std: per channel, of images in [0, 1]; None: the network normalises by itself.
+        options: settings of the strategy, by their names in its file (`lr=1e-3`), dotted where they
+            are nested (`**{"adapter.kind.rank": 4}`); `adapter` names a file of conf/adapter.
+
+    Raises:
+        UserError: for a strategy or setting that does not exist, or a network that the strategy
+            cannot work on.
+    """
+    words = [f"strategy={strategy}"]
+    if isinstance(options.get("adapter"), str):
+        words.append(f"adapter={options.pop('adapter')}")
+    node = _composed(words).strategy
+    for key, value in options.items():
+        if OmegaConf.select(node, key, default=...) is ...:
+            near = suggest(key, [str(name) for name in node if name != "_target_"])
+            raise UserError(f"strategy={strategy} has no setting {key!r}{near}")
+        OmegaConf.update(node, key, value)
+    backbone = net if isinstance(net, Backbone) else Backbone(net.eval(), mean=mean, std=std)
+    device = next(backbone.parameters()).device
+    built: Strategy = build(
+        node,
+        at="strategy",
+        backbone=backbone.to(device),
+        seed=seed,
+        num_classes=num_classes or backbone.num_classes,
+    ).to(device)
+    if lacking := built.needs - backbone.provides - {"source"}:
+        raise UserError(
+            f"strategy={strategy} needs {', '.join(sorted(lacking))}, which this network lacks"
+        )
+    if isinstance(built, TTAStrategy) and built.preparation() is None:
+        built.begin_stream()
+    return built
+
+
+def run(words: Sequence[str]) -> dict[str, Any]:
+    """One run, as `python run.py WORDS` does it; a finished one is not run again.
+
+    Args:
+        words: settings such as `["strategy=cotta", "scenario=cifar10_c", "root=results"]`.
+
+    Returns:
+        what the run's summary.json holds: `metrics`, `cost`, `run` (its folder), ...
+
+    Raises:
+        UserError: for anything that the settings are wrong in.
+    """
+    return run_experiment(_composed(words), list(words))
+
+
+def _composed(words: Sequence[str]) -> DictConfig:
+    add_resolver()
+    if trouble := check_words(list(words)):
+        raise UserError(trouble)
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            return compose("config", spelled_out(list(words)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
+def load_runs(*roots: str | Path) -> pandas.DataFrame:
+    """All runs under some folders as a pandas table; see `driftline.analysis.runs.load_runs`.
+
+    Raises:
+        UserError: if pandas is not installed, a folder does not exist or none holds a run.
+    """
+    try:
+        from driftline.analysis import runs
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'load_runs needs the package {error.name}: pip install "driftline[analysis]"'
+        ) from error
+    return runs.load_runs(*roots)

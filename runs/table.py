@@ -1,0 +1,57 @@
+"""A finished run as text for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from driftline.core.console import table
+
+
+def result_table(summary: dict[str, Any]) -> str:
+    """The result as text: errors against the source model, or the metrics of a task stream."""
+    metrics, about = summary["metrics"], summary["run"]
+    title = f"{about['strategy']} on {about['scenario']}, backbone {about['backbone']}"
+    cost = summary["cost"]
+    foot = [
+        f"{cost['seconds_per_batch']:.3f} s/batch, peak {cost['peak_memory_mb']:.0f} MiB, "
+        f"{cost['forward_per_image']:.1f} forward and {cost['backward_per_image']:.1f} backward "
+        f"passes an image, {cost['parameters_updated']:,} of {cost['parameters_total']:,} "
+        "parameters updated"
+    ]
+    if "err_mean" not in metrics:
+        rows = [(k, f"{v:.2f}") for k, v in metrics.items()]
+        foot += _published(summary)
+        return "\n".join([title, table(("metric", "%"), rows), *foot])
+    against = {
+        title: summary[key]["metrics"]
+        for key, title in (("source", "source"), ("frozen", "prepared only"))
+        if key in summary
+    }
+    columns = {**against, about["strategy"]: metrics}
+    domains = [k for k in metrics if k.startswith("err/")]
+    head = ("error %", *columns)
+    rows = [(k.removeprefix("err/"), *(f"{m[k]:.1f}" for m in columns.values())) for k in domains]
+    rows += [
+        (k.removeprefix("err_").replace("/", " "), *(f"{m[k]:.1f}" for m in columns.values()))
+        for k in metrics
+        if k.startswith(("err_round/", "err_severity/", "mce"))
+    ]
+    rows.append(("mean", *(f"{m['err_mean']:.1f}" for m in columns.values())))
+    names = ("plasticity", "stability", "forgetting", "source_forgetting")
+    names += ("source_forgetting_adapting", "collapse", "nan", "rollbacks")
+    kept = [f"{k} {metrics[k]:.2f}" for k in names if k in metrics]
+    kept = [text for text in kept if text not in ("collapse 0.00", "nan 0.00")]
+    if kept:
+        foot.insert(0, ", ".join(kept))
+    foot += _published(summary)
+    return "\n".join([title, table(head, rows), *foot])
+
+
+def _published(summary: dict[str, Any]) -> list[str]:
+    """Published figures, ours beside them where data and settings are the published ones."""
+    lines = []
+    for row in summary.get("reference") or []:
+        ours = f"ours {row['ours']:.1f}" if row["comparable"] else "not comparable"
+        what = f"published {row['strategy']} {row['metric']} {row['value']}"
+        lines.append(f"{what} ({row['source']}; {row['status']}): {ours}")
+    return lines
