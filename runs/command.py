@@ -5,6 +5,7 @@ torch is imported only once a run starts, so that --help, --cfg job and typos an
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import re
@@ -69,6 +70,16 @@ def run(cfg: DictConfig) -> float | None:
     return metrics.get("err_mean", metrics.get("acc_inc"))
 
 
+def config_folders() -> list[Path]:
+    """conf/, and the folder of the user's own options that --config-dir names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config-dir", "-cd")
+    with suppress(argparse.ArgumentError):
+        own = parser.parse_known_args(sys.argv[1:])[0].config_dir
+        return [CONF, *([Path(own)] if own else [])]
+    return [CONF]
+
+
 def check_words(words: list[str]) -> str | None:
     """What is wrong with the command line, seen before Hydra composes it, if anything.
 
@@ -77,6 +88,9 @@ def check_words(words: list[str]) -> str | None:
     """
     from driftline.runs.sweep import reader
 
+    for folder in config_folders():
+        if not folder.is_dir():
+            return f"--config-dir {folder}: there is no such folder"
     draws = any(word.lstrip("+").startswith("hydra/sweeper=") for word in words)
     flag = False  # whether the word before takes this one
     for index, word in enumerate(words):
@@ -134,7 +148,7 @@ def _check_override(word: str, override: Override, draws: bool) -> str | None:
         name = str(one)
         if one is None and key == "experiment":
             return "experiment=null is what an experiment left out means: leave it out"
-        if not (CONF / key / f"{name}.yaml").is_file():
+        if not any((folder / key / f"{name}.yaml").is_file() for folder in config_folders()):
             return _unknown(key, "null" if one is None else name)
     return None
 
@@ -142,8 +156,9 @@ def _check_override(word: str, override: Override, draws: bool) -> str | None:
 def _unknown(group: str, name: str) -> str:
     """A group has no such option: the nearest one and all of them."""
     options = sorted(
-        p.relative_to(CONF / group).with_suffix("").as_posix()
-        for p in (CONF / group).rglob("*.yaml")
+        p.relative_to(folder / group).with_suffix("").as_posix()
+        for folder in config_folders()
+        for p in (folder / group).rglob("*.yaml")
     )
     options += ["basic"] if group == "hydra/launcher" else []
     text = f"{group}={name}: no such option{suggest(name, options)}"
@@ -238,7 +253,8 @@ def explain(error: BaseException) -> str:
 
 def _with_adapters() -> list[Path]:
     """The strategies whose adapters are a choice."""
-    return [p for p in (CONF / "strategy").glob("*.yaml") if "/adapter@adapter:" in p.read_text()]
+    files = [p for folder in config_folders() for p in (folder / "strategy").glob("*.yaml")]
+    return [p for p in files if "/adapter@adapter:" in p.read_text()]
 
 
 def _keys() -> list[str]:
@@ -324,6 +340,8 @@ def main() -> int:
     """Run and turn every expected failure into one message and an exit status."""
     add_resolver()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function as they are
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for a _target_ of the user's own, as `python -m` does it
     sys.argv[1:] = flags_first(sys.argv[1:])
     if trouble := check_words(sys.argv[1:]) or check_launcher(sys.argv[1:]):
         if speaks():

@@ -14,6 +14,7 @@ from driftline.core.paths import CONF, expand_paths
 from driftline.core.seed import seed_all
 from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
 from driftline.core.stream import ShiftStream, TaskStream
+from driftline.runs.schema import embedded
 from driftline.streams.pipelines import Geometry
 from driftline.streams.store import ImageStore
 
@@ -30,12 +31,12 @@ def load_option(group: str, name: str) -> DictConfig:
 def complete(cfg: DictConfig) -> DictConfig:
     """Fill in what depends on whether real data is given: label and backbone.
 
-    Without `data.root` everything is embedded and labelled so, with it nothing is. Corruptions
+    Without `data.root` a scenario of ours is embedded and labelled so. Corruptions
     made on the fly from real images are labelled as well: they are not the released files.
     """
     cfg = cfg.copy()
     expand_paths(cfg)
-    real = cfg.data.root is not None
+    real = not embedded(cfg)
     with open_dict(cfg):
         choice = cfg.scenario.pop("backbones")
         if cfg.backbone.name == "auto":
@@ -113,7 +114,7 @@ def _workers(cfg: DictConfig) -> int:
     """Loader processes: none for in-memory embedded images, else up to four."""
     if cfg.runtime.workers is not None:
         return int(cfg.runtime.workers)
-    return 0 if cfg.data.root is None else min(4, os.cpu_count() or 1)
+    return 0 if embedded(cfg) else min(4, os.cpu_count() or 1)
 
 
 def check_kind(cfg: DictConfig, stream: Stream) -> type[Strategy]:

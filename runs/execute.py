@@ -38,7 +38,7 @@ from driftline.runs.compose import (
 from driftline.runs.folder import choose_folder, describe, framework_notes, hold
 from driftline.runs.machine import set_up
 from driftline.runs.prepare import prepare
-from driftline.runs.schema import check_settings
+from driftline.runs.schema import check_settings, embedded
 from driftline.runs.table import result_table
 from driftline.streams.datasets import ORIGIN
 from driftline.streams.pipelines import Geometry
@@ -62,7 +62,7 @@ def run_experiment(
     device = set_up(cfg)
     distributed.join(device)
     console = Console(cfg.scenario.label, quiet, mute=not distributed.first())
-    if cfg.data.root is None:
+    if embedded(cfg):
         console.say(_how_to_real(cfg))
     geometry = Geometry()
     stream = make_stream(cfg, geometry, device)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from driftline.core import distributed
 from driftline.core.errors import UserError
+from driftline.runs.schema import embedded
 
 
 def set_up(cfg: DictConfig) -> torch.device:
@@ -31,7 +32,7 @@ def set_up(cfg: DictConfig) -> torch.device:
 
 def _runtime(cfg: DictConfig, device: torch.device) -> None:
     threads = cfg.runtime.threads
-    if threads is None and cfg.data.root is None:
+    if threads is None and embedded(cfg):
         threads = 1  # the embedded networks are too small to gain from more
     if threads is not None:
         torch.set_num_threads(threads)

@@ -91,7 +91,7 @@ class Choice(TypedDict):
     embedded_vit: NotRequired[str | None]
 
 
-# Parameters that get an object no configuration can hold, see core/experiment.py.
+# Parameters that get an object no configuration can hold, see runs/compose.py.
 LIVE = {
     "scenario": ("data_root", "on_error", "cache", "workers", "seed", "geometry", "store"),
     "strategy": ("backbone", "seed", "num_classes"),
@@ -113,6 +113,12 @@ def global_options() -> dict[str, Any]:
     return options
 
 
+def embedded(cfg: DictConfig | dict[str, Any]) -> bool:
+    """Whether images are this project's stand-ins: no data.root, and a scenario of its own."""
+    target = str(cfg["scenario"].get("_target_"))
+    return cfg["data"]["root"] is None and target.startswith("driftline.")
+
+
 def check_settings(cfg: DictConfig) -> None:
     """Compare the whole configuration with what each option may be.
 
@@ -128,7 +134,7 @@ def check_settings(cfg: DictConfig) -> None:
     for place in ("scenario", "strategy"):
         check_value(plain[place].get("name"), PlainName, at=f"{place}.name")
     _check_strategy(plain["strategy"])
-    _check_scenario(plain["scenario"], real=plain["data"]["root"] is not None)
+    _check_scenario(plain["scenario"], real=not embedded(plain))
     name = plain["backbone"].get("name")
     if name == "auto":
         _check_choice(plain["scenario"]["backbones"])

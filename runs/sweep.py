@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from driftline.core.files import write_json
 from driftline.core.paths import CONF
+from driftline.runs.schema import embedded
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
@@ -238,7 +239,7 @@ def _threads(cfg: DictConfig, folder: Path, launcher: DictConfig) -> DictConfig:
     else:
         return cfg
     cfg = cfg.copy()
-    cfg.runtime.threads = 1 if cfg.data.root is None else threads
+    cfg.runtime.threads = 1 if embedded(cfg) else threads
     return cfg
 
 

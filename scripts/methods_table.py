@@ -42,7 +42,7 @@ def facts() -> dict[str, Facts]:
     for name in sorted(set(strategies) - set(told)):
         told[name] = dict(UNKNOWN)
     for name, fact in told.items():
-        fact["kind"] = strategies[name]._target_.partition(".")[0].upper()
+        fact["kind"] = strategies[name]._target_.split(".")[1].upper()
     return dict(sorted(told.items(), key=lambda item: item[1]["kind"] != "TTA"))
 
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 # Scripts that tests start import the packages of this checkout, whichever one is installed.
 paths = [str(ROOT), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+PACKAGES = ("analysis", "backbones", "cl", "core", "kernels", "parts", "runs", "streams", "tta")
 HANG = 1800  # seconds after which a process counts as hung; nothing is measured by it
 
 

@@ -327,7 +327,7 @@ def test_pareto_front():
 def test_every_strategy_has_a_colour_of_its_own_among_those_it_is_drawn_with():
     kinds: dict[str, list[str]] = {}
     for path in (ROOT / "conf" / "strategy").glob("*.yaml"):
-        kind = yaml.safe_load(path.read_text())["_target_"].split(".")[0]
+        kind = yaml.safe_load(path.read_text())["_target_"].split(".")[1]
         kinds.setdefault(kind, []).append(COLOURS[path.stem])
     for colours in kinds.values():
         assert len(set(colours)) == len(colours)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PACKAGES, ROOT
 
 from driftline.core.installation import torchvision_problem
 
-ROOT = Path(__file__).parents[1]
-FOLDERS = ("core", "cl", "tta", "backbones", "parts", "streams", "kernels", "analysis", "scripts")
+FOLDERS = (*PACKAGES, "scripts")
 FILES = [ROOT / "run.py", *(f for d in FOLDERS for f in sorted((ROOT / d).rglob("*.py")))]
 OTHER_BUILD = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
 

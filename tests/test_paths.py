@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_images
+from conftest import PACKAGES, ROOT, write_images
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from safetensors.torch import save_file
@@ -85,7 +85,7 @@ def test_no_module_of_the_framework_replaces_it_by_itself():
     """A second place would hide that the first one was forgotten."""
     found = {
         path.relative_to(ROOT).as_posix()
-        for package in ("core", "streams", "backbones", "parts", "cl", "tta", "kernels", "analysis")
+        for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
         if "expanduser" in path.read_text()
     }

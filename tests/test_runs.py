@@ -52,7 +52,7 @@ QUICK = {  # what keeps a run of seconds
 
 
 def settings(strategy: str) -> list[str]:
-    kind = TARGETS[strategy].split(".")[0]
+    kind = TARGETS[strategy].split(".")[1]
     trains = "epochs" in OmegaConf.load(CONF / f"{strategy}.yaml")
     epochs = ["strategy.epochs=2"] if trains else []
     return [f"strategy={strategy}", *TINY[kind], *epochs, *QUICK.get(strategy, [])]

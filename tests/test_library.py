@@ -1,0 +1,230 @@
+"""`import driftline` from anywhere, a strategy around any network, own packages, the wheel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import HANG, PACKAGES, ROOT, equal, strategy_node
+
+import driftline
+from driftline.backbones.backbone import Backbone
+from driftline.core.build import build, locate
+from driftline.core.errors import UserError
+from driftline.core.strategy import CLStrategy
+
+STRATEGIES = sorted(path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml"))
+SMALL = ["scenario.corruptions=[fog]", "scenario.images=8", "scenario.batch_size=4"]
+SMALL += ["scenario.probe_images=4", "scenario.clean_images=4"]
+
+
+def network(name: str = "test_vit") -> torch.nn.Module:
+    torch.manual_seed(0)
+    size = {"img_size": 32} if name == "test_vit" else {}
+    return timm.create_model(name, num_classes=10, **size)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_is_made_around_a_plain_network_as_its_file_says(name):
+    node = strategy_node(name)
+    kind = locate(node["_target_"])
+    wants_vit = issubclass(kind, CLStrategy) or kind.preferred_backbone(node) == "vit"
+    net = "test_vit" if wants_vit else "test_resnet"
+    method = driftline.make(name, network(net), seed=3)
+    want = build(node, at="strategy", backbone=Backbone(network(net)), seed=3, num_classes=10)
+    assert type(method) is type(want) and equal(method.snapshot(), want.snapshot())
+    assert isinstance(method, CLStrategy) or method.preparation() or method.reset() is None
+
+
+def test_settings_adapters_and_normalisation_are_options_of_make():
+    x = torch.rand(2, 3, 32, 32)
+    plain = driftline.make("source", network()).predict(x)
+    normal = driftline.make("source", network(), mean=[0.5] * 3, std=[0.25] * 3).predict(x)
+    assert not torch.equal(plain, normal)
+    method = driftline.make("ease", network(), adapter="lora", **{"adapter.kind.rank": 3})
+    assert method.adapter.kind.keywords["rank"] == 3
+    assert "lora" in method.adapter.kind.func.__module__
+    method = driftline.make("finetune", network(), num_classes=4, lr=0.5)
+    assert method.num_classes == 4 and method.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tnt", {}, "did you mean 'tent'"),
+        ("tent", {"lrr": 1.0}, "strategy=tent has no setting 'lrr'; did you mean 'lr'"),
+        ("tent", {"lr": -1.0}, "strategy.lr must be a finite number, at least 0"),
+        ("tent", {"adapter": "lora"}, "has no adapters; these have"),
+        ("ease", {"adapter": "lorra"}, "lorra"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(name, options, message):
+    with pytest.raises(UserError, match=message):
+        driftline.make(name, network(), **options)
+
+
+def test_a_run_gives_its_summary_and_is_found_again(tmp_path):
+    words = ["strategy=bn_adapt", "scenario=cifar10_c", *SMALL, f"root={tmp_path}"]
+    summary = driftline.run(words)
+    assert summary["metrics"]["err_mean"] >= 0 and summary["run"]["strategy"] == "bn_adapt"
+    frame = driftline.load_runs(tmp_path)
+    assert set(frame.strategy) == {"source", "bn_adapt"} and set(frame.state) == {"done"}
+    with pytest.raises(UserError, match="did you mean"):
+        driftline.run(["strategy=tnet"])
+    with pytest.raises(UserError, match="no such setting"):
+        driftline.run(["strategy=tent", "strategy.lrr=1"])
+
+
+@pytest.mark.parametrize("place", [ROOT, ROOT / "driftline"], ids=["checkout", "folder"])
+def test_a_link_on_pythonpath_is_the_package(tmp_path, place):
+    (tmp_path / "driftline").symlink_to(place)
+    code = """
+        import sys, driftline, driftline.core.paths
+        assert 'torch' not in sys.modules and driftline.core.paths.CONF.is_dir()
+        import driftline.runs.library as library
+        assert driftline.make is library.make and driftline.run is library.run
+    """
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=HANG)
+
+
+# ------------------------------------------------------------------------------ own packages
+
+METHOD = """
+    from driftline.tta.tent import Tent
+
+    class Mine(Tent):
+        pass
+"""
+DATA = """
+    import torch
+    from driftline.core.stream import Batch, Skipped, Task, TaskStream
+
+    def stream(*, label: str, per_class: int) -> TaskStream:
+        def batches(task, epoch=0, start=0):
+            y = torch.arange(2 * per_class) % 2 + 2 * task
+            x = torch.rand(len(y), 3, 32, 32, generator=torch.Generator().manual_seed(task))
+            yield Batch(x, y, torch.arange(len(y)), torch.zeros_like(y))
+
+        def task(i):
+            one = lambda: batches(i)
+            return Task(i, f"task{i}", range(2 * i, 2 * i + 2), 1,
+                        lambda epoch, start=0: batches(i, epoch, start), one, one)
+
+        return TaskStream(label, 4, [task(0), task(1)], {"fingerprint": "1"}, Skipped())
+"""
+SCENARIO = """
+    _target_: mypackage.data.stream
+    name: my_images
+    label: null
+    per_class: 2
+    backbones: {real: test_vit, embedded: null}
+"""
+
+
+@pytest.fixture
+def own_package(tmp_path) -> Path:
+    """A method and a scenario outside the project, with their options in conf/."""
+    files = {
+        "mypackage/__init__.py": "",
+        "mypackage/mine.py": METHOD,
+        "mypackage/data.py": DATA,
+        "conf/scenario/mine.yaml": SCENARIO,
+    }
+    tent = (ROOT / "conf" / "strategy" / "tent.yaml").read_text()
+    tent = tent.replace("driftline.tta.tent.Tent", "mypackage.mine.Mine")
+    files["conf/strategy/mine.yaml"] = tent.replace("name: tent", "name: mine")
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    return tmp_path
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "run.py"), *words, f"root={folder / 'results'}"]
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=HANG)
+
+
+@pytest.mark.slow
+def test_a_method_and_a_data_set_of_another_package_run(own_package):
+    done = command(
+        own_package, "--config-dir", "conf", "strategy=mine", "scenario=cifar10_c", *SMALL
+    )
+    assert done.returncode == 0, done.stderr
+    code = next((own_package / "results").rglob("mine/**/environment.json")).read_text()
+    assert "mypackage/mine.py" in code
+    words = ["--config-dir", "conf", "scenario=mine", "strategy=finetune", "strategy.epochs=1"]
+    done = command(own_package, *words)
+    assert done.returncode == 0 and "my_images | " in done.stdout, done.stderr
+    assert "embedded" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config-dir", "cnf", "strategy=mine"], "--config-dir cnf: there is no such folder"),
+        (["--config-dir", "conf", "strategy=min"], "did you mean 'mine'"),
+        (
+            ["--config-dir=conf", "strategy=mine", "strategy._target_=mypackage.mine.M"],
+            "has no 'M'",
+        ),
+        (["-cd", "conf", "strategy=mine", "strategy._target_=os.system"], "makes no strategy"),
+    ],
+)
+def test_mistakes_in_own_packages_are_named(own_package, words, message):
+    done = command(own_package, *words)
+    assert done.returncode == 2 and message in done.stderr
+    assert not (own_package / "results").exists()
+
+
+# ------------------------------------------------------------------------------ the wheel
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_packages_and_the_configuration(tmp_path):
+    pytest.importorskip("setuptools", minversion="77.0.3")
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    copy = tmp_path / "checkout"  # setuptools leaves a build folder behind
+    for name in names.split("\0"):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    build_wheel = (
+        "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    )
+    line = [sys.executable, "-c", build_wheel, str(tmp_path)]
+    subprocess.run(line, cwd=copy, check=True, capture_output=True, timeout=HANG)
+    (wheel,) = tmp_path.glob("driftline-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {n for n in archive.namelist() if n.startswith("driftline/")}
+        archive.extractall(tmp_path / "installed")
+    kinds = (".py", ".yaml", ".safetensors", ".json", ".txt")
+    wanted = {
+        f"driftline/{name}"
+        for name in names.split("\0")
+        if name.startswith(tuple(f"{folder}/" for folder in (*PACKAGES, "conf")))
+        and name.endswith(kinds)
+        and (ROOT / name).is_file()
+    }
+    assert wanted <= inside, sorted(wanted - inside)[:5]
+    assert not {n for n in inside if n.split("/")[1] in ("tests", "scripts", "results", "run.py")}
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    words = ["strategy=tent", "scenario=cifar10_c", *SMALL]
+    code = "import sys; from driftline.runs.command import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HANG,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "results").rglob("summary.json"))
