@@ -108,6 +108,7 @@ def test_joblib_runs_share_the_cores(tmp_path, monkeypatch, n_jobs, cores, expec
     runs = 4 if n_jobs == 4 else 2
     sweep.plan(tmp_path, [[f"seed={i}"] for i in range(runs)])
     cfg = OmegaConf.create({"runtime": {"threads": None}, "data": {"root": "/data"}})
+    cfg.scenario = {"_target_": "driftline.streams.shifts.corruption_stream"}
     launcher = OmegaConf.create({"n_jobs": n_jobs})
     assert sweep._threads(cfg, tmp_path, launcher).runtime.threads == expected
     assert cfg.runtime.threads is None
