@@ -28,15 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone, weights_hash
-from driftline.backbones.heads import CosineHead, PrototypeHead
-from driftline.cl.common import evaluation_mode, freeze_pretrained_head, rate_factor, require_finite
 from driftline.core.errors import Diverged
-from driftline.core.ranges import Count, NonNegative, Unit
+from driftline.core.ranges import Count
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
 from driftline.parts.adapters.bank import AdapterBank
 from driftline.parts.adapters.peft_bank import PeftBank, PeftPlan
 from driftline.parts.adapters.plan import Plan
+from driftline.parts.heads import CosineHead, PrototypeHead, freeze_pretrained_head
+from driftline.parts.modes import evaluation_mode
+from driftline.parts.optim import Optim
 
 NAME = "tuned"  # of the one set of adapters
 
@@ -47,8 +48,7 @@ class APER(CLStrategy):
     Args:
         adapter: what learns on the first task; None: a copy of the whole network.
         epochs: passes over the training images of the first task; the others need none.
-        lr: initial rate, cosine schedule to 0 over the epochs.
-        weight_decay: of everything that learns, biases and head included.
+        optim: of the groups `tuned` and `head`, biases included.
     """
 
     needs = frozenset({"features"})
@@ -60,13 +60,11 @@ class APER(CLStrategy):
         seed: int,
         adapter: Plan | PeftPlan | None,
         epochs: Count,
-        lr: NonNegative,
-        momentum: Unit,
-        weight_decay: NonNegative,
+        optim: Optim,
     ) -> None:
         super().__init__(backbone, seed=seed)
         self.adapter, self.epochs, self.tuning_epochs = adapter, epochs, epochs
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.optim = optim
 
         backbone.eval().requires_grad_(False)
         self.head = PrototypeHead(2 * backbone.dim)
@@ -94,11 +92,9 @@ class APER(CLStrategy):
             self.adapter.add(bank, NAME, draw)
         head = CosineHead(cast(Backbone, self.backbone).dim, len(task.classes), draw)
         self.tuning_head = head.to(self.device)
-        self.optimizer = torch.optim.SGD(
-            [*self._tuned(), *head.parameters()],
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
+        self.optimizer = self.optim.optimizer(
+            {"tuned": self._tuned(), "head": head.parameters()},
+            self.bank.second_factors(NAME) if self.bank is not None else (),
         )
 
     def begin_task(self, task: Task) -> None:
@@ -112,8 +108,7 @@ class APER(CLStrategy):
 
     def begin_epoch(self, task: Task, epoch: int) -> None:
         if self.optimizer is not None:
-            factor = rate_factor("cosine", epoch, self.tuning_epochs, [], 1)
-            self.optimizer.param_groups[0]["lr"] = self.lr * factor
+            self.optim.set_rates(self.optimizer, epoch, self.tuning_epochs)
 
     def observe(self, batch: Batch) -> dict[str, Tensor]:
         """One step of the tuning; returns loss and accuracy in percent.
@@ -121,18 +116,20 @@ class APER(CLStrategy):
         Raises:
             Diverged: for a loss that is not finite, before the parameters change.
         """
-        assert self.optimizer is not None and self.tuning_head is not None
+        head = self.tuning_head
+        assert head is not None
         self._extractors = {}
         self.train()
         self.backbone.eval()
         if self.bank is not None:
             self.bank.train()  # peft's modules lie in the backbone
-        scores = self.tuning_head(self.features(batch.x, NAME))
+        scores = head(self.features(batch.x, NAME))
         loss = F.cross_entropy(scores, batch.y)
-        require_finite(loss.detach(), self.lr)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.optim.step(
+            self.optimizer,
+            loss,
+            lambda: F.cross_entropy(head(self.features(batch.x, NAME)), batch.y),
+        )
         right = scores.detach().argmax(1) == batch.y
         return {"loss": loss.detach(), "acc": 100 * right.float().mean()}
 
@@ -151,7 +148,9 @@ class APER(CLStrategy):
             try:
                 self.head.update(torch.cat([plain, tuned], 1), batch.y)
             except Diverged as error:
-                raise Diverged(f"{error}; or lower strategy.lr (now {self.lr:g})") from error
+                raise Diverged(
+                    f"{error}; or lower strategy.optim.lr (now {self.optim.lr:g})"
+                ) from error
 
     def _freeze(self) -> None:
         if self.bank is not None:

@@ -33,13 +33,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone, weights_hash
-from driftline.backbones.heads import CosineHead
-from driftline.cl.common import evaluation_mode, rate_factor, require_finite
 from driftline.core.errors import Diverged
-from driftline.core.ranges import Count, NonNegative, Unit
+from driftline.core.ranges import Count, NonNegative
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
 from driftline.parts.adapters.plan import Plan
+from driftline.parts.heads import CosineHead
+from driftline.parts.modes import evaluation_mode
+from driftline.parts.optim import Optim
 
 PRETRAINED = "pretrained"  # the subspace without adapter
 COPIES = 512  # images times sets that go through the network at once, which bounds memory
@@ -91,11 +92,10 @@ class Ease(CLStrategy):
     """Adapter sets in a bank, a temporary head, and class means in every subspace.
 
     Args:
-        epochs, lr: of the first task.
-        epochs_later, lr_later: of the tasks after it; None: the same.
+        epochs: of the first task.
+        epochs_later: of the tasks after it; None: the same.
         adapter: of one task.
-        optimizer: `momentum` is that of sgd.
-        weight_decay: on everything that learns, biases and the scale of the head included.
+        optim: of the groups `adapter` and `head`, biases and the scale of the head included.
         alpha: weight of the subspaces of other tasks.
         reweight: `code`: alpha over the number of other subspaces; `paper`: alpha.
         recalc_sim: see `complete`.
@@ -119,11 +119,7 @@ class Ease(CLStrategy):
         epochs: Count,
         epochs_later: Count | None,
         adapter: Plan,
-        optimizer: Literal["sgd", "adam"],
-        lr: NonNegative,
-        lr_later: NonNegative | None,
-        momentum: Unit,
-        weight_decay: NonNegative,
+        optim: Optim,
         alpha: NonNegative,
         reweight: Literal["code", "paper"],
         recalc_sim: bool,
@@ -133,10 +129,8 @@ class Ease(CLStrategy):
         super().__init__(backbone, seed=seed)
         backbone.eval().requires_grad_(False)
         self.all_epochs = epochs, epochs if epochs_later is None else epochs_later
-        self.rates = lr, lr if lr_later is None else lr_later
         self.epochs = epochs
-        self.adapter = adapter
-        self.kind, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
+        self.adapter, self.optim = adapter, optim
         self.alpha, self.beta, self.reweight = alpha, beta, reweight
         self.recalc_sim, self.use_init_ptm = recalc_sim, use_init_ptm
         self.bank = adapter.bank(backbone)
@@ -166,16 +160,11 @@ class Ease(CLStrategy):
         self.owner = F.pad(self.owner, (0, added), value=-1)
 
         later = len(self.names) > 1
-        self.epochs, rate = self.all_epochs[later], self.rates[later]
-        parameters = [*learned, *self.head.parameters()]
-        decay = self.weight_decay
-        if self.kind == "adam":
-            self.optimizer = torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
-        else:
-            self.optimizer = torch.optim.SGD(
-                parameters, lr=rate, momentum=self.momentum, weight_decay=decay
-            )
-        self.optimizer.param_groups[0]["initial_lr"] = rate
+        self.epochs = self.all_epochs[later]
+        self.task_optim = self.optim.of_task(int(later))
+        self.optimizer = self.task_optim.optimizer(
+            {"adapter": learned, "head": self.head.parameters()}, self.bank.second_factors(name)
+        )
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
@@ -188,23 +177,21 @@ class Ease(CLStrategy):
             )
 
     def begin_epoch(self, task: Task, epoch: int) -> None:
-        """Cosine schedule, to 0 over the epochs of the task."""
-        assert self.optimizer is not None
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate_factor("cosine", epoch, self.epochs, [], 1)
+        self.task_optim.set_rates(self.optimizer, epoch, self.epochs)
 
     def observe(self, batch: Batch) -> dict[str, Tensor]:
         """One step on the classes of the task; returns the loss and the accuracy in percent."""
-        assert self.optimizer is not None and self.head is not None
         self.bank.train()
-        scores = self.head(self.bank.features(batch.x, self.names[-1]))
         y = batch.y - self.columns.start
+        scores = self.scores(batch.x)
         loss = F.cross_entropy(scores, y)
-        require_finite(loss, self.rates[len(self.names) > 1])
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.task_optim.step(self.optimizer, loss, lambda: F.cross_entropy(self.scores(batch.x), y))
         return {"loss": loss.detach(), "acc": 100 * (scores.detach().argmax(1) == y).float().mean()}
+
+    def scores(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> scores [B, C] of the head that learns."""
+        assert self.head is not None
+        return self.head(self.bank.features(x, self.names[-1]))
 
     # -------------------------------------------------------------- class means
 
@@ -224,7 +211,7 @@ class Ease(CLStrategy):
             if bad.any():
                 raise Diverged(
                     f"non-finite feature of an image of class {int(batch.y[bad][0])}: lower "
-                    "strategy.lr, or look for NaN in the images"
+                    "strategy.optim.lr, or look for NaN in the images"
                 )
             member = batch.y[:, None] == labels  # a product: exact in any order of threads
             sums += member.double().T @ features.double()

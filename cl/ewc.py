@@ -31,15 +31,17 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from driftline.backbones.backbone import Backbone
-from driftline.cl.common import Schedule, Scope, Store, evaluation_mode
-from driftline.cl.l2 import Anchored
+from driftline.cl.finetune import Finetune
+from driftline.cl.l2 import Anchored, learned
 from driftline.core.errors import Diverged
-from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
+from driftline.core.ranges import Count, NonNegative, Unit
 from driftline.core.stream import Task
+from driftline.parts.modes import evaluation_mode
+from driftline.parts.store import Store
 
 
 class EWC(Anchored):
-    """Pull by Fisher information; options as in `Finetune`, and:
+    """Pull by Fisher information.
 
     Args:
         weight: lambda (`e_lambda` in mammoth). The step is unstable where lr * 2 * weight * F
@@ -55,48 +57,14 @@ class EWC(Anchored):
 
     def __init__(
         self,
-        backbone: Backbone,
         *,
-        seed: int,
-        num_classes: int,
-        epochs: Count,
-        optimizer: Literal["sgd"],
-        lr: NonNegative,
-        head_lr: NonNegative,
-        momentum: Unit,
-        weight_decay: NonNegative,
-        weight_decay_later: NonNegative,
-        schedule: Schedule,
-        milestones: list[CountOrZero],
-        milestones_later: list[CountOrZero],
-        lr_decay: Unit,
-        loss_scope: Scope,
-        freeze_bn: bool,
         weight: NonNegative,
         gamma: Unit,
         fisher: Literal["weighted", "empirical", "sampled"],
         fisher_batch: Count,
         theta_star: Literal["last", "each"],
     ) -> None:
-        super().__init__(
-            backbone,
-            seed=seed,
-            num_classes=num_classes,
-            epochs=epochs,
-            optimizer=optimizer,
-            lr=lr,
-            head_lr=head_lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            weight_decay_later=weight_decay_later,
-            schedule=schedule,
-            milestones=milestones,
-            milestones_later=milestones_later,
-            lr_decay=lr_decay,
-            loss_scope=loss_scope,
-            freeze_bn=freeze_bn,
-            weight=weight,
-        )
+        super().__init__(weight=weight)
         self.gamma, self.theta_star = gamma, theta_star
         self.fisher_kind, self.fisher_batch = fisher, fisher_batch
         self.fisher = Store()  # F, by the name of the parameter
@@ -105,20 +73,20 @@ class EWC(Anchored):
         return 2 * self.weight * self.fisher[name]
 
     @torch.no_grad()
-    def end_task(self, task: Task) -> None:
+    def end_task(self, method: Finetune, task: Task) -> None:
         """Estimate F on `task`, add it to the running sum and take the present values as theta*.
 
         Raises:
             Diverged: for an F that is not finite.
         """
-        rows = self.head.classes
-        new = self.fisher_of(task)
+        new = self.fisher_of(method, task)
         if not all(f.isfinite().all() for f in new.values()):
             raise Diverged(
-                f"the Fisher information after task {task.index} is not finite: lower strategy.lr "
-                f"(now {self.lr:g}) or strategy.weight (now {self.weight:g})"
+                f"the Fisher information after task {task.index} is not finite: lower "
+                f"strategy.optim.lr (now {method.optim.lr:g}) or strategy.penalty.weight (now "
+                f"{self.weight:g})"
             )
-        for name, p in self.learned(rows):
+        for name, p in learned(method, method.head.classes):
             total, target = new[name], p.clone()
             if name in self.fisher:
                 old = self.gamma * _fit(self.fisher[name], p)
@@ -129,23 +97,23 @@ class EWC(Anchored):
             self.fisher.put(name, total)
             self.anchor.put(name, target)
 
-    def fisher_of(self, task: Task) -> dict[str, Tensor]:
+    def fisher_of(self, method: Finetune, task: Task) -> dict[str, Tensor]:
         """Diagonal Fisher information on the training images of `task`, by parameter name."""
-        model = _LogLikelihood(self.backbone, self.head, self.columns)
-        names = [n for n, _ in self.learned(self.head.classes)]
-        total = {n: torch.zeros_like(p) for n, p in self.learned(self.head.classes)}
+        model = _LogLikelihood(method.backbone, method.head, method.columns)
+        total = {n: torch.zeros_like(p) for n, p in learned(method, method.head.classes)}
+        names = list(total)
         batches = largest = 0
-        with evaluation_mode(self):
-            for batch in task.train(self.train_epochs):  # an epoch beyond those of the training
+        with evaluation_mode(method):
+            for batch in task.train(method.train_epochs):  # an epoch beyond those of the training
                 if batch is None:
                     continue
-                batch = batch.to(self.device)
+                batch = batch.to(method.device)
                 batches, largest = batches + 1, max(largest, len(batch.y))
                 labels = batch.y
                 if self.fisher_kind == "sampled":
                     chances = model.scores(batch.x).softmax(1).cpu()
-                    drawn = torch.multinomial(chances, 1, generator=self.rng("fisher"))[:, 0]
-                    labels = drawn.to(self.device) + self.columns.start
+                    drawn = torch.multinomial(chances, 1, generator=method.rng("fisher"))[:, 0]
+                    labels = drawn.to(method.device) + method.columns.start
                 for x, y in zip(
                     batch.x.split(self.fisher_batch), labels.split(self.fisher_batch), strict=True
                 ):

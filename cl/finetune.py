@@ -1,9 +1,13 @@
-"""Sequential fine-tuning of the whole network: the lower bound of every table.
+"""Sequential fine-tuning, the lower bound of every table, and the family of penalties around it.
 
 Official code: LAMDA-CL/LAMDA-PILOT 5240714, `models/finetune.py` and `exps/finetune.json`.
 Cross-entropy over the current classes only from the second task on (over all of them in the
 first, which is the same thing), SGD over backbone and head, no replay, no penalty; prediction
 over all classes seen. Mammoth's variant puts all classes of the stream into the softmax.
+
+`trains=head` is the continual linear probe. No official code trains that one task by task; head
+and loss are those above, the optimiser's settings those of the joint probe of RanPAC/RanPAC
+012927f. The backbone then stays in evaluation mode, so BatchNorm statistics do not drift.
 
 Deviations: the pretrained classifier is left untouched, as PILOT loads none. Rates of backbone
 and head may differ. New head rows alone are drawn (see `backbones/heads.py`).
@@ -12,28 +16,44 @@ and head may differ. New head rows alone are drawn (see `backbones/heads.py`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from driftline.backbones.backbone import Backbone
-from driftline.backbones.heads import ExpandingLinear
-from driftline.backbones.surgery import batch_norms
-from driftline.cl.common import (
-    Schedule,
-    Scope,
-    evaluation_mode,
-    freeze_pretrained_head,
-    rate_factor,
-    require_finite,
-    scope_columns,
-    scoped_cross_entropy,
-)
-from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
+from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.core.ranges import Count
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
+from driftline.parts.heads import ExpandingLinear, freeze_pretrained_head
+from driftline.parts.modes import evaluation_mode
+from driftline.parts.norms import batch_norms
+from driftline.parts.objectives import Scope, scope_columns, scoped_cross_entropy
+from driftline.parts.optim import Optim
+
+Trained = Literal["all", "head"]
+
+
+class Penalty(nn.Module):
+    """What keeps earlier tasks while `method` learns the present one; this one keeps nothing.
+
+    Its tensors are part of the method's state.
+    """
+
+    def begin_task(self, method: Finetune, task: Task, known: int) -> None:
+        """The head has its new rows; `known` classes are older than `task`."""
+
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor | float:
+        """Added to the loss of scores [B, C]; 0-dim."""
+        return 0.0
+
+    def add_gradients(self, method: Finetune) -> dict[str, Tensor]:
+        """Adds to the gradients of the loss; returns what to log."""
+        return {}
+
+    def end_task(self, method: Finetune, task: Task) -> None:
+        """The last epoch of `task` is over."""
 
 
 class Finetune(CLStrategy):
@@ -42,11 +62,11 @@ class Finetune(CLStrategy):
     Args:
         num_classes: classes of the whole stream.
         epochs: passes over the training images of a task.
-        lr, head_lr: initial rates of backbone and head.
-        weight_decay, weight_decay_later: first task, later tasks; biases included.
-        schedule, milestones, milestones_later, lr_decay: see `cl.common.rate_factor`.
-        loss_scope: see `cl.common.scope_columns`.
+        optim: of the groups `backbone` and `head`, made anew for each task.
+        loss_scope: see `parts.objectives.scope_columns`.
         freeze_bn: BatchNorm layers keep their running statistics (scale and shift still learn).
+        trains: `all`, or the `head` alone.
+        penalty: what pulls back to earlier tasks; None: nothing.
     """
 
     needs = frozenset({"features"})
@@ -58,32 +78,28 @@ class Finetune(CLStrategy):
         seed: int,
         num_classes: int,
         epochs: Count,
-        optimizer: Literal["sgd"],
-        lr: NonNegative,
-        head_lr: NonNegative,
-        momentum: Unit,
-        weight_decay: NonNegative,
-        weight_decay_later: NonNegative,
-        schedule: Schedule,
-        milestones: list[CountOrZero],
-        milestones_later: list[CountOrZero],
-        lr_decay: Unit,
+        optim: Optim,
         loss_scope: Scope,
         freeze_bn: bool,
+        trains: Trained,
+        penalty: Penalty | None,
     ) -> None:
         super().__init__(backbone, seed=seed)
         self.num_classes, self.epochs, self.train_epochs = num_classes, epochs, epochs
-        self.lr, self.head_lr, self.momentum = lr, head_lr, momentum
-        self.weight_decay = (weight_decay, weight_decay_later)
-        self.schedule: Schedule = schedule
-        self.milestones, self.lr_decay = (milestones, milestones_later), lr_decay
+        self.optim = self.task_optim = optim
         self.loss_scope: Scope = loss_scope
-        self.freeze_bn = freeze_bn
+        self.freeze_bn, self.trains = freeze_bn, trains
         freeze_pretrained_head(backbone)
+        if trains == "head":
+            backbone.requires_grad_(False)
         self.head = ExpandingLinear(backbone.dim)
+        self.penalty = penalty
         self.seen = 0
         self.columns = range(0)
+        self._hash = ""
         self._warned = False
+
+    # ------------------------------------------------------------------ tasks
 
     def extend(self, task: Task) -> None:
         """Grow the head to the classes of `task` and note which the loss covers."""
@@ -94,9 +110,10 @@ class Finetune(CLStrategy):
 
     def grow(self, task: Task) -> None:
         self.extend(task)
-        self.optimizer = self.make_optimizer(task)  # here, since `begin_task` is not called again
+        self.make_optimizer(task)  # here, since `begin_task` is not called again
 
     def begin_task(self, task: Task) -> None:
+        known = self.seen
         super().begin_task(task)
         if len(self.columns) == 1 and not self._warned:
             self._warned = True
@@ -105,42 +122,36 @@ class Finetune(CLStrategy):
                 f"strategy.loss_scope={self.loss_scope}: the loss is 0 and nothing is learned",
                 stacklevel=2,
             )
+        if self.penalty is not None:
+            self.penalty.begin_task(self, task, known)
 
-    def make_optimizer(self, task: Task) -> torch.optim.Optimizer:
+    def make_optimizer(self, task: Task) -> None:
         """A fresh optimiser for one task, without momentum from the one before."""
         backbone = [p for p in self.backbone.parameters() if p.requires_grad]
-        groups = [{"params": backbone, "lr": self.lr}] if backbone else []
-        groups.append({"params": list(self.head.parameters()), "lr": self.head_lr})
-        decay = self.weight_decay[task.index > 0]
-        optimizer = torch.optim.SGD(groups, momentum=self.momentum, weight_decay=decay)
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-        return optimizer
+        self.task_optim = self.optim.of_task(task.index)
+        groups = {"backbone": backbone, "head": self.head.parameters()}
+        self.optimizer = self.task_optim.optimizer(groups)
 
     def begin_epoch(self, task: Task, epoch: int) -> None:
-        milestones = self.milestones[task.index > 0]
-        factor = rate_factor(self.schedule, epoch, self.train_epochs, milestones, self.lr_decay)
-        assert self.optimizer is not None
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        self.task_optim.set_rates(self.optimizer, epoch, self.train_epochs)
+
+    def end_task(self, task: Task) -> None:
+        if self.penalty is not None:
+            self.penalty.end_task(self, task)
+
+    # ------------------------------------------------------------------ training
 
     def modes(self) -> Iterator[tuple[nn.Module, bool]]:
         """Modules and whether they train; later entries override earlier ones."""
         yield self, True
-        if self.freeze_bn:
+        if self.trains == "head":
+            yield self.backbone, False
+        elif self.freeze_bn:
             yield from ((m, False) for m in batch_norms(self.backbone).values())
 
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, D]."""
         return cast(Backbone, self.backbone).features(x)
-
-    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        """Loss of scores [B, C]; for subclasses."""
-        return scoped_cross_entropy(scores, batch.y, self.columns)
-
-    def add_gradients(self) -> dict[str, Tensor]:
-        """For penalties on parameters, added to their gradients; returns what to log of them."""
-        return {}
 
     def observe(self, batch: Batch) -> dict[str, Tensor]:
         """One step; returns the loss and the accuracy in percent over the classes seen.
@@ -148,21 +159,41 @@ class Finetune(CLStrategy):
         Raises:
             Diverged: for a loss that is not finite, before the parameters change.
         """
-        assert self.optimizer is not None
         for module, mode in self.modes():
             module.train(mode)
+        scores, loss, penalties = self._gradients(batch)
+        self.task_optim.update(self.optimizer, lambda: self._gradients(batch))
+        right = scores[:, : self.seen].argmax(1) == batch.y
+        return {"loss": loss, "acc": 100 * right.float().mean(), **penalties}
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Backward pass; scores [B, C], loss [] and what the penalty logs."""
         scores = self.head(self.features(batch.x))
-        loss = self.loss(scores, batch)
-        require_finite(loss.detach(), self.lr)
-        self.optimizer.zero_grad()
-        loss.backward()
-        penalties = self.add_gradients()
-        self.optimizer.step()
-        right = scores.detach()[:, : self.seen].argmax(1) == batch.y
-        return {"loss": loss.detach(), "acc": 100 * right.float().mean(), **penalties}
+        loss = scoped_cross_entropy(scores, batch.y, self.columns)
+        if self.penalty is not None:
+            loss = loss + self.penalty.loss(scores, batch)
+        self.task_optim.backward(self.optimizer, loss)
+        penalties = {} if self.penalty is None else self.penalty.add_gradients(self)
+        return scores.detach(), loss.detach(), penalties
+
+    # ------------------------------------------------------------------ prediction
+
+    def extractors(self) -> Mapping[str, str] | None:
+        """The network, where it does not learn."""
+        if self.trains != "head":
+            return None
+        self._hash = self._hash or weights_hash(self.backbone.state_dict())
+        return {"plain": self._hash}
 
     @torch.no_grad()
+    def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        with evaluation_mode(self):
+            return self.features(x)[None]
+
+    @torch.no_grad()
+    def classify(self, features: Mapping[str, Tensor]) -> Tensor:
+        return self.head(features["plain"])[:, : self.seen]
+
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B, C_seen] for x float [B, 3, H, W] in [0, 1]."""
-        with evaluation_mode(self):
-            return self.head(self.features(x))[:, : self.seen]
+        return self.classify({"plain": self.embed(x, ["plain"])[0]})

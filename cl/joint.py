@@ -15,21 +15,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.heads import ExpandingLinear
-from driftline.cl.common import Schedule
-from driftline.cl.finetune import Finetune
-from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
+from driftline.cl.finetune import Finetune, Trained
+from driftline.core.ranges import Count
 from driftline.core.stream import Batch, Task
+from driftline.parts.heads import ExpandingLinear
+from driftline.parts.optim import Optim
 
 
 class Joint(Finetune):
     """Options as in `Finetune`, and:
 
     Args:
-        trains: `all`: backbone and head; `head`: a joint linear probe, `lr` has no effect.
         when: `per_task`: after every task, on all tasks so far. `final_only`: once, after the
             last; until then predictions come from the untrained head, so of the accuracy matrix
             only the last row, hence `acc_last`, has a meaning.
@@ -42,40 +41,24 @@ class Joint(Finetune):
         seed: int,
         num_classes: int,
         epochs: Count,
-        optimizer: Literal["sgd"],
-        lr: NonNegative,
-        head_lr: NonNegative,
-        momentum: Unit,
-        weight_decay: NonNegative,
-        schedule: Schedule,
-        milestones: list[CountOrZero],
-        lr_decay: Unit,
+        optim: Optim,
         freeze_bn: bool,
-        trains: Literal["all", "head"],
+        trains: Trained,
         when: Literal["per_task", "final_only"],
     ) -> None:
-        if trains == "head":
-            backbone.requires_grad_(False)
         super().__init__(
             backbone,
             seed=seed,
             num_classes=num_classes,
             epochs=epochs,
-            optimizer=optimizer,
-            lr=lr,
-            head_lr=head_lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            weight_decay_later=weight_decay,
-            schedule=schedule,
-            milestones=milestones,
-            milestones_later=milestones,
-            lr_decay=lr_decay,
+            optim=optim,
             loss_scope="seen",
             freeze_bn=freeze_bn,
+            trains=trains,
+            penalty=None,
         )
         self.epochs = 0  # the runner hands over nothing: all training is in `end_task`
-        self.trains, self.when = trains, when
+        self.when = when
         self.tasks: list[Task] = []
         # Not part of the state: a resumed run is built from the same pretrained weights.
         self._pretrained = {
@@ -89,11 +72,6 @@ class Joint(Finetune):
     def begin_task(self, task: Task) -> None:
         self.grow(task)
 
-    def modes(self) -> Iterator[tuple[nn.Module, bool]]:
-        yield from super().modes()
-        if self.trains == "head":
-            yield self.backbone, False
-
     def end_task(self, task: Task) -> None:
         """Start again from the pretrained weights and train on every task begun so far."""
         if self.when == "final_only" and self.seen < self.num_classes:
@@ -102,7 +80,7 @@ class Joint(Finetune):
             self.backbone.load_state_dict(self._pretrained)
         self.head = ExpandingLinear(self.head.weight.shape[1]).to(self.device)
         self.head.grow(self.seen, self.rng("init"))
-        self.optimizer = self.make_optimizer(task)
+        self.make_optimizer(task)
         sizes: dict[int, int] = {}  # found anew each time: a resumed run could not know them
         for epoch in range(self.train_epochs):
             self.begin_epoch(task, epoch)

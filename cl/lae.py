@@ -28,18 +28,14 @@ import torch
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.cl.common import (
-    NearZeroLinear,
-    Scope,
-    evaluation_mode,
-    require_finite,
-    scope_columns,
-    scoped_cross_entropy,
-)
-from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
+from driftline.core.ranges import Count, CountOrZero, Unit
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
 from driftline.parts.adapters.plan import Plan
+from driftline.parts.heads import NearZeroLinear
+from driftline.parts.modes import evaluation_mode
+from driftline.parts.objectives import Scope, scope_columns, scoped_cross_entropy
+from driftline.parts.optim import Optim
 
 FROZEN, BATCH = "frozen", "batch"  # facts kept with the optimiser's state, hence in checkpoints
 
@@ -56,7 +52,7 @@ class LAE(CLStrategy):
         ema_decay: m, per step.
         ema_start: `after_first_task`: the offline copy is made when the second task begins.
             `init`: it starts with the untrained module and is averaged in the first task.
-        loss_scope: see `cl.common.scope_columns`.
+        loss_scope: see `parts.objectives.scope_columns`.
         drop_last: leave out the batch of an epoch that is smaller than the others.
         experts: whose probabilities count; in the absence of an offline copy the online ones do.
     """
@@ -72,7 +68,7 @@ class LAE(CLStrategy):
         num_classes: int,
         epochs: Count,
         adapter: Plan,
-        lr: NonNegative,
+        optim: Optim,
         freeze_epochs: CountOrZero,
         freeze_first_task: bool,
         ema_decay: Unit,
@@ -89,7 +85,7 @@ class LAE(CLStrategy):
                 + ("at all" if freeze_first_task else "after the first task"),
                 stacklevel=2,
             )
-        self.num_classes, self.epochs, self.lr = num_classes, epochs, lr
+        self.num_classes, self.epochs, self.optim = num_classes, epochs, optim
         self.freeze_epochs, self.freeze_first_task = freeze_epochs, freeze_first_task
         self.ema_decay, self.ema_start, self.experts = ema_decay, ema_start, experts
         self.loss_scope: Scope = loss_scope
@@ -115,9 +111,10 @@ class LAE(CLStrategy):
         if "offline" not in self.bank.sets and (self.begun > 1 or self.ema_start == "init"):
             self.bank.copy("online", "offline")
             self.bank.freeze("offline")
-        modules = {"params": self.bank.parameters_of("online"), FROZEN: False, BATCH: 0}
-        classifier = {"params": list(self.head.parameters()), FROZEN: False, BATCH: 0}
-        self.optimizer = torch.optim.Adam([modules, classifier], lr=self.lr)
+        groups = {"adapter": self.bank.parameters_of("online"), "head": self.head.parameters()}
+        self.optimizer = self.optim.optimizer(groups, self.bank.second_factors("online"))
+        for group in self.optimizer.param_groups:
+            group |= {FROZEN: False, BATCH: 0}
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
@@ -132,6 +129,7 @@ class LAE(CLStrategy):
 
     def begin_epoch(self, task: Task, epoch: int) -> None:
         assert self.optimizer is not None
+        self.optim.set_rates(self.optimizer, epoch, self.epochs)
         freezes = self.begun > 1 or self.freeze_first_task
         self.optimizer.param_groups[0][FROZEN] = freezes and epoch < self.freeze_epochs
 
@@ -150,14 +148,16 @@ class LAE(CLStrategy):
             return {}
         self.train()
         self.backbone.eval()
-        with torch.set_grad_enabled(not modules[FROZEN]):
-            features = self.bank.features(batch.x, "online")
-        scores = self.head(features)
-        loss = scoped_cross_entropy(scores, batch.y, self.columns)
-        require_finite(loss.detach(), self.lr)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()  # passes over parameters without gradient
+
+        def pass_through() -> tuple[Tensor, Tensor]:
+            with torch.set_grad_enabled(not modules[FROZEN]):
+                features = self.bank.features(batch.x, "online")
+            scores = self.head(features)
+            return scores, scoped_cross_entropy(scores, batch.y, self.columns)
+
+        scores, loss = pass_through()
+        # The optimiser passes over parameters without gradient.
+        self.optim.step(self.optimizer, loss, lambda: pass_through()[1])
         self._average()
         right = scores.detach()[:, : self.seen].argmax(1) == batch.y
         return {"loss": loss.detach(), "acc": 100 * right.float().mean()}

@@ -16,122 +16,75 @@ network is kept; the recorded scores are part of a checkpoint.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from driftline.backbones.backbone import Backbone
-from driftline.cl.common import (
-    Schedule,
-    Scope,
-    Store,
-    evaluation_mode,
-    require_finite,
-    scoped_cross_entropy,
-)
-from driftline.cl.finetune import Finetune
-from driftline.core.ranges import Count, CountOrZero, NonNegative, Positive, Unit
+from driftline.cl.finetune import Finetune, Penalty
+from driftline.core.ranges import CountOrZero, NonNegative, Positive
 from driftline.core.stream import Batch, Task
+from driftline.parts.modes import evaluation_mode
+from driftline.parts.objectives import scoped_cross_entropy
+from driftline.parts.optim import Optim
+from driftline.parts.store import Store
 
 
-class LwF(Finetune):
-    """Fine-tuning with distillation; options as in `Finetune`, and:
+class LwF(Penalty):
+    """Distillation of the old classes.
 
     Args:
         alpha: factor of the distillation.
         tau: temperature (`softmax_temp` in mammoth).
-        warmup_epochs: of the head alone, at rate `head_lr`; None: as many as `epochs`.
+        warmup_epochs: of the head alone, at its initial rate; None: as many as `epochs`.
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        seed: int,
-        num_classes: int,
-        epochs: Count,
-        optimizer: Literal["sgd"],
-        lr: NonNegative,
-        head_lr: NonNegative,
-        momentum: Unit,
-        weight_decay: NonNegative,
-        weight_decay_later: NonNegative,
-        schedule: Schedule,
-        milestones: list[CountOrZero],
-        milestones_later: list[CountOrZero],
-        lr_decay: Unit,
-        loss_scope: Scope,
-        freeze_bn: bool,
-        alpha: NonNegative,
-        tau: Positive,
-        warmup_epochs: CountOrZero | None,
+        self, *, alpha: NonNegative, tau: Positive, warmup_epochs: CountOrZero | None
     ) -> None:
-        super().__init__(
-            backbone,
-            seed=seed,
-            num_classes=num_classes,
-            epochs=epochs,
-            optimizer=optimizer,
-            lr=lr,
-            head_lr=head_lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            weight_decay_later=weight_decay_later,
-            schedule=schedule,
-            milestones=milestones,
-            milestones_later=milestones_later,
-            lr_decay=lr_decay,
-            loss_scope=loss_scope,
-            freeze_bn=freeze_bn,
-        )
-        self.alpha, self.tau = alpha, tau
-        self.warmup_epochs = epochs if warmup_epochs is None else warmup_epochs
+        super().__init__()
+        self.alpha, self.tau, self.warmup_epochs = alpha, tau, warmup_epochs
         self.old = Store()  # of the current task: `index` int64 [N], ascending; `scores` [N, C_old]
 
-    def begin_task(self, task: Task) -> None:
-        known = self.seen
-        super().begin_task(task)
+    def begin_task(self, method: Finetune, task: Task, known: int) -> None:
         if known:
-            self._warm_up(task)
-            self._record(task, known)
+            self._warm_up(method, task)
+            self._record(method, task, known)
 
-    def _warm_up(self, task: Task) -> None:
+    def _warm_up(self, method: Finetune, task: Task) -> None:
         """Train the head on the classes of `task`, everything else as it is."""
-        optimizer = torch.optim.SGD(self.head.parameters(), lr=self.head_lr)
-        with evaluation_mode(self):
-            for epoch in range(self.train_epochs, self.train_epochs + self.warmup_epochs):
+        optim = Optim(kind="sgd", lr=method.optim.rate("head"))
+        optimizer = optim.optimizer({"head": method.head.parameters()})
+        first = method.train_epochs
+        epochs = first if self.warmup_epochs is None else self.warmup_epochs
+        with evaluation_mode(method):
+            for epoch in range(first, first + epochs):
                 for batch in task.train(epoch):
                     if batch is None:
                         continue
-                    batch = batch.to(self.device)
+                    batch = batch.to(method.device)
                     with torch.no_grad():
-                        features = self.features(batch.x)
-                    loss = scoped_cross_entropy(self.head(features), batch.y, task.classes)
-                    require_finite(loss.detach(), self.head_lr, "strategy.head_lr")
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+                        features = method.features(batch.x)
+                    loss = scoped_cross_entropy(method.head(features), batch.y, task.classes)
+                    optim.step(optimizer, loss)
 
     @torch.no_grad()
-    def _record(self, task: Task, known: int) -> None:
+    def _record(self, method: Finetune, task: Task, known: int) -> None:
         """Note the scores of the `known` old classes for every training image."""
         index, scores = [], []
-        with evaluation_mode(self):
+        with evaluation_mode(method):
             for batch in task.fit():
-                index.append(batch.index.to(self.device))
-                scores.append(self.head(self.features(batch.x.to(self.device)))[:, :known])
+                index.append(batch.index.to(method.device))
+                features = method.features(batch.x.to(method.device))
+                scores.append(method.head(features)[:, :known])
         order = torch.cat(index).argsort()
         self.old.put("index", torch.cat(index)[order])
         self.old.put("scores", torch.cat(scores)[order])
 
-    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy on the labels plus the distillation of the old classes."""
-        loss = super().loss(scores, batch)
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor | float:
+        """`alpha` times the cross-entropy between old and present answers, both softened."""
         if "index" not in self.old:  # the first task
-            return loss
+            return 0.0
         rows = torch.searchsorted(self.old["index"], batch.index)
         target = (self.old["scores"][rows] / self.tau).softmax(1)
         mine = scores[:, : target.shape[1]] / self.tau
-        return loss + self.alpha * F.cross_entropy(mine, target)
+        return self.alpha * F.cross_entropy(mine, target)

@@ -47,13 +47,15 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone, weights_hash
-from driftline.backbones.heads import PrototypeHead
-from driftline.cl.common import evaluation_mode, rate_factor, require_finite, scoped_cross_entropy
 from driftline.core.errors import Diverged, UserError
-from driftline.core.ranges import Below1, Count, CountOrZero, NonNegative, Unit
+from driftline.core.ranges import Below1, Count, CountOrZero, NonNegative
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
 from driftline.parts.adapters.plan import Plan
+from driftline.parts.heads import PrototypeHead
+from driftline.parts.modes import evaluation_mode
+from driftline.parts.objectives import scoped_cross_entropy
+from driftline.parts.optim import Optim
 
 CURRENT = "current"  # the working set; stored ones are task0, task1, ...
 TEMPERATURE = 0.8  # of the self-similarity term
@@ -104,8 +106,7 @@ class Mos(CLStrategy):
         num_classes: rows of the head, from the start; all of them decay.
         epochs: passes over the training images of a task.
         adapter: of one task; one in each block for mode=official.
-        lr: of the adapters; the head learns at `lr * head_lr_factor`.
-        weight_decay: of both, and of the alignment.
+        optim: of the groups `adapter` and `head`; the alignment has its momentum and weight decay.
         mode: see the top of the file.
         pull: m, weight of the mean of earlier sets.
         reg: weight of `self_similarity`.
@@ -138,10 +139,7 @@ class Mos(CLStrategy):
         num_classes: int,
         epochs: Count,
         adapter: Plan,
-        lr: NonNegative,
-        head_lr_factor: NonNegative,
-        momentum: Unit,
-        weight_decay: NonNegative,
+        optim: Optim,
         mode: Literal["functional", "official"],
         pull: Below1,
         reg: NonNegative,
@@ -154,8 +152,7 @@ class Mos(CLStrategy):
     ) -> None:
         super().__init__(backbone, seed=seed)
         backbone.eval().requires_grad_(False)
-        self.epochs, self.lr, self.head_lr_factor = epochs, lr, head_lr_factor
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.epochs, self.optim = epochs, optim
         self.mode, self.m, self.reg = mode, pull, reg
         self.batch_dependent = mode == "official"  # type: ignore[misc]
         self.statistics, self.statistics_batch = statistics, statistics_batch
@@ -252,40 +249,33 @@ class Mos(CLStrategy):
         self.prefix = F.pad(self.prefix, (0, 0, 0, 1))
         self.prototypes.grow(len(self.counts))
         self.stops.append(len(self.counts))
-        groups: list[dict[str, Any]] = [
-            {"params": self.bank.parameters_of(CURRENT), "lr": self.lr},
-            {"params": list(self.head.parameters()), "lr": self.lr * self.head_lr_factor},
-        ]
-        self.optimizer = torch.optim.SGD(
-            groups, momentum=self.momentum, weight_decay=self.weight_decay
-        )
-        for group in self.optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+        groups = {"adapter": self.bank.parameters_of(CURRENT), "head": self.head.parameters()}
+        self.optimizer = self.optim.optimizer(groups, self.bank.second_factors(CURRENT))
 
     def begin_epoch(self, task: Task, epoch: int) -> None:
-        """Cosine schedule, to 0 over the epochs of the task."""
-        assert self.optimizer is not None
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate_factor("cosine", epoch, self.epochs, [], 1)
+        self.optim.set_rates(self.optimizer, epoch, self.epochs)
 
     def observe(self, batch: Batch) -> dict[str, Tensor]:
         """One step on the classes of the task; returns the loss and the accuracy in percent."""
-        assert self.optimizer is not None
         task, columns = len(self.names) - 1, self.columns
         self.bank.train()
-        self.optimizer.zero_grad()
-        with self.merging(CURRENT, task):
+        loss, scores = self._gradients(batch)
+        self.optim.update(self.optimizer, lambda: self._gradients(batch))
+        self.merge(CURRENT, task)
+        chosen = scores.detach()[:, columns.start : columns.stop].argmax(1) + columns.start
+        return {"loss": loss.detach(), "acc": 100 * (chosen == batch.y).float().mean()}
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Backward pass at the merged values; the loss and the scores [B, C] of all rows."""
+        columns = self.columns
+        with self.merging(CURRENT, len(self.names) - 1):
             features = self.bank.features(batch.x, CURRENT)
             scores = self.head(features)
             loss = scoped_cross_entropy(scores, batch.y, columns)
             known = self.means[: columns.start][self.counts[: columns.start] > 0]
             loss = loss + self.reg * self_similarity(torch.cat([known, features]))
-            require_finite(loss, self.lr)
-            loss.backward()
-        self.optimizer.step()
-        self.merge(CURRENT, task)
-        chosen = scores.detach()[:, columns.start : columns.stop].argmax(1) + columns.start
-        return {"loss": loss.detach(), "acc": 100 * (chosen == batch.y).float().mean()}
+            self.optim.backward(self.optimizer, loss)
+        return loss, scores
 
     # -------------------------------------------------------------- end of a task
 
@@ -325,8 +315,8 @@ class Mos(CLStrategy):
         bad = ~features.isfinite().all(1)
         if bad.any():
             raise Diverged(
-                f"non-finite feature of an image of class {int(y[bad][0])}: lower strategy.lr "
-                f"({self.lr}), or look for NaN in the images"
+                f"non-finite feature of an image of class {int(y[bad][0])}: lower "
+                f"strategy.optim.lr ({self.optim.lr}), or look for NaN in the images"
             )
 
     def _measure(self, task: Task) -> tuple[Tensor, Tensor]:
@@ -414,24 +404,24 @@ class Mos(CLStrategy):
         """Train the head on Gaussian features of all classes seen; returns the loss per step."""
         classes = (self.counts > 0).nonzero().flatten()
         y = classes.repeat_interleave(self.align_samples)
-        optimizer = torch.optim.SGD(
-            self.head.parameters(),
+        optim = Optim(
+            kind="sgd",
             lr=self.align_lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
+            momentum=self.optim.momentum,
+            weight_decay=self.optim.weight_decay,
+            schedule="cosine",
         )
+        optimizer = optim.optimizer({"head": self.head.parameters()})
         losses: list[Tensor] = []
         for epoch in range(self.align_epochs):
-            rate = self.align_lr * rate_factor("cosine", epoch, self.align_epochs, [], 1)
-            optimizer.param_groups[0]["lr"] = rate
+            optim.set_rates(optimizer, epoch, self.align_epochs)
             drawn = self.draw(classes)
             order = self.shuffle(len(y)).to(y.device)
             for rows in order.split(self.align_samples):
                 scores = self.head(drawn.flatten(0, 1)[rows])[:, : len(self.counts)]
                 loss = F.cross_entropy(scores, y[rows])
-                optimizer.zero_grad()
                 loss.backward()
-                optimizer.step()
+                optim.update(optimizer)
                 losses.append(loss.detach())
             if losses and not losses[-1].isfinite():
                 bad = classes[~drawn.isfinite().all(2).all(1)].tolist()

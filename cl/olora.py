@@ -34,22 +34,18 @@ from annotated_types import MinLen
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.cl.common import (
-    NearZeroLinear,
-    evaluation_mode,
-    rate_factor,
-    require_finite,
-    scope_columns,
-    scoped_cross_entropy,
-)
-from driftline.core.distributed import average_gradients, dropout
+from driftline.core.distributed import dropout
 from driftline.core.errors import UserError
-from driftline.core.ranges import Below1, Count, NonNegative, Positive, Size
+from driftline.core.ranges import Below1, Count, NonNegative, Size
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
 from driftline.kernels import adapter
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.plan import Plan
+from driftline.parts.heads import NearZeroLinear
+from driftline.parts.modes import evaluation_mode
+from driftline.parts.objectives import scope_columns, scoped_cross_entropy
+from driftline.parts.optim import Optim
 
 
 class StackedLoRA(Adapter):
@@ -159,8 +155,7 @@ class OLoRA(CLStrategy):
         ortho_reduction: `sum`, or divided by the number of earlier tasks.
         head: `linear_local`: cross-entropy over the classes of the task, so that only their rows
             learn. `linear_global`: over all classes seen, all rows learn.
-        optimizer, lr, schedule: made anew for each task; `cosine` goes to 0 by epochs.
-        clip_norm: of the whole gradient; None does not clip.
+        optim: of the groups `adapter` and `head`, made anew for each task.
         evaluation: `merged`: the updates are added to the weights while predicting; `branches`:
             computed beside them, as those of other kinds than `StackedLoRA` always are. Equal up
             to rounding.
@@ -182,17 +177,14 @@ class OLoRA(CLStrategy):
         lambda2: NonNegative,
         ortho_reduction: Literal["sum", "mean_over_old_tasks"],
         head: Literal["linear_local", "linear_global"],
-        optimizer: Literal["adam", "sgd"],
-        lr: NonNegative,
-        schedule: Literal["constant", "cosine"],
-        clip_norm: Positive | None,
+        optim: Optim,
         evaluation: Literal["merged", "branches"],
     ) -> None:
         super().__init__(backbone, seed=seed)
-        self.epochs, self.lr, self.schedule, self.clip_norm = epochs, lr, schedule, clip_norm
+        self.epochs, self.optim = epochs, optim
         self.lambda1 = list(lambda1) if isinstance(lambda1, list) else [lambda1]
         self.lambda2, self.ortho_reduction = lambda2, ortho_reduction
-        self.optimizer_name, self.evaluation = optimizer, evaluation
+        self.evaluation = evaluation
         self.scope: Literal["current", "seen"] = "current" if head == "linear_local" else "seen"
 
         backbone.eval().requires_grad_(False)
@@ -235,9 +227,9 @@ class OLoRA(CLStrategy):
         self.seen = max(self.seen, task.classes.stop)
         self.head.grow(self.seen, self.rng("init"))
         self.columns = scope_columns(self.scope, task.classes, self.seen, self.seen)
-        learned = [*self.bank.parameters_of(self.sets[-1]), *self.head.parameters()]
-        kind = torch.optim.Adam if self.optimizer_name == "adam" else torch.optim.SGD
-        self.optimizer = kind(learned, lr=self.lr)
+        own = self.sets[-1]
+        groups = {"adapter": self.bank.parameters_of(own), "head": self.head.parameters()}
+        self.optimizer = self.optim.optimizer(groups, self.bank.second_factors(own))
         self._checked = False
 
     def begin_task(self, task: Task) -> None:
@@ -259,10 +251,7 @@ class OLoRA(CLStrategy):
             )
 
     def begin_epoch(self, task: Task, epoch: int) -> None:
-        assert self.optimizer is not None
-        kind = "cosine" if self.schedule == "cosine" else "step"
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate_factor(kind, epoch, self.epochs, [], 1.0)
+        self.optim.set_rates(self.optimizer, epoch, self.epochs)
 
     # ------------------------------------------------------------------ training
 
@@ -301,16 +290,8 @@ class OLoRA(CLStrategy):
                 )
         self._checked = True
 
-    def observe(self, batch: Batch) -> dict[str, Tensor]:
-        """One step; returns the loss, its parts before weighting, and the accuracy in percent.
-
-        Raises:
-            Diverged: for a loss that is not finite, before anything is changed.
-            RuntimeError: if a map has no penalty although there are earlier tasks.
-        """
-        assert self.optimizer is not None
-        self.train()
-        self.backbone.eval()
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores [B, C_seen]; the loss and its parts before weighting, 0-dim."""
         scores = self.head(self.features(batch.x))
         task_loss = scoped_cross_entropy(scores, batch.y, self.columns)
         omega, norm = self.penalties()
@@ -320,19 +301,22 @@ class OLoRA(CLStrategy):
         omega = omega.sum()
         lambda1 = self.lambda1[min(self.begun, len(self.lambda1)) - 1]
         loss = task_loss + lambda1 * omega + self.lambda2 * norm
-        require_finite(loss.detach(), self.lr)
-        self.optimizer.zero_grad()
-        loss.backward()
-        if self.clip_norm is not None:
-            average_gradients(self.optimizer)
-            nn.utils.clip_grad_norm_(list(self.updated_parameters()), self.clip_norm)
-        self.optimizer.step()
+        return scores, {"loss": loss, "task_loss": task_loss, "orthogonality": omega, "norm": norm}
+
+    def observe(self, batch: Batch) -> dict[str, Tensor]:
+        """One step; returns the loss, its parts before weighting, and the accuracy in percent.
+
+        Raises:
+            Diverged: for a loss that is not finite, before anything is changed.
+            RuntimeError: if a map has no penalty although there are earlier tasks.
+        """
+        self.train()
+        self.backbone.eval()
+        scores, parts = self.losses(batch)
+        self.optim.step(self.optimizer, parts["loss"], lambda: self.losses(batch)[1]["loss"])
         right = scores.detach().argmax(1) == batch.y
         return {
-            "loss": loss.detach(),
-            "task_loss": task_loss.detach(),
-            "orthogonality": omega.detach(),
-            "norm": norm.detach(),
+            **{name: part.detach() for name, part in parts.items()},
             "acc": 100 * right.float().mean(),
         }
 

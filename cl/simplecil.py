@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone, weights_hash
-from driftline.backbones.heads import PrototypeHead
-from driftline.cl.common import evaluation_mode
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Task
+from driftline.parts.heads import PrototypeHead
+from driftline.parts.modes import evaluation_mode
 
 
 class SimpleCIL(CLStrategy):

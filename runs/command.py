@@ -6,6 +6,7 @@ torch is imported only once a run starts, so that --help, --cfg job and typos an
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import os
 import re
@@ -242,13 +243,19 @@ def explain(error: BaseException) -> str:
             return f"{key}: backbone=auto has no settings; name one first, such as backbone=timm"
         keys = _keys()
         above = [k for k in keys if key.startswith(f"{k}.")]  # of these, none was meant
-        inside = [k for k in keys if k.endswith(f".{key.rpartition('.')[2]}")]
-        inside = [k for k in inside if k.startswith(f"{key.partition('.')[0]}.")]
-        near = suggest(key, inside) or suggest(key, [k for k in keys if k not in above])
+        near = _nearest(key, [k for k in keys if k not in above])
         return f"{key}: no such setting{near}\nall settings: the same command with --cfg job"
     if text.startswith("Cannot find primary config"):
         return text.splitlines()[0]
     return "\n".join(line for line in text.splitlines() if line.strip())
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    """The key that was meant: by its last word in the same group, else by the whole."""
+    group, last = key.partition(".")[0], key.rpartition(".")[2]
+    inside = {k.rpartition(".")[2]: k for k in reversed(keys) if k.startswith(f"{group}.")}
+    near = difflib.get_close_matches(last, inside, n=1, cutoff=0.75)
+    return f"; did you mean {inside[near[0]]!r}?" if near else suggest(key, keys)
 
 
 def _with_adapters() -> list[Path]:

@@ -37,7 +37,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transform
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.surgery import collect_parameters, use_batch_statistics
 from driftline.core.build import build
 from driftline.core.checkpoint import Checkpointer, Signals
 from driftline.core.console import Console
@@ -46,7 +45,8 @@ from driftline.core.files import write_json, write_text
 from driftline.core.record import RunLogger, environment
 from driftline.core.runner import Context, run_shifts
 from driftline.core.stream import Batch, Segment, ShiftStream, Skipped
-from driftline.tta import augment
+from driftline.parts import views
+from driftline.parts.norms import collect_parameters, use_batch_statistics
 from driftline.tta.vida import AdaptedLinear, adapters
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ Adapt = Callable[[Tensor], Tensor]
 
 def plain_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """One view of the batch by torchvision's transforms on the padded canvas."""
-    draws = augment.draw(generator, x.shape)
+    draws = views.draw(generator, x.shape)
     height, width = x.shape[-2:]
     out = x.clamp(0, 1)
     for name, factor in draws.colour:
@@ -79,7 +79,7 @@ def plain_view(x: Tensor, generator: torch.Generator) -> Tensor:
     out = transform.gaussian_blur(out, [5, 5], [draws.sigma, draws.sigma])
     out = transform.center_crop(out, [height, width])
     out = transform.hflip(out) if draws.flip else out
-    return (out + draws.noise.to(out) * augment.NOISE_STD).clamp(0, 1)
+    return (out + draws.noise.to(out) * views.NOISE_STD).clamp(0, 1)
 
 
 def symmetric_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from driftline.streams.store import ImageStore
 ROOT = Path(__file__).parents[1]
 
 WARMUP = {
-    "_target_": "driftline.tta.warmup.WarmUp",
+    "_target_": "driftline.parts.warmup.WarmUp",
     "epochs": 3,
     "batch_size": 50,
     "optimizer": "sgd",

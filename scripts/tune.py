@@ -1,7 +1,7 @@
 """Choose hyper-parameters on one stream, freeze them, evaluate on others: the honest protocol.
 
     python scripts/tune.py strategy=tent data.root=/data \\
-        --search strategy.lr=1e-4,1e-3,1e-2 \\
+        --search strategy.optim.lr=1e-4,1e-3,1e-2 \\
         --tune-on "scenario=cifar10_c backbone.checkpoint=/weights/cifar10.pt" \\
         --evaluate-on "scenario=imagenet_c seed=0,1,2"
 

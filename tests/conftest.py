@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
+
+from driftline.parts.optim import Optim
 
 ROOT = Path(__file__).parents[1]
 # Scripts that tests start import the packages of this checkout, whichever one is installed.
@@ -58,6 +61,19 @@ def configure(tmp_path):
             return compose("config", [f"root={tmp_path / 'results'}", *overrides])
 
     return make
+
+
+@pytest.fixture
+def gradients_stay(monkeypatch) -> None:
+    """The gradients of a step are still there after it."""
+    update = Optim.update
+
+    def keep(self: Optim, optimizer: torch.optim.Optimizer, again: Any = None) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer, "zero_grad", lambda: None)
+            update(self, optimizer, again)
+
+    monkeypatch.setattr(Optim, "update", keep)
 
 
 def write_images(folder: Path, names: list[str], size: int = 16, seed: int = 0) -> None:
@@ -122,7 +138,7 @@ def strategy_node(name: str, **options: Any) -> dict[str, Any]:
     """conf/strategy/NAME.yaml as plain values, with what its defaults list names filled in.
 
     Args:
-        options: of the strategy, of its adapter plan (`blocks`) or of the kind in it (`rank`);
+        options: of the strategy or of a node in it (`lr` of `optim`, `rank` of an adapter);
             `adapter` and `inner` name a file of their groups.
     """
     node: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "strategy" / f"{name}.yaml"))
@@ -130,17 +146,36 @@ def strategy_node(name: str, **options: Any) -> dict[str, Any]:
         if isinstance(entry, dict):
             ((key, choice),) = entry.items()
             group, _, option = key.strip("/").partition("@")
-            choice = options.pop(option, choice)
-            node[option] = choice if choice is None else _nested(group, choice)
+            if not isinstance(options.get(option), dict):
+                choice = options.pop(option, choice)
+            plain = choice if choice is None else _nested(group, choice)
+            node[option] = merged(plain, node[option]) if option in node else plain
             node["name"] = node["name"].replace(f"${{.{option}.name}}", str(choice))
-    plan = node.get("adapter") or {}
+        elif entry != "_self_":
+            node = merged(strategy_node(entry), node)
+    return with_options(node, **options)
+
+
+def with_options(node: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The node with options of its own or of a node in it; dictionaries are merged."""
+    node = deepcopy(node)
+    parts = [part for part in node.values() if isinstance(part, dict)]
+    parts += [part for outer in parts for part in outer.values() if isinstance(part, dict)]
     for key, value in options.items():
-        places = [
-            p for p in (node, plan, plan.get("kind", {}), plan.get("options", {})) if key in p
-        ]
-        assert places, f"{name} has no option {key}"
-        places[0][key] = value
+        places = [part for part in (node, *parts) if key in part]
+        assert places, f"{node['name']} has no option {key}"
+        nested = isinstance(value, dict) and isinstance(places[0][key], dict)
+        places[0][key] = merged(places[0][key], value) if nested else value
     return node
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings of `below` with those of `above` laid over them, as Hydra does it."""
+    both = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(both.get(key), dict)
+        both[key] = merged(both[key], value) if nested else value
+    return both
 
 
 def _nested(group: str, choice: str) -> dict[str, Any]:

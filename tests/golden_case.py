@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.optim import Optim
 
 FOLDER = Path(__file__).parent / "golden" / "tta"
 LISTS = json.loads((FOLDER / "lists.json").read_text())
@@ -103,15 +104,17 @@ def record(method: TTAStrategy, case: Case) -> dict[str, list[Any]]:
     return {"logits": logits, "loss": losses}
 
 
-def optimiser(hyper: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "optimizer": hyper["optimizer"].lower(),
-        "lr": hyper["lr"],
-        "momentum": hyper.get("momentum", 0.0),
-        "nesterov": hyper.get("nesterov", False),
-        "betas": hyper.get("betas", (0.9, 0.999)),
-        "weight_decay": hyper["weight_decay"],
-    }
+def optim(hyper: dict[str, Any], **rates: float) -> Optim:
+    """The recorded settings of the optimiser; `rates` of groups that have their own."""
+    return Optim(
+        kind=hyper["optimizer"].lower(),
+        lr=hyper["lr"],
+        rates=rates,
+        momentum=hyper.get("momentum", 0.0),
+        nesterov=hyper.get("nesterov", False),
+        betas=hyper.get("betas", (0.9, 0.999)),
+        weight_decay=hyper["weight_decay"],
+    )
 
 
 both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])

@@ -64,16 +64,12 @@ def test_a_target_makes_something_of_a_known_class():
 
 def test_a_nested_node_is_built_first():
     warmup = {
-        "_target_": "driftline.tta.warmup.WarmUp",
-        **dict.fromkeys(("epochs", "batch_size", "rise", "every"), 1),
-        **dict.fromkeys(("lr", "momentum", "weight_decay", "gamma"), 0.5),
-        "optimizer": "sgd",
-        "nesterov": False,
-        "betas": [0.9, 0.999],
-        "schedule": "cosine",
-        "milestones": [],
+        "_target_": "driftline.parts.warmup.WarmUp",
+        **dict.fromkeys(("epochs", "batch_size", "every"), 1),
         "augment": "none",
+        "optim": {"_target_": "driftline.parts.optim.Optim", "kind": "sgd", "lr": 0.5},
     }
-    assert build(warmup, at="strategy.warmup").lr == 0.5
-    with pytest.raises(UserError, match=r"strategy\.warmup\.schedule must be one of"):
-        build({**warmup, "schedule": "cosin"}, at="strategy.warmup")
+    assert build(warmup, at="strategy.warmup").optim.lr == 0.5
+    wrong = warmup | {"optim": warmup["optim"] | {"schedule": "cosin"}}
+    with pytest.raises(UserError, match=r"strategy\.warmup\.optim\.schedule must be one of"):
+        build(wrong, at="strategy.warmup")

@@ -7,20 +7,22 @@ import io
 import warnings
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import strategy_node, with_options
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.heads import ExpandingLinear, PrototypeHead
-from driftline.cl.common import rate_factor, scope_columns
 from driftline.cl.joint import mixed
 from driftline.core.build import build
 from driftline.core.errors import Diverged
 from driftline.core.seed import generator
 from driftline.core.stream import Batch, Task
+from driftline.parts.heads import ExpandingLinear, PrototypeHead
+from driftline.parts.objectives import scope_columns
 
 CONF = Path(__file__).parents[1] / "conf" / "strategy"
 TRAINED = ("finetune", "linear_probe", "joint")
@@ -78,10 +80,11 @@ def stream() -> list[Task]:
 
 
 def make(name: str, num_classes: int = 6, **options):
-    node = OmegaConf.load(CONF / f"{name}.yaml")
-    short = {"epochs": 2, "lr": 0.05, "head_lr": 0.1, "freeze_bn": False}
-    node.update({k: v for k, v in short.items() if k in node})
-    node.update(options)
+    node = strategy_node(name)
+    short: dict[str, Any] = {"epochs": 2, "freeze_bn": False}
+    short |= {"optim": {"lr": 0.05} | ({} if name == "linear_probe" else {"rates": {"head": 0.1}})}
+    node = with_options(node, **{k: v for k, v in short.items() if k in node})
+    node = with_options(node, **options)
     net = backbone()
     return build(node, at="strategy", backbone=net, seed=3, num_classes=num_classes)
 
@@ -202,8 +205,8 @@ def test_the_whole_network_learns_except_the_pretrained_head(name):
 @pytest.mark.parametrize("name", TRAINED)
 def test_yaml_values_reach_the_optimiser(name):
     strategy = make(name, lr=0.25, momentum=0.5, weight_decay=0.125)
-    optimizer = strategy.make_optimizer(stream()[0])
-    groups = optimizer.param_groups
+    strategy.make_optimizer(stream()[0])
+    groups = strategy.optimizer.param_groups
     assert groups[0]["lr"] == (0.1 if name == "joint" and len(groups) == 1 else 0.25)
     assert all(g["momentum"] == 0.5 and g["weight_decay"] == 0.125 for g in groups)
     held = {id(p) for g in groups for p in g["params"]}
@@ -217,7 +220,7 @@ def test_yaml_values_reach_the_optimiser(name):
 
 
 def old_rows_move(scope: str) -> bool:
-    strategy = learned("finetune", stream()[:1], loss_scope=scope, weight_decay_later=0.0)
+    strategy = learned("finetune", stream()[:1], loss_scope=scope, later={"weight_decay": 0.0})
     before = strategy.head.weight[:3].detach().clone()
     learn(strategy, stream()[1])
     return not torch.equal(strategy.head.weight[:3], before)
@@ -241,7 +244,7 @@ def test_loss_scopes_differ_as_defined():
 
 
 def test_first_step_is_plain_sgd():
-    strategy = make("finetune", lr=0.5, head_lr=0.25, weight_decay=0.125)
+    strategy = make("finetune", lr=0.5, rates={"head": 0.25}, weight_decay=0.125)
     t = stream()[0]
     strategy.begin_task(t)
     strategy.begin_epoch(t, 0)
@@ -261,12 +264,7 @@ def test_first_step_is_plain_sgd():
 
 
 def test_schedules():
-    step = [rate_factor("step", e, 20, [5, 10], 0.5) for e in (0, 4, 5, 9, 10)]
-    assert step == [1, 1, 0.5, 0.5, 0.25]
-    assert rate_factor("step", 19, 20, [60, 120, 170], 0.1) == 1
-    cosine = [rate_factor("cosine", e, 4, [], 0.1) for e in range(4)]
-    assert cosine == pytest.approx([1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2])
-    strategy, t = make("finetune", milestones=[1], milestones_later=[2]), stream()
+    strategy, t = make("finetune", milestones=[1], later={"milestones": [2]}), stream()
     for index, rates in ((0, [0.05, 0.005, 0.005]), (1, [0.05, 0.05, 0.005])):
         strategy.begin_task(t[index])
         for epoch, rate in enumerate(rates):
@@ -276,8 +274,11 @@ def test_schedules():
 
 
 def test_weight_decay_of_first_and_later_tasks():
-    strategy = make("finetune", weight_decay=0.5, weight_decay_later=0.25)
-    decays = [strategy.make_optimizer(t).param_groups[0]["weight_decay"] for t in stream()]
+    strategy = make("finetune", weight_decay=0.5, later={"weight_decay": 0.25})
+    decays = []
+    for t in stream():
+        strategy.make_optimizer(t)
+        decays.append(strategy.optimizer.param_groups[0]["weight_decay"])
     assert decays == [0.5, 0.25, 0.25]
 
 

@@ -12,8 +12,8 @@ import sys
 import pytest
 import timm
 import torchvision
-from conftest import HANG, ROOT
-from omegaconf import DictConfig, OmegaConf
+from conftest import HANG, ROOT, strategy_node
+from omegaconf import OmegaConf
 
 from driftline.backbones.load import ROBUSTBENCH_FILES
 from driftline.core.build import locate
@@ -34,15 +34,11 @@ def cli(*words: str, timeout: float = HANG) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_strategy_yaml_states_every_option_and_no_other(name):
-    node = OmegaConf.load(CONF / "strategy" / f"{name}.yaml")
-    entries = [entry for entry in node.pop("defaults", []) if isinstance(entry, DictConfig)]
-    nested = [str(key).partition("@")[::2] for entry in entries for key in entry]
-    inside = {key for _, key in nested}
-    stated = OmegaConf.to_container(node)["name"]
-    rules = [f"${{.{key}.name}}" for group, key in nested if group == "/strategy"]
-    assert stated == "_".join([name, *rules])
-    parameters = inspect.signature(locate(node._target_)).parameters
-    options = {k for k in node if k not in ("_target_", "name")} | inside
+    node = strategy_node(name)
+    inner = [node["inner"]["name"]] if "inner" in node else []
+    assert node["name"] == "_".join([name, *inner])
+    parameters = inspect.signature(locate(node["_target_"])).parameters
+    options = node.keys() - {"_target_", "name"}
     assert options == set(parameters) - LIVE
     own = [p for k, p in parameters.items() if k not in LIVE]
     assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in own)
@@ -120,9 +116,16 @@ def test_presets_differ():
 
 def test_recipes_hold_the_official_cifar_settings(configure):
     cfg = configure("strategy=cotta", "scenario=cifar100_c")
-    assert (cfg.strategy.optimizer, cfg.strategy.lr, cfg.strategy.threshold) == ("adam", 1e-3, 0.72)
-    assert configure("strategy=cotta", "scenario=cifar10_c", "strategy.lr=1").strategy.lr == 1
-    assert configure("strategy=tent", "scenario=cifar10_c").strategy.optimizer == "adam"
+    assert (cfg.strategy.optim.kind, cfg.strategy.optim.lr, cfg.strategy.threshold) == (
+        "adam",
+        1e-3,
+        0.72,
+    )
+    assert (
+        configure("strategy=cotta", "scenario=cifar10_c", "strategy.optim.lr=1").strategy.optim.lr
+        == 1
+    )
+    assert configure("strategy=tent", "scenario=cifar10_c").strategy.optim.kind == "adam"
 
 
 @pytest.mark.slow
@@ -133,7 +136,7 @@ def test_recipes_hold_the_official_cifar_settings(configure):
         (["scenario=imagenetc"], ["did you mean 'imagenet_c'", "split_cifar100"]),
         (["startegy=tent"], ["did you mean 'strategy'"]),
         (["scenario.severty=3"], ["scenario.severty", "did you mean 'scenario.severity'"]),
-        (["strategy=tent", "strategy.lrr=3"], ["strategy.lrr", "did you mean 'strategy.lr'"]),
+        (["strategy=tent", "strategy.lrr=3"], ["strategy.lrr", "did you mean 'strategy.optim.lr'"]),
         (["experiment=cotta/imagenet"], ["options of experiment", "cotta/imagenet_c_resnet50"]),
         (["strategy=tent,cotta"], ["--multirun"]),
     ],
@@ -149,10 +152,13 @@ def test_typos_get_a_short_answer(words, expected):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["++strategy.lrr=1", "strategy=tent"], "strategy has no option 'lrr'; did you mean 'lr'?"),
         (
-            ["strategy=tent", "strategy.lr=abc"],
-            "strategy.lr must be a finite number, at least 0",
+            ["++strategy.stepp=1", "strategy=tent"],
+            "strategy has no option 'stepp'; did you mean 'steps'?",
+        ),
+        (
+            ["strategy=tent", "strategy.optim.lr=abc"],
+            "strategy.optim.lr must be a finite number, at least 0",
         ),
         (["strategy=tent", "scenario=split_cifar10"], "Strategies for it: aper"),
         (["strategy=finetune"], "Strategies for it: bn_adapt, cotta"),
@@ -220,11 +226,17 @@ def test_imports_point_in_one_direction(package):
 def test_settings_of_a_swept_group_reach_every_option_of_it():
     from driftline.runs.command import as_sweeps
 
-    given = ["-m", "strategy=ease,mos", "strategy.epochs=3", "strategy.lr=0.1,0.2", "seed=0,1"]
+    given = [
+        "-m",
+        "strategy=ease,mos",
+        "strategy.epochs=3",
+        "strategy.optim.lr=0.1,0.2",
+        "seed=0,1",
+    ]
     want = ["-m", "strategy=ease,mos", "strategy.epochs=choice(3)", *given[3:]]
     assert as_sweeps(given) == want
-    lists = ["strategy=ease,mos", "strategy.betas=[0.9,0.999]", "scenario.severity=[1,2]"]
-    assert as_sweeps(lists)[1:] == ["strategy.betas=choice([0.9,0.999])", lists[2]]
+    lists = ["strategy=ease,mos", "strategy.optim.betas=[0.9,0.999]", "scenario.severity=[1,2]"]
+    assert as_sweeps(lists)[1:] == ["strategy.optim.betas=choice([0.9,0.999])", lists[2]]
     assert as_sweeps(["-m", "strategy=ease", "strategy.epochs=3"])[2] == "strategy.epochs=3"
 
 

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.surgery import batch_norms, use_batch_statistics, view_statistics
 from driftline.core.build import build
 from driftline.core.errors import UserError
+from driftline.parts.norms import batch_norms, use_batch_statistics, view_statistics
 
 
 def network(kind: str = "test_resnet") -> Backbone:

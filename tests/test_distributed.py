@@ -38,7 +38,7 @@ TINY = [
 MORE = {
     "lae": ["strategy.freeze_epochs=1", "strategy.drop_last=false"],
     "mos": ["strategy.align_epochs=2", "strategy.reg=0.5"],  # a loss that couples the images
-    "olora": ["strategy.lr=0.01"],
+    "olora": ["strategy.optim.lr=0.01"],
 }
 
 

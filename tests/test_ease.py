@@ -113,6 +113,7 @@ def parameters(strategy: Ease) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------ recorded runs
 
 
+@pytest.mark.usefixtures("gradients_stay")
 @pytest.mark.parametrize("name", ["ease_run", "ease_run_ptm"])
 def test_recorded_run(name, record_property):
     case = ClCase(f"ease/{name}")
@@ -124,7 +125,7 @@ def test_recorded_run(name, record_property):
         epochs=h["init_epochs"],
         epochs_later=h["later_epochs"],
         lr=h["init_lr"],
-        lr_later=h["later_lr"],
+        later={"lr": h["later_lr"]},
         weight_decay=h["weight_decay"],
         alpha=h["alpha"],
         beta=h["beta"],
@@ -376,11 +377,11 @@ def test_nan_is_reported_with_the_setting():
     strategy, now = make(), task(0, range(0, 2))
     strategy.begin_task(now)
     batch = next(now.train(0))
-    with pytest.raises(Diverged, match=r"strategy\.lr"):
+    with pytest.raises(Diverged, match=r"strategy\.optim\.lr"):
         strategy.observe(batch._replace(x=batch.x * torch.nan))
     with torch.no_grad():
         strategy.bank.parameters_of("task0")[0].fill_(torch.nan)
-    with pytest.raises(Diverged, match=r"class 0.*strategy\.lr"):
+    with pytest.raises(Diverged, match=r"class 0.*strategy\.optim\.lr"):
         strategy.end_task(now)
 
 

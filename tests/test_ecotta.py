@@ -9,9 +9,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import ROOT, copied, equal
-from golden_case import FOLDER, Case, both, names, names_in, optimiser, record
-from omegaconf import OmegaConf
+from conftest import copied, equal, strategy_node, with_options
+from golden_case import FOLDER, Case, both, names, names_in, optim, record
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,14 +19,13 @@ from driftline.backbones.wide_resnet import WideResNet
 from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.core.stream import Batch, SourceImages
+from driftline.parts.warmup import WarmUp
 from driftline.tta.ecotta import EcoTTA, blocks_per_part, residual_blocks, trace
-from driftline.tta.warmup import WarmUp
 
 
 def make(backbone: Backbone, seed: int = 0, **changes: Any) -> EcoTTA:
     """The shipped settings with `changes`."""
-    node = OmegaConf.merge(OmegaConf.load(ROOT / "conf" / "strategy" / "ecotta.yaml"), changes)
-    return build(node, at="strategy", backbone=backbone, seed=seed)
+    return build(strategy_node("ecotta", **changes), at="strategy", backbone=backbone, seed=seed)
 
 
 class Follow:
@@ -64,7 +62,7 @@ def golden_method(case: Case) -> EcoTTA:
         entropy_margin=0.4,
         reg_weight=case.hyper["lambda_reg"],
         on_empty="momentum",
-        **optimiser({"weight_decay": 0.0, **case.hyper}),
+        optim=vars(optim({"weight_decay": 0.0, **case.hyper})),
     )
     kept = method.meta.state_dict()
     method.use_prepared({k: v for k, v in warmed.items() if k in kept})
@@ -194,23 +192,19 @@ class Notes:
 
 def warm_up(**changes: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "_target_": "driftline.tta.warmup.WarmUp",
+        "_target_": "driftline.parts.warmup.WarmUp",
         "epochs": 2,
         "batch_size": 40,
-        "optimizer": "sgd",
-        "lr": 0.01,
-        "momentum": 0.9,
-        "nesterov": False,
-        "betas": [0.9, 0.999],
-        "weight_decay": 0.0,
-        "rise": 0,
-        "schedule": "constant",
-        "milestones": [],
-        "gamma": 1.0,
+        "optim": {
+            "_target_": "driftline.parts.optim.Optim",
+            "kind": "sgd",
+            "lr": 0.01,
+            "momentum": 0.9,
+        },
         "augment": "none",
         "every": 1,
     }
-    return options | changes
+    return with_options(options, **changes)
 
 
 def ready(name: str = "test_resnet", seed: int = 0, **changes: Any) -> EcoTTA:
@@ -405,7 +399,7 @@ KINDS = {
     "joint": {"procedure": "joint"},
     "batch": {"frozen_bn": "batch"},
     "running": {"meta_bn": "running"},
-    "adam": {"optimizer": "adam", "lr": 1e-3, "init": "community"},
+    "adam": {"optim": {"kind": "adam", "lr": 1e-3}, "init": "community"},
 }
 every = pytest.mark.parametrize("kind", KINDS)
 
@@ -476,7 +470,7 @@ def test_divergence_is_explained():
     method = ready()
     with torch.no_grad():
         method.networks[0].meta_bn.weight.fill_(float("inf"))
-    with pytest.raises(UserError, match=r"batch 1 are not finite.*strategy\.lr.*0\.02"):
+    with pytest.raises(UserError, match=r"batch 1 are not finite.*strategy\.optim\.lr.*0\.02"):
         method.adapt(images(4))
 
 
@@ -487,6 +481,7 @@ def test_recipes_hold_the_community_s_cifar_settings(configure):
         warmup = build(node.warmup, at="strategy.warmup")
         assert isinstance(warmup, WarmUp)
         # linear from 0 within the first epoch, then times 0.2 at epochs 3, 6 and 8
-        assert [round(warmup.rate(e, 0, 10), 6) for e in range(10)] == [
+        rates = [warmup.optim.lr * warmup.optim.factor(e, 10, 0, 10) for e in range(10)]
+        assert [round(rate, 6) for rate in rates] == [
             0.0, *[0.05] * 2, *[0.01] * 3, *[0.002] * 2, *[0.0004] * 2,
         ]  # fmt: skip

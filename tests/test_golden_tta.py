@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_case import Case, both, names, names_in, optimiser, record, weights
+from golden_case import Case, both, names, names_in, optim, record, weights
 from torch import Tensor, nn
 from torchvision import transforms
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.surgery import collect_parameters, use_batch_statistics
-from driftline.tta import augment
+from driftline.parts import views
+from driftline.parts.norms import collect_parameters, use_batch_statistics
 from driftline.tta.bn_adapt import BNAdapt
 from driftline.tta.cotta import CoTTA
 from driftline.tta.tent import Tent
@@ -85,7 +85,7 @@ def test_tent(name: str, dtype: torch.dtype) -> None:
         mode="eval" if case.info["mode"].startswith("model.eval") else "train",
         steps=case.hyper["steps"],
         episodic=case.hyper.get("episodic", False),
-        **optimiser(case.hyper),
+        optim=optim(case.hyper),
     )
     adapted = [n for n, p in net.named_parameters() if p.requires_grad]
     assert set(adapted) == set(names_in(case.info["adapted_parameters"]))
@@ -106,7 +106,7 @@ class Recorded(CoTTA):
         self.turn, self.view = self.turn + 1, 0
         return super().adapt(x)
 
-    def draw(self, x: Tensor) -> augment.Draws:
+    def draw(self, x: Tensor) -> views.Draws:
         raise AssertionError("a recorded run draws nothing")
 
     def augment(self, x: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def test_cotta(name: str, dtype: torch.dtype) -> None:
         mode="eval" if "eval mode" in case.info["mode"] else "train",
         rng="reference",
         view_chunk=1,
-        **optimiser(case.hyper),
+        optim=optim(case.hyper),
     )
     method.case, method.confidence = case, []
     visited = list(collect_parameters(net))
@@ -194,7 +194,7 @@ def test_transform() -> None:
         given = dict(calls)
         angle, shift, scale, shear = given["affine"]
         assert shear == [0.0, 0.0]
-        draws = augment.Draws(
+        draws = views.Draws(
             colour=[(k[7:], v[0]) for k, v in calls if k.startswith("adjust_")],
             angle=angle,
             shift=tuple(shift),
@@ -203,15 +203,15 @@ def test_transform() -> None:
             flip="hflip" in given,
             noise=torch.from_numpy(case.data[f"noise{i}"]),
         )
-        case.check(f"out{i}", augment.apply(x, draws))
+        case.check(f"out{i}", views.apply(x, draws))
 
 
 def test_draw_follows_the_order_of_the_reference() -> None:
     """Compare with torchvision's own transforms on the global generator."""
     x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    ranges = {name: [low, high] for name, low, high in augment.COLOUR}
+    ranges = {name: [low, high] for name, low, high in views.COLOUR}
     for seed in range(20):
-        ours = augment.draw(torch.Generator().manual_seed(seed), x.shape)
+        ours = views.draw(torch.Generator().manual_seed(seed), x.shape)
         torch.manual_seed(seed)
         for i, (name, factor) in zip(torch.randperm(5).tolist(), ours.colour, strict=True):
             assert name == list(ranges)[i]

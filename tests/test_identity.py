@@ -156,10 +156,10 @@ def test_an_unfinished_run_does_not_go_on_with_other_code(configure, editor, mon
         stop_after(patch, 3)
         with pytest.raises(Kill):
             run_experiment(cfg, [])
-    editor.edited["backbones/surgery.py"] = "changed"
+    editor.edited["parts/norms.py"] = "changed"
     assert run_experiment(cfg, [])["run"]["folder"].endswith("-2")
     text = capsys.readouterr().out
-    assert "was another: backbones/surgery.py" in text and "resuming" not in text
+    assert "was another: parts/norms.py" in text and "resuming" not in text
     editor.edited.clear()
     assert not run_experiment(cfg, [])["run"]["folder"].endswith("-2")
     assert "resuming" in capsys.readouterr().out

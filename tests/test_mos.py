@@ -564,11 +564,11 @@ def test_nan_is_reported_with_class_and_setting():
     strategy, now = make(), task(0, range(0, 2))
     strategy.begin_task(now)
     batch = next(now.train(0))
-    with pytest.raises(Diverged, match=r"strategy\.lr"):
+    with pytest.raises(Diverged, match=r"strategy\.optim\.lr"):
         strategy.observe(batch._replace(x=batch.x * torch.nan))
     with torch.no_grad():
         strategy.bank.parameters_of(CURRENT)[0].fill_(torch.nan)
-    with pytest.raises(Diverged, match=r"class 0.*strategy\.lr"):
+    with pytest.raises(Diverged, match=r"class 0.*strategy\.optim\.lr"):
         strategy.end_task(now)
     strategy = learned(stream()[:2])
     strategy.means[3] = torch.nan

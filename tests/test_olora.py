@@ -181,6 +181,7 @@ def test_norm_of_zero_matrices_has_no_gradient():
     assert b.grad is not None and not b.grad.any()
 
 
+@pytest.mark.usefixtures("gradients_stay")
 @pytest.mark.parametrize("evaluation", ["branches", "merged"])
 def test_run_as_recorded(evaluation):
     case = ClCase("olora/olora_run")
@@ -192,9 +193,7 @@ def test_run_as_recorded(evaluation):
         alpha=h["lora_alpha"],
         lambda1=h["lambda_1"],
         lambda2=h["lambda_2"],
-        optimizer="sgd",
-        lr=h["lr"],
-        clip_norm=None,
+        optim={"kind": "sgd", "lr": h["lr"], "clip": None},
         evaluation=evaluation,
     )
 
@@ -334,6 +333,7 @@ def test_first_task_has_no_penalty():
     assert strategy.observe(next(stream()[0].train(0)))["orthogonality"] == 0
 
 
+@pytest.mark.usefixtures("gradients_stay")
 def test_schedule_and_clipping():
     strategy, t = make(schedule="cosine", epochs=4, lr=0.5), stream()[0]
     strategy.begin_task(t)
@@ -342,7 +342,7 @@ def test_schedule_and_clipping():
         strategy.begin_epoch(t, e)
         rates.append(strategy.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.5, 0.25 * (1 + 2**-0.5), 0.25, 0.25 * (1 - 2**-0.5)])
-    strategy = make(clip_norm=1e-3)
+    strategy = make(clip=1e-3)
     strategy.begin_task(t)
     strategy.observe(next(t.train(0)))
     total = sum(p.grad.square().sum() for p in strategy.updated_parameters()).sqrt()
@@ -367,7 +367,7 @@ def test_bad_settings_are_named():
         ({"rank": 0}, "strategy.adapter.kind.rank"),
         ({"dropout": 1.0}, "strategy.adapter.kind.dropout"),
         ({"lambda1": []}, "strategy.lambda1"),
-        ({"clip_norm": 0.0}, "strategy.clip_norm"),
+        ({"clip": 0.0}, "strategy.optim.clip"),
         ({"head": "cosine"}, "strategy.head"),
     ):
         with pytest.raises(UserError, match=text):
@@ -382,7 +382,7 @@ def test_non_finite_loss_names_the_rate_and_changes_nothing():
     strategy.begin_task(stream()[0])
     batch = next(stream()[0].train(0))
     before = tensors(strategy)
-    with pytest.raises(Diverged, match=r"strategy\.lr"):
+    with pytest.raises(Diverged, match=r"strategy\.optim\.lr"):
         strategy.observe(batch._replace(x=torch.full_like(batch.x, torch.nan)))
     assert_same(before, tensors(strategy))
 

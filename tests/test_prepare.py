@@ -19,17 +19,19 @@ from driftline.core.errors import UserError
 from driftline.core.files import BadFile
 from driftline.core.strategy import Progress, TTAStrategy
 from driftline.core.stream import Batch, SourceImages
+from driftline.parts.optim import Optim
+from driftline.parts.warmup import WarmUp
 from driftline.runs.prepare import PartialFile, _load, prepare
-from driftline.tta.warmup import WarmUp
 
 
 def warmup(**changes: Any) -> WarmUp:
     options: dict[str, Any] = dict(
-        epochs=3, batch_size=4, optimizer="sgd", lr=0.1, momentum=0.9, nesterov=False,
-        betas=(0.9, 0.999), weight_decay=0.0, rise=0, schedule="constant", milestones=(),
-        gamma=0.2, augment="none", every=1,
+        epochs=3, batch_size=4, augment="none", every=1
     )  # fmt: skip
-    return WarmUp(**(options | changes))
+    own = {k: v for k, v in changes.items() if k in options}
+    learning = {k: v for k, v in changes.items() if k not in options}
+    optim = Optim(**{"kind": "sgd", "lr": 0.1, "momentum": 0.9} | learning)
+    return WarmUp(**options | own, optim=optim)
 
 
 def source(fingerprint: str = "a") -> SourceImages:
@@ -245,12 +247,12 @@ def test_without_source_images_the_error_says_so(run, tmp_path):
 
 
 def test_rates_follow_the_published_schedules():
-    cifar = warmup(epochs=10, lr=0.05, rise=1, schedule="steps", milestones=(3, 6, 8))
-    assert cifar.rate(0, 0, 10) == 0 and cifar.rate(0, 5, 10) == pytest.approx(0.025)
-    rates = [cifar.rate(e, 0, 10) for e in (1, 2, 3, 6, 8)]
-    assert rates == pytest.approx([0.05, 0.05, 0.01, 0.002, 0.0004])
-    cosine = warmup(epochs=3, lr=1.0, rise=1, schedule="cosine")
-    assert [cosine.rate(e, 0, 5) for e in (1, 2)] == pytest.approx([1.0, 0.5])
+    cifar = Optim(kind="sgd", lr=0.05, rise=1, schedule="steps", milestones=(3, 6, 8), decay=0.2)
+    assert cifar.factor(0, 10, 0, 10) == 0 and cifar.factor(0, 10, 5, 10) == 0.5
+    factors = [cifar.factor(e, 10, 0, 10) for e in (1, 2, 3, 6, 8)]
+    assert factors == pytest.approx([1, 1, 0.2, 0.04, 0.008])
+    cosine = Optim(kind="sgd", lr=1.0, rise=1, schedule="cosine")
+    assert [cosine.factor(e, 3, 0, 5) for e in (1, 2)] == pytest.approx([1.0, 0.5])
 
 
 def test_a_diverging_warm_up_stops_and_names_the_rate():
@@ -265,6 +267,6 @@ def test_a_diverging_warm_up_stops_and_names_the_rate():
         def save(self, state):
             pass
 
-    with pytest.raises(UserError, match=r"strategy\.warmup\.lr"):
+    with pytest.raises(UserError, match=r"strategy\.warmup\.optim\.lr"):
         warmup().run(model, lambda batch: model(batch.x.flatten(1)).sum() * torch.inf, source(),
                      Nowhere())  # fmt: skip

@@ -105,7 +105,10 @@ def test_split_of_real_cifar_images(configure, realdata, tmp_path):
         "runtime.threads=1",
     ]
     found = {}
-    for name, more in (("simplecil", []), ("finetune", ["strategy.epochs=3", "strategy.lr=0.01"])):
+    for name, more in (
+        ("simplecil", []),
+        ("finetune", ["strategy.epochs=3", "strategy.optim.lr=0.01"]),
+    ):
         found[name] = run_experiment(configure(*words, f"strategy={name}", *more), [])["metrics"]
         assert (tmp_path / "results" / "split_cifar10_subset" / name).is_dir()
     assert found["simplecil"]["acc_last"] > 15  # chance is 10

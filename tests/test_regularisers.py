@@ -19,9 +19,10 @@ from test_cl_methods import (
 )
 from torch import Tensor
 
-from driftline.cl.common import Store
+from driftline.cl.l2 import learned
 from driftline.core.errors import Diverged, UserError
 from driftline.core.stream import Batch, Task
+from driftline.parts.store import Store
 
 ALL = ("l2", "ewc", "lwf")
 
@@ -38,9 +39,17 @@ def gradients(strategy, batch: Batch) -> dict[str, Tensor]:
     """Gradients of one step, which is taken with rate 0."""
     for group in strategy.optimizer.param_groups:
         group["lr"] = group["weight_decay"] = 0
+    gradients: dict[str, Tensor] = {}
+
+    def note(*_: object) -> None:
+        named = strategy.named_parameters()
+        gradients.update({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    handle = strategy.optimizer.register_step_pre_hook(note)
     torch.manual_seed(0)  # dropout
     strategy.observe(batch)
-    return {n: p.grad.clone() for n, p in strategy.named_parameters() if p.grad is not None}
+    handle.remove()
+    return gradients
 
 
 def twin_gradients(strategy, loss_of) -> dict[str, Tensor]:
@@ -81,7 +90,9 @@ def test_l2_is_half_the_squared_distance_to_the_end_of_the_task_before():
 
     want = twin_gradients(strategy, written_out)
     assert_close(gradients(strategy, batch), want)
-    penalty = strategy.add_gradients()["penalty"]
+    for p in strategy.parameters():
+        p.grad = torch.zeros_like(p)
+    penalty = strategy.penalty.add_gradients(strategy)["penalty"]
     torch.testing.assert_close(penalty, 0.25 * distance(strategy).detach())
 
 
@@ -89,8 +100,9 @@ def test_l2_leaves_new_rows_and_the_first_task_alone():
     strategy, tasks = make("l2"), stream()
     strategy.begin_task(tasks[0])
     assert strategy.observe(next(tasks[0].train(0)))["penalty"] == 0
+    strategy.end_task(tasks[0])
     strategy.begin_task(tasks[1])
-    assert strategy.anchor["head.weight"].shape == (3, 6) and strategy.head.classes == 5
+    assert strategy.penalty.anchor["head.weight"].shape == (3, 6) and strategy.head.classes == 5
     with torch.no_grad():
         strategy.head.weight[3:] += 1
     assert strategy.observe(next(tasks[1].train(0)))["penalty"] == 0
@@ -103,7 +115,7 @@ def test_weight_zero_is_fine_tuning_and_a_large_one_holds_still():
         assert torch.equal(value, off.state_dict()[key]), key
     moved = {}
     for weight in (0.0, 5.0):
-        strategy = make("l2", weight=weight, momentum=0.0, epochs=10)
+        strategy = make("l2", weight=weight, optim={"momentum": 0.0}, epochs=10)
         learn(strategy, tasks[0])
         before = strategy.backbone.net.body[0].weight.detach().clone()
         learn(strategy, tasks[1])
@@ -133,12 +145,12 @@ def by_hand(strategy, t: Task, kind: str) -> Tensor:
 def test_fisher_information_of_the_head_is_what_the_formula_says(kind, size):
     strategy, tasks = make("ewc", fisher=kind, fisher_batch=size, gamma=0.5), stream()
     learn(strategy, tasks[0])
-    first = strategy.fisher["head.weight"]
+    first = strategy.penalty.fisher["head.weight"]
     torch.testing.assert_close(first, by_hand(strategy, tasks[0], kind), rtol=1e-4, atol=1e-8)
     assert first.shape == (6, 6) and (first[3:] > 0).any()  # mammoth: future classes compete
     learn(strategy, tasks[1])
     want = 0.5 * first + by_hand(strategy, tasks[1], kind)
-    torch.testing.assert_close(strategy.fisher["head.weight"], want, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(strategy.penalty.fisher["head.weight"], want, rtol=1e-4, atol=1e-8)
 
 
 def test_fisher_information_by_finite_differences():
@@ -148,7 +160,7 @@ def test_fisher_information_by_finite_differences():
     t = Task(**{**vars(t), "train": lambda e, start=0: iter([double(b) for b in t.fit()])})
     strategy.begin_task(t)
     strategy.end_task(t)
-    found = strategy.fisher["backbone.net.body.0.weight"][2, 1, 0, 2]
+    found = strategy.penalty.fisher["backbone.net.body.0.weight"][2, 1, 0, 2]
     strategy.eval()
     w = strategy.backbone.net.body[0].weight
     batches, squares = list(t.train(0)), []
@@ -175,7 +187,7 @@ def test_batched_fisher_equals_one_image_at_a_time(kind):
     for size in (1, 4):
         strategy = make("ewc", fisher=kind, fisher_batch=size)
         strategy.begin_task(stream()[0])
-        each[size] = strategy.fisher_of(stream()[0])
+        each[size] = strategy.penalty.fisher_of(strategy, stream()[0])
     assert_close(each[1], each[4])
 
 
@@ -190,7 +202,7 @@ def test_batched_fisher_of_a_transformer():
         strategy.head.weight = torch.nn.Parameter(torch.zeros(0, 32))
         grown = Task(**{**vars(t), "train": lambda e, start=0: (large(b) for b in t.fit())})
         strategy.begin_task(grown)
-        found[size] = strategy.fisher_of(grown)
+        found[size] = strategy.penalty.fisher_of(strategy, grown)
     assert len(found[1]) > 20
     assert_close(found[1], found[3])
 
@@ -205,16 +217,18 @@ def test_sampled_labels_are_those_of_the_model():
     strategy.begin_task(t)
     with torch.no_grad():
         strategy.head.bias[1] = 1e4
-    assert all(not f.any() for f in strategy.fisher_of(t).values())  # p = 1: no gradient
-    strategy.fisher_kind = "empirical"
-    assert any(f.any() for f in strategy.fisher_of(t).values())
+    assert all(
+        not f.any() for f in strategy.penalty.fisher_of(strategy, t).values()
+    )  # p = 1: no gradient
+    strategy.penalty.fisher_kind = "empirical"
+    assert any(f.any() for f in strategy.penalty.fisher_of(strategy, t).values())
 
 
 def test_ewc_adds_twice_the_weighted_distance():
     strategy, tasks = make("ewc", weight=3.0), stream()
     learn(strategy, tasks[0])
-    star = {n: p.detach().clone() for n, p in strategy.learned(6)}
-    fisher = {n: strategy.fisher[n].clone() for n in star}
+    star = {n: p.detach().clone() for n, p in learned(strategy, 6)}
+    fisher = {n: strategy.penalty.fisher[n].clone() for n in star}
     strategy.begin_task(tasks[1])
     with torch.no_grad():
         for p in strategy.parameters():
@@ -223,7 +237,7 @@ def test_ewc_adds_twice_the_weighted_distance():
 
     def written_out(s) -> Tensor:
         loss = F.cross_entropy(s.head(s.backbone.features(batch.x)), batch.y)  # all six classes
-        terms = [(fisher[n] * (p - star[n]) ** 2).sum() for n, p in s.learned(6)]
+        terms = [(fisher[n] * (p - star[n]) ** 2).sum() for n, p in learned(s, 6)]
         return loss + 3.0 * sum(terms)
 
     want = twin_gradients(strategy, written_out)
@@ -238,8 +252,8 @@ def test_one_penalty_a_task_is_the_sum_of_all_of_them():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             learn(strategy, t)
-        new = strategy.fisher_of(t)  # the same pass again: nothing is drawn
-        ends = dict(strategy.learned(strategy.head.classes))
+        new = strategy.penalty.fisher_of(strategy, t)  # the same pass again: nothing is drawn
+        ends = dict(learned(strategy, strategy.head.classes))
         terms.append({n: (new[n], ends[n].detach().clone()) for n in new})
     strategy.begin_task(task(3, range(4, 5)))
     with torch.no_grad():
@@ -247,7 +261,7 @@ def test_one_penalty_a_task_is_the_sum_of_all_of_them():
             p.add_(0.1)
 
     def total(s) -> Tensor:
-        found = dict(s.learned(s.head.classes))
+        found = dict(learned(s, s.head.classes))
         parts = [
             (f * (found[n][: len(c)] - c) ** 2).sum() for t in terms for n, (f, c) in t.items()
         ]
@@ -256,7 +270,7 @@ def test_one_penalty_a_task_is_the_sum_of_all_of_them():
     want = twin_gradients(strategy, total)
     for p in strategy.parameters():
         p.grad = torch.zeros_like(p)
-    strategy.add_gradients()
+    strategy.penalty.add_gradients(strategy)
     for name, gradient in want.items():
         got = dict(strategy.named_parameters())[name].grad
         torch.testing.assert_close(got, gradient, rtol=1e-3, atol=1e-6, msg=name)
@@ -305,12 +319,15 @@ def test_the_warm_up_moves_rows_of_new_classes_alone_and_records_the_old_network
         assert torch.equal(strategy.state_dict()[key][: len(value)] if value.ndim else value, value)
     assert not torch.equal(strategy.head.weight[3:], fresh.head.weight[3:])
     index = torch.cat([b.index for b in tasks[1].fit()])
-    assert strategy.old["index"].tolist() == sorted(index.tolist())
-    torch.testing.assert_close(strategy.old["scores"], torch.cat(wanted)[index.argsort()])
+    assert strategy.penalty.old["index"].tolist() == sorted(index.tolist())
+    torch.testing.assert_close(strategy.penalty.old["scores"], torch.cat(wanted)[index.argsort()])
 
 
 def test_warm_up_is_plain_gradient_descent():
-    strategy, tasks = make("lwf", warmup_epochs=1, momentum=0.9, weight_decay_later=0.5), stream()
+    strategy, tasks = (
+        make("lwf", warmup_epochs=1, optim={"momentum": 0.9, "later": {"weight_decay": 0.5}}),
+        stream(),
+    )
     learn(strategy, tasks[0])
     drawn = make("lwf", warmup_epochs=0)
     drawn.grow(tasks[0])
@@ -357,7 +374,7 @@ def test_what_is_not_finite_is_told(name):
     strategy, t = make(name), stream()[0]
     strategy.begin_task(t)
     batch = next(t.train(0))
-    with pytest.raises(Diverged, match=r"loss is nan: lower strategy\.lr \(now 0\.05\)"):
+    with pytest.raises(Diverged, match=r"loss is nan: lower strategy\.optim\.lr \(now 0\.05\)"):
         strategy.observe(batch._replace(x=batch.x * torch.nan))
     assert all(p.isfinite().all() for p in strategy.parameters())
 
@@ -367,7 +384,7 @@ def test_ewc_that_has_diverged_is_told():
     learn(strategy, t)
     with torch.no_grad():
         strategy.head.weight.fill_(torch.inf)
-    with pytest.raises(Diverged, match=r"Fisher information after task 0.*strategy\.lr"):
+    with pytest.raises(Diverged, match=r"Fisher information after task 0.*strategy\.optim\.lr"):
         strategy.end_task(t)
 
 
@@ -382,7 +399,7 @@ def test_ewc_that_has_diverged_is_told():
     ],
 )
 def test_bad_settings_are_named(name, key, value):
-    with pytest.raises(UserError, match=rf"strategy\.{key} must"):
+    with pytest.raises(UserError, match=rf"strategy\.penalty\.{key} must"):
         make(name, **{key: value})
 
 

@@ -121,7 +121,7 @@ def test_a_diverged_method_stops_goes_back_or_is_recorded(configure, diverging):
 
 
 def test_scoring_clean_images_while_adapting_leaves_the_stream_alone(configure):
-    words = ["strategy=tent", "strategy.lr=0.01", *TINY[:2], "scenario.batch_size=4"]
+    words = ["strategy=tent", "strategy.optim.lr=0.01", *TINY[:2], "scenario.batch_size=4"]
     words += ["scenario.clean_images=20"]
     both = run_experiment(configure(*words), [])["metrics"]
     frozen = run_experiment(configure(*words, "scenario.clean_adapting=false"), [])["metrics"]

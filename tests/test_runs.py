@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import HANG, ROOT
+from conftest import HANG, ROOT, strategy_node
 from omegaconf import OmegaConf
 
 from driftline.core import checkpoint
@@ -53,7 +53,7 @@ QUICK = {  # what keeps a run of seconds
 
 def settings(strategy: str) -> list[str]:
     kind = TARGETS[strategy].split(".")[1]
-    trains = "epochs" in OmegaConf.load(CONF / f"{strategy}.yaml")
+    trains = "epochs" in strategy_node(strategy)
     epochs = ["strategy.epochs=2"] if trains else []
     return [f"strategy={strategy}", *TINY[kind], *epochs, *QUICK.get(strategy, [])]
 
@@ -304,7 +304,7 @@ def test_embedded_shifts_hurt_the_source_and_adaptation_helps(configure):
 
 @pytest.mark.slow
 def test_embedded_tasks_are_forgotten_by_finetuning_and_kept_by_class_means(configure):
-    quick = ["strategy.epochs=3", "strategy.lr=0.03", "strategy.schedule=cosine"]
+    quick = ["strategy.epochs=3", "strategy.optim.lr=0.03", "strategy.optim.schedule=cosine"]
     stream = ["scenario=split_cifar", "scenario.embedded_images=[10,5]"]
     finetune = configure(*stream, "strategy=finetune", *quick)
     simplecil = configure(*stream, "strategy=simplecil")
@@ -388,8 +388,12 @@ def test_in_a_sweep_a_run_waits_for_another_one_that_is_at_it(configure, monkeyp
 @pytest.mark.parametrize(
     ("strategy", "word", "message"),
     [
-        ("tent", "strategy.lr=fast", "strategy.lr must be a finite number, at least 0"),
-        ("ease", "strategy.lr=-1", "strategy.lr must be a finite number, at least 0, got -1"),
+        ("tent", "strategy.optim.lr=fast", "strategy.optim.lr must be a finite number, at least 0"),
+        (
+            "ease",
+            "strategy.optim.lr=-1",
+            "strategy.optim.lr must be a finite number, at least 0, got -1",
+        ),
         ("tent", "kernel.backend=tritn", "did you mean 'triton'"),
     ],
 )

@@ -264,17 +264,23 @@ def test_the_quoted_form_that_is_shown_can_be_typed(value):
         (["data=/data"], "set one of data.root"),
         (["backbone.name=test_vit"], "write backbone=test_vit"),
         (["root=5"], "'root=\"5\"'"),
-        (["strategy=tent", "strategy.lr=nan"], "strategy.lr must be a finite number"),
-        (["strategy=tent", "strategy.lr=${nothing}"], "strategy.lr cannot be resolved"),
-        (["strategy=tent", "strategy.betas=[0.9]"], "strategy.betas must be a list of 2"),
-        (["strategy=vida", "strategy.warmup.lr=-1"], "strategy.warmup.lr must be"),
+        (["strategy=tent", "strategy.optim.lr=nan"], "strategy.optim.lr must be a finite number"),
+        (["strategy=tent", "strategy.optim.lr=${nothing}"], "strategy.optim.lr cannot be resolved"),
+        (
+            ["strategy=tent", "strategy.optim.betas=[0.9]"],
+            "strategy.optim.betas must be a list of 2",
+        ),
+        (["strategy=vida", "strategy.warmup.optim.lr=-1"], "strategy.warmup.optim.lr must be"),
         (["=5"], "'=5' is no setting"),
         (["strategy={lr:", "1}"], "write strategy.lr=... to set one"),
-        (["strategy=tent", "strategy.betas=[0.9,", "0.99]"], "'strategy.betas=[0.9, 0.99]'"),
+        (
+            ["strategy=tent", "strategy.optim.betas=[0.9,", "0.99]"],
+            "'strategy.optim.betas=[0.9, 0.99]'",
+        ),
         (["scenario.corruptions=[fog"], "scenario.corruptions: '[fog' lacks its closing bracket"),
         (["data.root=/my", "own", "data"], """'data.root="/my own"'"""),
         (["strategy=[tent,cotta]"], "-m strategy=tent,cotta"),
-        (["strategy=tent", "strategy.lr.rate=1"], "strategy.lr.rate: no such setting"),
+        (["strategy=tent", "strategy.optim.lr.rate=1"], "strategy.optim.lr.rate: no such setting"),
         (["precision=FP32"], "did you mean 'fp32'?"),
         (["scenario.backbones.embedded=embeded_resnet"], "did you mean 'embedded_resnet'?"),
         (["scenario.label=.sweeps"], "scenario.label must be a name"),
@@ -292,7 +298,10 @@ def test_words_that_would_mislead(words, said):
 
 def test_suggestions_are_never_part_of_what_was_typed():
     """`strategy={lr: 1}` and `logger.wandb.foo=1` were once answered with their own beginning."""
-    for words in (["strategy=tent", "strategy.lr.rate=1"], ["logger=wandb", "logger.wandb.foo=1"]):
+    for words in (
+        ["strategy=tent", "strategy.optim.lr.rate=1"],
+        ["logger=wandb", "logger.wandb.foo=1"],
+    ):
         near = re.search(r"did you mean '(.*?)'", answer(*words))
         assert near is None or not words[-1].startswith(near.group(1))
 
@@ -304,7 +313,10 @@ def test_a_glob_stands_for_the_names_in_conf():
 
 
 def test_an_interval_is_left_to_a_sweeper_that_draws():
-    assert command.check_words(["-m", "hydra/sweeper=optuna", "strategy.lr=interval(0,1)"]) is None
+    assert (
+        command.check_words(["-m", "hydra/sweeper=optuna", "strategy.optim.lr=interval(0,1)"])
+        is None
+    )
 
 
 def test_a_sweep_without_a_place_for_its_folder(tmp_path):
@@ -344,7 +356,7 @@ def test_the_callers_environment_does_not_change_the_answer():
             cwd=ROOT,
             env={**os.environ, "HYDRA_FULL_ERROR": value},
         )
-        assert done.returncode == 2 and "did you mean 'strategy.lr'?" in done.stderr
+        assert done.returncode == 2 and "did you mean 'strategy.optim.lr'?" in done.stderr
 
 
 def test_words_and_schema_need_no_torch():

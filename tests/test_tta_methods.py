@@ -7,24 +7,23 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import ROOT, copied, equal
-from omegaconf import OmegaConf
+from conftest import copied, equal, strategy_node
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, LayerNorm2d, RmsNorm
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.surgery import (
-    batch_norms,
-    by_kind,
-    by_name,
-    collect_parameters,
-    evaluating,
-    use_batch_statistics,
-)
 from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.core.seed import generator
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.modes import evaluating
+from driftline.parts.norms import (
+    batch_norms,
+    by_kind,
+    by_name,
+    collect_parameters,
+    use_batch_statistics,
+)
 
 BATCHES = (6, 6, 1)  # the last one is short
 
@@ -33,11 +32,15 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {  # id: network, strategy
     "bn-mixed": ("resnet", "bn_adapt", {"statistics": "mixed"}),
     "bn-ema": ("resnet", "bn_adapt", {"statistics": "ema"}),
     "tent": ("resnet", "tent", {"lr": 0.01}),
-    "tent-adam-eval": ("resnet", "tent", {"optimizer": "adam", "mode": "eval", "steps": 2}),
+    "tent-adam-eval": ("resnet", "tent", {"optim": {"kind": "adam"}, "mode": "eval", "steps": 2}),
     "tent-vit": ("vit", "tent", {"layers": "norm", "lr": 0.01}),
     "tent-name": ("vit", "tent", {"layers": "name", "lr": 0.01}),
     "cotta": ("resnet", "cotta", {"threshold": 1.0}),
-    "cotta-adam": ("resnet", "cotta", {"optimizer": "adam", "loss": "ce", "always_draw": True}),
+    "cotta-adam": (
+        "resnet",
+        "cotta",
+        {"optim": {"kind": "adam"}, "loss": "ce", "always_draw": True},
+    ),
     "cotta-vit": ("vit", "cotta", {"threshold": 0.45, "gate": "sample", "restore_prob": 0.1}),
     "cotta-device": (
         "vit",
@@ -65,9 +68,8 @@ def backbone(kind: str, side: int | None = None, seed: int = 3, **options: Any) 
 
 def make(name: str, seed: int = 0, net: Backbone | None = None, **changes: Any) -> TTAStrategy:
     kind, strategy, options = METHODS[name]
-    node = OmegaConf.load(ROOT / "conf" / "strategy" / f"{strategy}.yaml")
     small = {"views": 2} if strategy == "cotta" else {}
-    node = OmegaConf.merge(node, small, options, changes)
+    node = strategy_node(strategy, **small | options | changes)
     method = build(node, at="strategy", backbone=net or backbone(kind), seed=seed)
     method.begin_stream()
     return method
@@ -132,7 +134,7 @@ def test_passes_are_counted(name):
         ("resnet", "bn-mixed", {"alpha": 1.0}, "strategy.statistics=batch"),
         ("vit", "tent", {}, "no BatchNorm2d; set strategy.layers=norm"),
         ("resnet", "tent", {"steps": 0}, "strategy.steps must be a whole number, at least 1"),
-        ("resnet", "tent", {"momentum": 0.0}, "strategy.nesterov=true needs"),
+        ("resnet", "tent", {"momentum": 0.0}, "optim.nesterov=true needs"),
         ("resnet", "cotta", {"views": 0}, "strategy.views must be a whole number, at least 1"),
         ("resnet", "cotta", {"loss": "mse"}, "strategy.loss must be one of 'ce', 'sce'"),
     ],
@@ -234,7 +236,7 @@ def test_diverged_weights_stop_the_run():
     with torch.no_grad():
         next(iter(method.updated_parameters())).fill_(float("nan"))
     before = copied(method.teacher.state_dict())
-    with pytest.raises(UserError, match=r"batch 2 is nan.*Lower strategy.lr"):
+    with pytest.raises(UserError, match=r"batch 2 is nan.*Lower strategy.optim.lr"):
         method.adapt(x)
     assert equal(dict(method.teacher.state_dict()), dict(before))
     method.reset()

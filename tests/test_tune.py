@@ -24,9 +24,9 @@ def main(monkeypatch, *words: str) -> int:
 
 
 def test_a_grid_has_every_combination():
-    space = [tune.Dimension("strategy.lr=1e-4,1e-3"), tune.Dimension("a.b=x,[1,2]")]
+    space = [tune.Dimension("strategy.optim.lr=1e-4,1e-3"), tune.Dimension("a.b=x,[1,2]")]
     points = tune.grid(space)
-    assert len(points) == 4 and {"strategy.lr": 1e-3, "a.b": [1, 2]} in points
+    assert len(points) == 4 and {"strategy.optim.lr": 1e-3, "a.b": [1, 2]} in points
     with pytest.raises(UserError, match=r"a\.c is an interval"):
         tune.grid([tune.Dimension("a.c=interval(0,1)")])
 
@@ -47,12 +47,12 @@ def test_random_points_lie_in_the_space_and_follow_the_seed():
 
 def test_one_value_is_no_search():
     with pytest.raises(UserError, match="give several values"):
-        tune.Dimension("strategy.lr=3")
+        tune.Dimension("strategy.optim.lr=3")
 
 
 def test_the_stream_of_the_search_is_not_reported(monkeypatch, capsys):
     same = "scenario=imagenet_c seed=0"
-    words = ["strategy=tent", "--search", "strategy.lr=1,2", "--tune-on", same]
+    words = ["strategy=tent", "--search", "strategy.optim.lr=1,2", "--tune-on", same]
     assert main(monkeypatch, *words, "--evaluate-on", "seed=0 scenario=imagenet_c") == 2
     assert "no measurement" in capsys.readouterr().err
 
@@ -70,7 +70,7 @@ def fake(monkeypatch, score):
             node = OmegaConf.load(self.folder / "trial" / f"{name}.yaml")
             folder = self.folder / "runs" / f"{name}-{len(calls)}"
             folder.mkdir(parents=True)
-            value = score(node.strategy.lr)
+            value = score(node.strategy.optim.lr)
             (folder / "summary.json").write_text(json.dumps({"metrics": {"err_mean": value}}))
             state = "failed" if value is None else "finished"
             found.append({"trial": name, "state": state, "run": str(folder), "error": "e"})
@@ -83,21 +83,28 @@ def fake(monkeypatch, score):
 
 def test_the_lowest_error_wins_and_failed_points_are_left_out(monkeypatch, tmp_path, capsys):
     calls = fake(monkeypatch, lambda lr: None if lr == 0.5 else abs(lr - 2))
-    words = ["strategy=tent", f"root={tmp_path}", "--search", "strategy.lr=0.5,1,2.5,4"]
+    words = ["strategy=tent", f"root={tmp_path}", "--search", "strategy.optim.lr=0.5,1,2.5,4"]
     words += ["--tune-on", "scenario=cifar10_c", "--evaluate-on", "scenario=imagenet_c"]
     assert main(monkeypatch, *words, "--name", "n") == 0
     winner = (tmp_path / ".tune" / "n" / "trial" / "winner.yaml").read_text()
     assert winner.startswith("# @package _global_\nstrategy:\n  lr: 2.5\n")
     assert calls[-1] == (["winner"], ["scenario=imagenet_c"])
     study = json.loads((tmp_path / ".tune" / "n" / "study.json").read_text())
-    assert study["tuned"]["chosen"] == {"strategy.lr": 2.5}
+    assert study["tuned"]["chosen"] == {"strategy.optim.lr": 2.5}
     assert (study["tuned"]["points"], study["tuned"]["finished"]) == (4, 3)
-    assert "chosen on scenario=cifar10_c: strategy.lr=2.5" in capsys.readouterr().out
+    assert "chosen on scenario=cifar10_c: strategy.optim.lr=2.5" in capsys.readouterr().out
 
 
 def test_a_search_in_which_every_point_fails_is_an_error(monkeypatch, tmp_path, capsys):
     fake(monkeypatch, lambda lr: None)
-    words = ["strategy=tent", f"root={tmp_path}", "--search", "strategy.lr=1,2", "--tune-on", "a=b"]
+    words = [
+        "strategy=tent",
+        f"root={tmp_path}",
+        "--search",
+        "strategy.optim.lr=1,2",
+        "--tune-on",
+        "a=b",
+    ]
     assert main(monkeypatch, *words) == 2
     assert "no point of the search finished" in capsys.readouterr().err
 
@@ -107,17 +114,22 @@ def test_optuna_comes_near_the_best_and_repeats_itself(monkeypatch, tmp_path):
     chosen = []
     for name in ("a", "b"):
         fake(monkeypatch, lambda lr: (lr - 2) ** 2)
-        words = ["strategy=tent", f"root={tmp_path}", "--search", "strategy.lr=interval(0,10)"]
+        words = [
+            "strategy=tent",
+            f"root={tmp_path}",
+            "--search",
+            "strategy.optim.lr=interval(0,10)",
+        ]
         words += ["--tune-on", "a=b", "--method", "optuna", "--trials", "25", "--at-once", "5"]
         assert main(monkeypatch, *words, "--metric", "err_mean", "--name", name) == 0
         study = json.loads((tmp_path / ".tune" / name / "study.json").read_text())
-        chosen.append(study["tuned"]["chosen"]["strategy.lr"])
+        chosen.append(study["tuned"]["chosen"]["strategy.optim.lr"])
     assert chosen[0] == chosen[1] and abs(chosen[0] - 2) < 1
 
 
 @pytest.mark.slow
 def test_what_was_tuned_on_what_is_in_the_result(monkeypatch, tmp_path):
-    words = ["strategy=tent", *SMALL, f"root={tmp_path}", "--search", "strategy.lr=1e-4,1e-2"]
+    words = ["strategy=tent", *SMALL, f"root={tmp_path}", "--search", "strategy.optim.lr=1e-4,1e-2"]
     words += ["--tune-on", "scenario=imagenet_c scenario.corruptions=[contrast]"]
     words += ["--evaluate-on", "scenario=imagenet_c scenario.corruptions=[fog] seed=0,1"]
     assert main(monkeypatch, *words) == 0

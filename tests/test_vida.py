@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, copied, equal
-from golden_case import FOLDER, Case, both, names, names_in, optimiser, record, weights
-from omegaconf import OmegaConf
+from conftest import copied, equal, strategy_node, with_options
+from golden_case import FOLDER, Case, both, names, names_in, optim, record, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,14 +20,23 @@ from driftline.core.build import build
 from driftline.core.errors import Diverged, UserError
 from driftline.core.seed import generator
 from driftline.core.stream import Batch, SourceImages
+from driftline.parts.warmup import WarmUp
 from driftline.tta.vida import MARK, AdaptedLinear, ViDA, adapters
-from driftline.tta.warmup import WarmUp
 
-SMALL = {"rank_high": 4, "views": 3, "warmup": {"batch_size": 6, "lr": 0.01, "every": 2}}
-LOUD = {"lr": 0.01, "adapter_lr": 0.01, "threshold": 0.001, "uncertainty_weight": 1.0}
+SMALL = {"rank_high": 4, "views": 3, "warmup": {"batch_size": 6, "every": 2, "optim": {"lr": 0.01}}}
+LOUD = {
+    "optim": {"lr": 0.01, "rates": {"adapters": 0.01}},
+    "threshold": 0.001,
+    "uncertainty_weight": 1.0,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "imagenet": LOUD,
-    "cifar": {**LOUD, "optimizer": "adam", "loss": "ce", "restore_prob": 0.1, "lr": 1e-3},
+    "cifar": {
+        **LOUD,
+        "optim": {"kind": "adam", "lr": 1e-3, "rates": {"adapters": 0.01}},
+        "loss": "ce",
+        "restore_prob": 0.1,
+    },
     "adapters": {**LOUD, "train_base": False, "scale_rule": "paper", "rng": "device"},
     "adapters-restored": {**LOUD, "train_base": False, "restore_prob": 0.3, "view_chunk": 2},
     "distance": {**LOUD, "uncertainty": "prob_distance", "threshold": 0.2, "reset_scales": False},
@@ -58,8 +66,9 @@ def make(
 
     `changes` go over the options of METHODS.
     """
-    node = OmegaConf.load(ROOT / "conf" / "strategy" / "vida.yaml")
-    node = OmegaConf.merge(node, SMALL, METHODS[name], changes)
+    node = strategy_node("vida")
+    for options in (SMALL, METHODS[name], changes):
+        node = with_options(node, **options)
     method = build(node, at="strategy", backbone=net or backbone(), seed=seed)
     if trained:
         rng = torch.Generator().manual_seed(seed)
@@ -156,7 +165,6 @@ def test_recorded_numbers(name: str, dtype: torch.dtype) -> None:
     method = Recorded(
         Backbone(case.net()),
         seed=0,
-        adapter_lr=hyper["vida_lr"],
         loss="sce" if hyper["loss"].startswith("symmetric") else "ce",
         attention=["Attention", "CrossAttention"],
         rank_low=hyper["rank1"],
@@ -177,7 +185,7 @@ def test_recorded_numbers(name: str, dtype: torch.dtype) -> None:
         warmup=None,
         update=True,
         rng="reference",
-        **optimiser(hyper),
+        optim=optim(hyper, adapters=hyper["vida_lr"]),
     )
     method.case = case
     net = method.backbone.net
@@ -467,7 +475,7 @@ def test_diverged_weights_stop_the_run():
     with torch.no_grad():
         method.backbone.net.norm.weight.fill_(float("nan"))
     before = copied(dict(method.teacher.state_dict()))
-    with pytest.raises(Diverged, match=r"batch 2 is nan.*Lower strategy.lr"):
+    with pytest.raises(Diverged, match=r"batch 2 is nan.*Lower strategy.optim.lr"):
         method.adapt(x)
     assert equal(dict(method.teacher.state_dict()), before)
     method.reset()
@@ -545,9 +553,19 @@ def test_what_the_artefact_depends_on():
 
     base = settings()
     assert isinstance(make(trained=False).warmup, WarmUp) and ViDA.uses_source
-    for changes in ({"lr": 1.0}, {"views": 5}, {"update": False}, {"warmup": {"every": 7}}):
+    for changes in (
+        {"optim": {"lr": 1.0}},
+        {"views": 5},
+        {"update": False},
+        {"warmup": {"every": 7}},
+    ):
         assert settings(**changes) == base
-    for changes in ({"rank_high": 8}, {"seed": 1}, {"warmup": {"lr": 1e-3}}, {"attention": ["A*"]}):
+    for changes in (
+        {"rank_high": 8},
+        {"seed": 1},
+        {"warmup": {"optim": {"lr": 1e-3}}},
+        {"attention": ["A*"]},
+    ):
         assert settings(**changes) != base
     assert settings(warmup=None) is None
 
@@ -577,8 +595,13 @@ def test_released_checkpoint_round_trip(tmp_path):
 
 def test_recipes_hold_the_official_cifar_settings(configure):
     cfg = configure("strategy=vida", "scenario=cifar10_c").strategy
-    assert (cfg.optimizer, cfg.lr, cfg.adapter_lr, cfg.threshold) == ("adam", 1e-4, 1e-5, 0.05)
+    assert (cfg.optim.kind, cfg.optim.lr, cfg.optim.rates.adapters, cfg.threshold) == (
+        "adam",
+        1e-4,
+        1e-5,
+        0.05,
+    )
     assert (cfg.restore_prob, cfg.ema_adapters, cfg.loss) == (0.1, 0.999, "ce")
     cfg = configure("strategy=vida", "scenario=cifar100_c").strategy
-    assert (cfg.lr, cfg.adapter_lr) == (3e-4, 1e-6)
-    assert configure("strategy=vida").strategy.optimizer == "sgd"
+    assert (cfg.optim.lr, cfg.optim.rates.adapters) == (3e-4, 1e-6)
+    assert configure("strategy=vida").strategy.optim.kind == "sgd"

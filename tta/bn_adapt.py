@@ -20,15 +20,11 @@ import torch
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.surgery import (
-    batch_norms,
-    evaluating,
-    mix_statistics,
-    use_batch_statistics,
-)
 from driftline.core.errors import UserError
 from driftline.core.ranges import Unit
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.modes import evaluating
+from driftline.parts.norms import batch_norms, mix_statistics, use_batch_statistics
 
 
 class BNAdapt(TTAStrategy):

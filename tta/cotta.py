@@ -25,19 +25,20 @@ import torch
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.surgery import (
+from driftline.core.errors import Diverged
+from driftline.core.ranges import Count, NonNegative, Unit
+from driftline.core.strategy import Progress, TTAStrategy
+from driftline.core.stream import SourceImages
+from driftline.parts import teacher, views
+from driftline.parts.modes import evaluating
+from driftline.parts.norms import (
     collect_parameters,
-    evaluating,
-    make_optimizer,
     train_only,
     use_batch_statistics,
     view_statistics,
 )
-from driftline.core.errors import Diverged
-from driftline.core.ranges import Below1, Count, NonNegative, Unit
-from driftline.core.strategy import Progress, TTAStrategy
-from driftline.core.stream import SourceImages
-from driftline.tta import augment, teacher
+from driftline.parts.objectives import consistency
+from driftline.parts.optim import Optim
 
 SOURCE_BATCH = 64  # images, while the threshold is measured
 
@@ -48,7 +49,7 @@ class CoTTA(TTAStrategy):
     Args:
         backbone: any classifier; becomes the student.
         seed: of the views and of the restoration.
-        optimizer: `sgd` (reads `momentum`, `nesterov`) or `adam` (reads `betas`).
+        optim: of the student, the one group `weights`.
         loss: `ce`: H(teacher, student); `sce`: mean of both directions.
         threshold: anchor confidence below which the views replace the clean teacher; `source`
             takes the authors' rule (issue 16 of their repository): the 5 % quantile of the anchor's
@@ -80,12 +81,7 @@ class CoTTA(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        optimizer: Literal["sgd", "adam"],
-        lr: NonNegative,
-        momentum: Unit,
-        nesterov: bool,
-        betas: tuple[Below1, Below1],
-        weight_decay: NonNegative,
+        optim: Optim,
         loss: Literal["ce", "sce"],
         threshold: NonNegative | Literal["source"],
         gate: Literal["batch", "sample"],
@@ -115,15 +111,8 @@ class CoTTA(TTAStrategy):
         self.anchor = deepcopy(backbone).requires_grad_(False)
         sources = collect_parameters(self.anchor.net).values()
         self.restorable = list(zip(trained, sources, strict=True))
-        self.optimizer = make_optimizer(
-            trained,
-            optimizer,
-            lr=lr,
-            momentum=momentum,
-            nesterov=nesterov,
-            betas=betas,
-            weight_decay=weight_decay,
-        )
+        self.optim = optim
+        self.optimizer = optim.optimizer({"weights": trained})
         self._unused = deepcopy(self.optimizer.state_dict())
         self.on_device = rng == "device"
         # Both are made now: `restore` can only set a generator that is on the right device.
@@ -197,19 +186,17 @@ class CoTTA(TTAStrategy):
             raise Diverged(
                 f"strategy=cotta: the loss of batch {int(self.seen)} is {loss.item()}; the weights "
                 f"diverged, and restoring {self.restore_prob:.2%} of them per update cannot heal "
-                "that. Lower strategy.lr, or reset between domains."
+                "that. Lower strategy.optim.lr, or reset between domains."
             )
         loss.backward()
-        assert self.optimizer is not None
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optim.update(self.optimizer, lambda: self.loss(self.backbone(x), target).backward())
         self.average_teacher()
         self.restore_weights()
         return target
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of the student's `logits` [B, C] against the teacher's `target`."""
-        return teacher.consistency(logits, target, symmetric=self.symmetric)
+        return consistency(logits, target, symmetric=self.symmetric)
 
     @torch.no_grad()
     def target(self, x: Tensor) -> Tensor:
@@ -247,13 +234,13 @@ class CoTTA(TTAStrategy):
     def _bulk(self) -> torch.Generator:
         return self.rng("device", self.device) if self.on_device else self.rng("method")
 
-    def draw(self, x: Tensor) -> augment.Draws:
+    def draw(self, x: Tensor) -> views.Draws:
         """Random numbers of one view of `x`."""
-        return augment.draw(self.rng("method"), x.shape, noise=self._bulk())
+        return views.draw(self.rng("method"), x.shape, noise=self._bulk())
 
     def augment(self, x: Tensor) -> Tensor:
         """One random view of the batch `x`."""
-        return augment.apply(x, self.draw(x))
+        return views.apply(x, self.draw(x))
 
     @torch.no_grad()
     def average_teacher(self) -> None:

@@ -47,13 +47,15 @@ from torch import Tensor, nn
 from torchvision.models import mobilenetv2, mobilenetv3
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.surgery import batch_norms, make_optimizer, use_batch_statistics
 from driftline.core.errors import Diverged, UserError
-from driftline.core.ranges import Below1, Count, NonNegative, Positive, Unit
+from driftline.core.ranges import Count, NonNegative, Positive
 from driftline.core.seed import derive
 from driftline.core.strategy import Progress, TTAStrategy
 from driftline.core.stream import Batch, SourceImages
-from driftline.tta.warmup import WarmUp
+from driftline.parts.norms import batch_norms, use_batch_statistics
+from driftline.parts.objectives import entropy
+from driftline.parts.optim import Optim
+from driftline.parts.warmup import WarmUp
 
 # Where networks keep their residual blocks, in execution order.
 SIBLINGS = (
@@ -262,7 +264,7 @@ class EcoTTA(TTAStrategy):
         on_empty: without a confident image in the batch, `skip` the step that has the entropy in
             it (`skipped` counts such batches since the last reset), or make it with a zero
             gradient, so that SGD's `momentum` still moves the weights.
-        optimizer: `sgd` (reads `momentum`, `nesterov`) or `adam` (reads `betas`).
+        optim: of the meta networks, the one group `meta`.
 
     One image and a short last batch adapt like any other batch; only a map of a single pixel for
     a single image raises a UserError.
@@ -289,18 +291,13 @@ class EcoTTA(TTAStrategy):
         entropy_margin: Positive,
         reg_weight: NonNegative,
         on_empty: Literal["skip", "momentum"],
-        optimizer: Literal["sgd", "adam"],
-        lr: NonNegative,
-        momentum: Unit,
-        nesterov: bool,
-        betas: tuple[Below1, Below1],
-        weight_decay: NonNegative,
+        optim: Optim,
     ) -> None:
         super().__init__(backbone, seed=seed)
         self.init, self.warmup, self.update = init, warmup, update
         self.frozen_bn, self.meta_bn = frozen_bn, meta_bn
         self.procedure, self.on_empty = procedure, on_empty
-        self.entropy_margin, self.reg_weight, self.lr = entropy_margin, reg_weight, lr
+        self.entropy_margin, self.reg_weight, self.optim = entropy_margin, reg_weight, optim
 
         backbone.eval().requires_grad_(False)
         blocks = find_blocks(backbone)
@@ -312,15 +309,7 @@ class EcoTTA(TTAStrategy):
         if meta_bn == "batch":
             use_batch_statistics(self.meta)
         if update:
-            self.optimizer = make_optimizer(
-                self.meta.parameters(),
-                optimizer,
-                lr=lr,
-                momentum=momentum,
-                nesterov=nesterov,
-                betas=betas,
-                weight_decay=weight_decay,
-            )
+            self.optimizer = optim.optimizer({"meta": self.meta.parameters()})
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
 
@@ -468,7 +457,8 @@ class EcoTTA(TTAStrategy):
         if not torch.isfinite(logits).all():
             raise Diverged(
                 f"strategy=ecotta: the scores of batch {int(self.seen)} are not finite; the meta "
-                f"networks diverged. Lower strategy.lr (now {self.lr}), raise strategy.reg_weight "
+                f"networks diverged. Lower strategy.optim.lr (now {self.optim.lr}), raise "
+                "strategy.reg_weight "
                 f"(now {self.reg_weight}), or reset between domains (scenario.reset=segment)."
             )
         loss = self.loss(logits)
@@ -484,11 +474,9 @@ class EcoTTA(TTAStrategy):
 
     def loss(self, logits: Tensor) -> Tensor:
         """Mean entropy, in nats, of the confident rows of `logits` [B, C]; NaN if there is none."""
-        entropy = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
-        return entropy[entropy < self.entropy_margin * math.log(logits.size(1))].mean()
+        each = entropy(logits)
+        return each[each < self.entropy_margin * math.log(logits.size(1))].mean()
 
     def _step(self, loss: Tensor) -> None:
-        assert self.optimizer is not None
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optim.update(self.optimizer)

@@ -18,19 +18,20 @@ import torch
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.surgery import (
+from driftline.core.errors import UserError
+from driftline.core.ranges import Count
+from driftline.core.strategy import TTAStrategy
+from driftline.parts.modes import evaluating
+from driftline.parts.norms import (
     Select,
     by_kind,
     by_name,
     collect_parameters,
-    evaluating,
-    make_optimizer,
     train_only,
     use_batch_statistics,
 )
-from driftline.core.errors import UserError
-from driftline.core.ranges import Below1, Count, NonNegative, Unit
-from driftline.core.strategy import TTAStrategy
+from driftline.parts.objectives import entropy
+from driftline.parts.optim import Optim
 
 LAYERS: dict[str, Select] = {
     "bn": by_kind("bn2d"),
@@ -55,7 +56,7 @@ class Tent(TTAStrategy):
             layers inside unnamed stems and shortcuts.
         mode: of the whole network while adapting; decides on dropout and stochastic depth only,
             batch normalisation uses batch statistics in both.
-        optimizer: `sgd` (reads `momentum`, `nesterov`) or `adam` (reads `betas`).
+        optim: of the one group `norm`.
         steps: updates per batch, at least 1.
         episodic: back to the start before each batch.
 
@@ -72,12 +73,7 @@ class Tent(TTAStrategy):
         *,
         layers: Literal["bn", "norm", "name"],
         mode: Literal["train", "eval"],
-        optimizer: Literal["sgd", "adam"],
-        lr: NonNegative,
-        momentum: Unit,
-        nesterov: bool,
-        betas: tuple[Below1, Below1],
-        weight_decay: NonNegative,
+        optim: Optim,
         steps: Count,
         episodic: bool,
     ) -> None:
@@ -91,19 +87,12 @@ class Tent(TTAStrategy):
         train_only(self.backbone.train(mode == "train"), trained)
         use_batch_statistics(backbone.net)
         self.steps, self.episodic = steps, episodic
-        self.optimizer = make_optimizer(
-            trained,
-            optimizer,
-            lr=lr,
-            momentum=momentum,
-            nesterov=nesterov,
-            betas=betas,
-            weight_decay=weight_decay,
-        )
+        self.optim = optim
+        self.optimizer = optim.optimizer({"norm": trained})
 
     def loss(self, logits: Tensor) -> Tensor:
         """Mean entropy, in nats, of the predictions `logits` [B, C]."""
-        return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean(0)
+        return entropy(logits).mean(0)
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores of the current weights; dropout is off whatever the mode."""
@@ -122,7 +111,5 @@ class Tent(TTAStrategy):
     def _update(self, x: Tensor) -> Tensor:
         logits = self.backbone(x)
         self.loss(logits).backward()
-        assert self.optimizer is not None
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optim.update(self.optimizer, lambda: self.loss(self.backbone(x)).backward())
         return logits.detach()

@@ -36,15 +36,17 @@ from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
 from driftline.backbones.load import load_strict, load_tensors
-from driftline.backbones.surgery import evaluating, make_optimizer
 from driftline.core.errors import Diverged, UserError
-from driftline.core.ranges import Below1, Count, NonNegative, Size, Unit
+from driftline.core.ranges import Count, NonNegative, Size, Unit
 from driftline.core.seed import generator
 from driftline.core.strategy import Progress, TTAStrategy
 from driftline.core.stream import Batch, SourceImages
+from driftline.parts import teacher, views
 from driftline.parts.adapters.dual_rank import dual_rank
-from driftline.tta import augment, teacher
-from driftline.tta.warmup import WarmUp
+from driftline.parts.modes import evaluating
+from driftline.parts.objectives import consistency
+from driftline.parts.optim import Optim
+from driftline.parts.warmup import WarmUp
 
 MARK = "vida_"  # in the name of every adapter parameter, and of no other
 
@@ -127,9 +129,7 @@ class ViDA(TTAStrategy):
     Args:
         backbone: a classifier with attention layers; becomes the student.
         seed: of the adapters' start, the views and the restoration.
-        optimizer: `sgd` (reads `momentum`, `nesterov`) or `adam` (reads `betas`).
-        lr: of the weights the backbone came with.
-        adapter_lr: of the adapters.
+        optim: of two groups, `base` (the weights that the backbone came with) and `adapters`.
         loss: `ce`: H(teacher, student); `sce`: mean of both directions.
         attention: classes whose linear layers are adapted; shell patterns of class names.
         rank_low, rank_high: of the two branches.
@@ -169,13 +169,7 @@ class ViDA(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        optimizer: Literal["sgd", "adam"],
-        lr: NonNegative,
-        adapter_lr: NonNegative,
-        momentum: Unit,
-        nesterov: bool,
-        betas: tuple[Below1, Below1],
-        weight_decay: NonNegative,
+        optim: Optim,
         loss: Literal["ce", "sce"],
         attention: Annotated[Sequence[str], MinLen(1)],
         rank_low: Size,
@@ -208,6 +202,7 @@ class ViDA(TTAStrategy):
         self.reset_scales, self.ema, self.ema_adapters = reset_scales, ema, ema_adapters
         self.restore_prob = restore_prob if update else 0.0
         self.checkpoint, self.warmup, self.update = checkpoint, warmup, update
+        self.optim = optim
 
         net = backbone.net
         # Not from `self.rng`: no draw follows, and a checkpoint need not carry its state.
@@ -231,17 +226,8 @@ class ViDA(TTAStrategy):
         self.source = deepcopy(self.teacher) if self.restore_prob else None
         self.backbone.train(update)
         if update:
-            options: dict[str, Any] = {
-                "momentum": momentum,
-                "nesterov": nesterov,
-                "betas": betas,
-                "weight_decay": weight_decay,
-            }
-            if train_base:
-                self.optimizer = make_optimizer(base, optimizer, lr=lr, **options)
-                self.optimizer.add_param_group({"params": added, "lr": adapter_lr})
-            else:
-                self.optimizer = make_optimizer(added, optimizer, lr=adapter_lr, **options)
+            groups = {"base": base if train_base else [], "adapters": added}
+            self.optimizer = optim.optimizer(groups)
             self._unused = deepcopy(self.optimizer.state_dict())
         self.on_device = rng == "device"
         # Both are made now: `restore` can only set a generator that is on the right device.
@@ -378,14 +364,12 @@ class ViDA(TTAStrategy):
         if not torch.isfinite(loss):
             raise Diverged(
                 f"strategy=vida: the loss of batch {int(self.seen)} is {loss.item()}; the weights "
-                "diverged. Lower strategy.lr and strategy.adapter_lr, set "
+                "diverged. Lower strategy.optim.lr and strategy.optim.rates.adapters, set "
                 "strategy.max_uncertainty=1 if the scales grew, or reset between domains; "
                 "on_nan=rollback does so by itself."
             )
         loss.backward()
-        assert self.optimizer is not None
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optim.update(self.optimizer, lambda: self.loss(self.backbone(x), target).backward())
         self.average_teacher()
         if self.source is not None:
             self.restore_weights()
@@ -393,7 +377,7 @@ class ViDA(TTAStrategy):
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of the student's `logits` [B, C] against the teacher's `target`."""
-        return teacher.consistency(logits, target, symmetric=self.symmetric)
+        return consistency(logits, target, symmetric=self.symmetric)
 
     # ------------------------------------------------------------------ uncertainty and scales
 
@@ -433,8 +417,8 @@ class ViDA(TTAStrategy):
 
     def augment(self, x: Tensor) -> Tensor:
         """One random view of the batch `x`."""
-        draws = augment.draw(self.rng("method"), x.shape, noise=self._bulk())
-        return augment.apply(x, draws)
+        draws = views.draw(self.rng("method"), x.shape, noise=self._bulk())
+        return views.apply(x, draws)
 
     # ------------------------------------------------------------------ after the step
 

@@ -181,6 +181,11 @@ class AdapterBank(nn.Module):
         """Parameters of one set, in the order of its points."""
         return list(self.sets[name].parameters())
 
+    def second_factors(self, name: str) -> list[nn.Parameter]:
+        """Those of one set that are second factors of low-rank products."""
+        named = self.sets[name].named_parameters()
+        return [p for n, p in named if {"up", "b", "lora_B"} & set(n.split("."))]
+
     # -------------------------------------------------------------- calls
 
     def features(self, x: Tensor, use: Use = None) -> Tensor:

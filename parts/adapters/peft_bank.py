@@ -158,6 +158,10 @@ class PeftBank(nn.Module):
         paths = [path for path, _ in self._layers]
         return [path for path in paths if any(n.startswith(f"{path}.") for n in names)]
 
+    def second_factors(self, name: str) -> list[nn.Parameter]:
+        """Those of one set that are second factors of low-rank products."""
+        return []
+
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """Parameters of one adapter, in the order of the network."""
         return list(self._own[name])

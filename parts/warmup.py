@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from driftline.backbones.surgery import make_optimizer
 from driftline.core.errors import UserError
-from driftline.core.ranges import Below1, Count, CountOrZero, NonNegative, Unit
+from driftline.core.ranges import Count
 from driftline.core.strategy import Progress
 from driftline.core.stream import Batch, SourceImages
+from driftline.parts.optim import Optim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,48 +23,21 @@ class WarmUp:
     Args:
         epochs: Count
         batch_size: Count
-        optimizer: `sgd` (reads `momentum`, `nesterov`) or `adam` (reads `betas`).
-        lr: NonNegative
-        rise: CountOrZero
-        schedule: after that. `constant`; `steps`: times `gamma` at each of `milestones` (epochs);
-            `cosine`: to 0 at the end, per epoch.
+        optim: of the one group `trained`; the rate may rise step by step in its first epochs.
         augment: pipeline of the images, `none` or `photometric` (colour jitter, blur, greyscale).
-        every: Count
+        every: batches between two saved states.
     """
 
     epochs: Count
     batch_size: Count
-    optimizer: Literal["sgd", "adam"]
-    lr: NonNegative
-    momentum: Unit
-    nesterov: bool
-    betas: tuple[Below1, Below1]
-    weight_decay: NonNegative
-    rise: CountOrZero
-    schedule: Literal["constant", "steps", "cosine"]
-    milestones: Sequence[CountOrZero]
-    gamma: NonNegative
+    optim: Optim
     augment: Literal["none", "photometric"]
     every: Count
 
     def settings(self) -> dict[str, Any]:
         """All options that change the result, for the artefact's key."""
-        return {
-            k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v
-            for k, v in vars(self).items()
-            if k != "every"
-        }
-
-    def rate(self, epoch: int, step: int, steps: int) -> float:
-        """Learning rate of `step` (of `steps`) in `epoch`, all from 0."""
-        if epoch < self.rise:
-            return self.lr * (epoch * steps + step) / (self.rise * steps)
-        if self.schedule == "steps":
-            return self.lr * self.gamma ** sum(epoch >= m for m in self.milestones)
-        if self.schedule == "cosine":
-            share = (epoch - self.rise) / max(1, self.epochs - self.rise)
-            return self.lr * 0.5 * (1 + math.cos(math.pi * share))
-        return self.lr
+        own = {k: v for k, v in vars(self).items() if k not in ("every", "optim")}
+        return own | {"optim": self.optim.settings()}
 
     def run(
         self,
@@ -85,15 +57,7 @@ class WarmUp:
             UserError: when the loss is not finite.
         """
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = make_optimizer(
-            trained,
-            self.optimizer,
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-        )
+        optimizer = self.optim.optimizer({"trained": trained})
         device = trained[0].device
         steps = -(-source.images // self.batch_size)
         epoch = step = 0
@@ -107,18 +71,17 @@ class WarmUp:
             total = torch.zeros((), device=device)
             first = step
             for batch in batches:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.rate(epoch, step, steps)
+                self.optim.set_rates(optimizer, epoch, self.epochs, step, steps)
                 with torch.enable_grad():
                     value = loss(batch.to(device))
                 if not torch.isfinite(value):
                     raise UserError(
                         f"the warm-up loss is {value.item()} in epoch {epoch + 1}, batch {step}; "
-                        f"lower strategy.warmup.lr (now {self.lr}) or raise strategy.warmup.rise"
+                        f"lower strategy.warmup.optim.lr (now {self.optim.lr:g}) or raise "
+                        "strategy.warmup.optim.rise"
                     )
                 value.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                self.optim.update(optimizer)
                 total += value.detach()
                 step += 1
                 if step % self.every == 0:

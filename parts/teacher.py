@@ -1,22 +1,9 @@
-"""What the methods with an averaged teacher (CoTTA, ViDA) share."""
+"""A second network that follows the first: averages of weights, random returns to the start."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def consistency(logits: Tensor, target: Tensor, *, symmetric: bool) -> Tensor:
-    """Cross-entropy of student `logits` against teacher `target`, both [B, C]; 0-dim.
-
-    Args:
-        symmetric: mean of both directions instead of H(target, logits) alone.
-    """
-    forward = (target.softmax(1) * logits.log_softmax(1)).sum(1)
-    if not symmetric:
-        return -forward.mean(0)
-    backward = (logits.softmax(1) * target.log_softmax(1)).sum(1)
-    return (-0.5 * forward - 0.5 * backward).mean(0)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The fast transform of `tta/augment.py` against torchvision's, operation by operation."""
+"""The fast transform of `parts/views.py` against torchvision's, operation by operation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from driftline.tta import augment
+from driftline.parts import views
 
 SHAPES = [(3, 3, 64, 64), (2, 3, 32, 32), (2, 3, 17, 40), (1, 3, 9, 8), (2, 3, 31, 4)]
 
 
-def reference(x: Tensor, draws: augment.Draws) -> Tensor:
+def reference(x: Tensor, draws: views.Draws) -> Tensor:
     """The transform as the code writes it: everything on a canvas of twice the size."""
     height, width = x.shape[-2:]
     out = x.clamp(0, 1)
@@ -28,7 +28,7 @@ def reference(x: Tensor, draws: augment.Draws) -> Tensor:
     out = F.gaussian_blur(out, [5, 5], [draws.sigma, draws.sigma])
     out = F.center_crop(out, [height, width])
     out = F.hflip(out) if draws.flip else out
-    return (out + draws.noise.to(out) * augment.NOISE_STD).clamp(0, 1)
+    return (out + draws.noise.to(out) * views.NOISE_STD).clamp(0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -39,8 +39,8 @@ def test_equals_torchvision(shape, dtype):
     flips = set()
     for _ in range(12):
         x = torch.rand(shape, generator=g, dtype=dtype) * 1.2 - 0.1
-        before, draws = x.clone(), augment.draw(g, x.shape)
-        mine = augment.apply(x, draws)
+        before, draws = x.clone(), views.draw(g, x.shape)
+        mine = views.apply(x, draws)
         assert mine.dtype == dtype and torch.equal(x, before)
         torch.testing.assert_close(mine, reference(x, draws), rtol=0, atol=tolerance)
         flips.add(draws.flip)
@@ -54,11 +54,11 @@ def test_a_window_beyond_the_canvas_is_filled_with_zero(shape, sign):
     g = torch.Generator().manual_seed(2)
     x = torch.rand(shape, generator=g) / 2 + 0.5
     shift = (-sign * round(shape[3] / 8), sign * round(shape[2] / 8))
-    draws = augment.Draws([], sign * 15.0, shift, 0.9, 0.5, False, torch.zeros(shape))
+    draws = views.Draws([], sign * 15.0, shift, 0.9, 0.5, False, torch.zeros(shape))
     expected = reference(x, draws)
-    beyond = augment._grid(x, draws)[1] is not None
+    beyond = views._grid(x, draws)[1] is not None
     assert beyond == (min(shape[2:]) < 20 or shape[2] > 2 * shape[3])
-    torch.testing.assert_close(augment.apply(x, draws), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(views.apply(x, draws), expected, rtol=0, atol=5e-6)
     if shape == (2, 3, 31, 4):
         assert expected.min() < 0.1  # zeros have come in
 
@@ -68,15 +68,15 @@ def test_hue_at_the_corners_of_the_colour_cube():
     x = torch.cartesian_prod(values, values, values).T.reshape(1, 3, 5, 25)
     for turn in (-0.06, -0.02, 0.0, 1e-4, 0.06):
         mine = x.clone()
-        augment._hue(mine, turn)
+        views._hue(mine, turn)
         torch.testing.assert_close(mine, F.adjust_hue(x, turn), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.001, 0.12, 0.16, 0.3, 0.33, 0.5])
 def test_blur_leaves_out_only_what_rounding_loses(sigma):
     x = torch.rand(2, 3, 24, 20, generator=torch.Generator().manual_seed(3))
-    taps = augment._taps(sigma, x)
-    mine = augment._blur(augment._blur(x, taps, 2), taps, 3)
+    taps = views._taps(sigma, x)
+    mine = views._blur(views._blur(x, taps, 2), taps, 3)
     expected = F.gaussian_blur(x, [5, 5], [sigma, sigma])[..., 2:-2, 2:-2]
     torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
     assert len(taps) == 1 + (sigma > 0.15) + (sigma > 0.31)
@@ -86,16 +86,16 @@ def test_images_do_not_depend_on_their_neighbours_and_keep_their_layout():
     """Pieces of the batch are transformed on their own; channels-last goes in and comes out."""
     g = torch.Generator().manual_seed(4)
     x = torch.rand(5, 3, 32, 32, generator=g)
-    draws = augment.draw(g, x.shape)
-    whole = augment.apply(x, draws)
-    alone = [augment.apply(x[i : i + 1], draws._replace(noise=draws.noise[i])) for i in range(5)]
+    draws = views.draw(g, x.shape)
+    whole = views.apply(x, draws)
+    alone = [views.apply(x[i : i + 1], draws._replace(noise=draws.noise[i])) for i in range(5)]
     torch.testing.assert_close(torch.cat(alone), whole, rtol=0, atol=1e-6)
-    last = augment.apply(x.contiguous(memory_format=torch.channels_last), draws)
+    last = views.apply(x.contiguous(memory_format=torch.channels_last), draws)
     assert last.is_contiguous(memory_format=torch.channels_last) and whole.is_contiguous()
     torch.testing.assert_close(last, whole, rtol=0, atol=1e-6)
-    small = augment.CACHE
+    small = views.CACHE
     try:
-        augment.CACHE = 2 * x[0].numel()  # pieces of two, two and one
-        assert torch.allclose(augment.apply(x, draws), whole, rtol=0, atol=1e-6)
+        views.CACHE = 2 * x[0].numel()  # pieces of two, two and one
+        assert torch.allclose(views.apply(x, draws), whole, rtol=0, atol=1e-6)
     finally:
-        augment.CACHE = small
+        views.CACHE = small

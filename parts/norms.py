@@ -1,4 +1,4 @@
-"""Changes to a network's normalisation layers, selection of its parameters, and their optimiser.
+"""Normalisation layers: which ones, with which statistics; selection of parameters by layer.
 
 Which class counts as which kind is an instance test, so timm's `BatchNormAct2d`, `LayerNorm2d`,
 `GroupNorm1`, `GroupNormAct` and the like count as what they derive from. Decided explicitly:
@@ -12,7 +12,7 @@ Which class counts as which kind is an instance test, so timm's `BatchNormAct2d`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -172,43 +172,3 @@ def view_statistics(net: nn.Module, views: int) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Generator[None]:
-    """Evaluation mode inside; afterwards every submodule has its own mode again, mixed or not."""
-    before = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in before:
-            m.training = mode
-
-
-@contextmanager
-def evaluating(net: nn.Module) -> Generator[None]:
-    """As `evaluation_mode`, without gradients."""
-    with evaluation_mode(net), torch.no_grad():
-        yield
-
-
-def make_optimizer(
-    parameters: Iterable[nn.Parameter],
-    kind: Literal["sgd", "adam"],
-    *,
-    lr: float,
-    momentum: float,
-    nesterov: bool,
-    betas: Sequence[float],
-    weight_decay: float,
-) -> torch.optim.Optimizer:
-    """SGD (uses `momentum`, `nesterov`; no dampening) or Adam (uses `betas`; eps 1e-8)."""
-    if kind == "adam":
-        first, second = betas
-        return torch.optim.Adam(parameters, lr=lr, betas=(first, second), weight_decay=weight_decay)
-    if nesterov and momentum <= 0:
-        raise UserError("strategy.nesterov=true needs strategy.momentum above 0")
-    return torch.optim.SGD(
-        parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
-    )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from driftline.backbones.backbone import Backbone
 from driftline.core.errors import Diverged
 
 
@@ -132,3 +133,23 @@ class PrototypeHead(nn.Module):
         """Cosines float [B, C] of features [B, D]."""
         weight = self.weight.to(features.dtype)
         return F.linear(F.normalize(features, dim=1), F.normalize(weight, dim=1))
+
+
+class NearZeroLinear(ExpandingLinear):
+    """Expanding linear layer whose new rows start at N(0, 0.001^2), biases at 0 (LAE, O-LoRA)."""
+
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        """Append rows up to `classes` in all; see `ExpandingLinear.grow`."""
+        added = classes - self.classes
+        if added <= 0:
+            return
+        old = self.weight.detach()
+        new = torch.empty(added, old.shape[1]).normal_(0, 0.001, generator=generator)
+        self.weight = nn.Parameter(torch.cat([old, new.to(old)]))
+        self.bias = nn.Parameter(F.pad(self.bias.detach(), (0, added)))
+
+
+def freeze_pretrained_head(backbone: Backbone) -> None:
+    """The pretrained classifier has no part in features: neither trained, counted nor saved."""
+    if backbone.head is not None:
+        backbone.head.requires_grad_(False)

@@ -1,0 +1,44 @@
+"""Losses that methods share, as functions of scores."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Scope = Literal["current", "seen", "all"]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy [B] of the softmax of `logits` [B, C], in nats."""
+    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+
+
+def consistency(logits: Tensor, target: Tensor, *, symmetric: bool) -> Tensor:
+    """Cross-entropy of student `logits` against teacher `target`, both [B, C]; 0-dim.
+
+    Args:
+        symmetric: mean of both directions instead of H(target, logits) alone.
+    """
+    forward = (target.softmax(1) * logits.log_softmax(1)).sum(1)
+    if not symmetric:
+        return -forward.mean(0)
+    backward = (logits.softmax(1) * target.log_softmax(1)).sum(1)
+    return (-0.5 * forward - 0.5 * backward).mean(0)
+
+
+def scope_columns(scope: Scope, classes: range, seen: int, total: int) -> range:
+    """Columns of the scores that take part in the softmax of the loss.
+
+    `current`: the classes of this task. `seen`: every class so far. `all`: every class of the
+    stream, those of the future included.
+    """
+    if scope == "current":
+        return classes
+    return range(seen if scope == "seen" else total)
+
+
+def scoped_cross_entropy(scores: Tensor, y: Tensor, columns: range) -> Tensor:
+    """Mean cross-entropy over `columns` of scores [B, C]; y int64 [B] must lie in them."""
+    return F.cross_entropy(scores[:, columns.start : columns.stop], y - columns.start)
