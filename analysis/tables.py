@@ -149,7 +149,7 @@ def _ranks(group: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def published(runs: pd.DataFrame) -> pd.DataFrame:
-    """Published figures that the runs name (conf/experiment), one row per method and metric.
+    """Published figures that the runs name (papers/), one row per method and metric.
 
     Columns: scenario, backbone, stream, method, metric, published, source, status, comparable.
     """

@@ -2,7 +2,7 @@
 
 Both take float images [B,3,H,W] in [0,1], normalised with ``MEAN`` and ``STD``. The functions here
 build the architectures with fresh weights; the trained ones are in ``backbones/weights`` (written
-by ``scripts/pretrain_embedded.py``) and their state dicts load with ``strict=True``. Results
+by ``tools/pretrain_embedded.py``) and their state dicts load with ``strict=True``. Results
 obtained with them carry the label ``[embedded]``.
 """
 

@@ -506,7 +506,7 @@ def embedded_backbone(
         if not file.is_file():
             raise UserError(
                 f"backbone.arch={arch!r}: {file} is missing; make it with "
-                "scripts/pretrain_embedded.py"
+                "tools/pretrain_embedded.py"
             )
         tensors |= load_tensors(file)
     with _fixed_seed():

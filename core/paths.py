@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 CONF = Path(__file__).parents[1] / "conf"
+PAPERS = CONF.parent / "papers"  # core/papers.py
 
 
 def expand_paths(node: DictConfig | ListConfig) -> None:

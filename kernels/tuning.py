@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels: a static table, looked up by shape.
 
 No run-time autotuning: it would tune again for every last batch, cannot run while a CUDA graph is
-captured, and makes runs differ in the last bits. `scripts/bench_kernels.py --device cuda --tune`
+captured, and makes runs differ in the last bits. `benchmarks/bench_kernels.py --device cuda --tune`
 measures a device and writes `tuning.json`; the file in the repository says in `source` of each
 entry whether it was measured or predicted from register counts and bytes.
 """

@@ -16,7 +16,7 @@
 
 # %% [markdown]
 # # Kernel benchmarks
-# What `scripts/bench_kernels.py` measured for the fused adapter operation: time of plain PyTorch
+# What `benchmarks/bench_kernels.py` measured for the fused adapter operation: time of plain PyTorch
 # over ours, so more than 1 is faster.
 
 # %%

@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from driftline.core import papers
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF, add_resolver
 from driftline.core.torchrun import requested, speaks
@@ -119,7 +120,7 @@ def _check_override(word: str, override: Override, draws: bool) -> str | None:
     Args:
         draws: a sweeper that draws values out of intervals was asked for.
     """
-    groups = {p.name for p in CONF.iterdir() if p.is_dir()} - {"hydra"} | {"local"}
+    groups = {*_groups(), "local"} - {"hydra"}
     key, value = override.key_or_group, override.value()
     if key.startswith(HYDRAS_OWN):
         return f"{key}: folders of Hydra's own are not used here; root=... says where results go"
@@ -149,19 +150,35 @@ def _check_override(word: str, override: Override, draws: bool) -> str | None:
         name = str(one)
         if one is None and key == "experiment":
             return "experiment=null is what an experiment left out means: leave it out"
-        if not any((folder / key / f"{name}.yaml").is_file() for folder in config_folders()):
+        if not _exists(key, name):
             return _unknown(key, "null" if one is None else name)
     return None
 
 
+def _groups() -> list[str]:
+    """Every option group: the folders of conf/, and those that the tables of papers/ fill."""
+    return [*(p.name for p in CONF.iterdir() if p.is_dir()), *papers.GROUPS]
+
+
+def _options(group: str) -> list[str]:
+    """Every option of a group, as typed."""
+    options = papers.options(group) if group in papers.GROUPS else []
+    for folder in config_folders():
+        files = (folder / group).rglob("*.yaml")
+        options += sorted(p.relative_to(folder / group).with_suffix("").as_posix() for p in files)
+    return [*options, *(["basic"] if group == "hydra/launcher" else [])]
+
+
+def _exists(group: str, name: str) -> bool:
+    """Whether a group has such an option."""
+    if group in papers.GROUPS and papers.exists(group, name):
+        return True
+    return any((folder / group / f"{name}.yaml").is_file() for folder in config_folders())
+
+
 def _unknown(group: str, name: str) -> str:
     """A group has no such option: the nearest one and all of them."""
-    options = sorted(
-        p.relative_to(folder / group).with_suffix("").as_posix()
-        for folder in config_folders()
-        for p in (folder / group).rglob("*.yaml")
-    )
-    options += ["basic"] if group == "hydra/launcher" else []
+    options = _options(group)
     text = f"{group}={name}: no such option{suggest(name, options)}"
     return f"{text}\noptions of {group}: {', '.join(options) or '(none)'}"
 
@@ -229,7 +246,7 @@ def explain(error: BaseException) -> str:
             sorted(p.stem for p in _with_adapters())
         )
     found = re.search(r"Could not find '((?:hydra/)?[^/']+)/([^']+)'", text)
-    if found and (CONF / found.group(1)).is_dir():
+    if found and (found.group(1) in papers.GROUPS or (CONF / found.group(1)).is_dir()):
         return _unknown(*found.groups())
     if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
         key, value = found.groups()
@@ -269,7 +286,7 @@ def _keys() -> list[str]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    groups = [p.name for p in CONF.iterdir() if p.is_dir()]
+    groups = _groups()
     chosen = [a for a in sys.argv[1:] if a.split("=")[0] in groups and "," not in a]
     keys: list[str] = [*groups, "hydra/launcher"]
     for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
@@ -346,11 +363,16 @@ def check_launcher(words: list[str]) -> str | None:
 def main() -> int:
     """Run and turn every expected failure into one message and an exit status."""
     add_resolver()
+    papers.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function as they are
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for a _target_ of the user's own, as `python -m` does it
     sys.argv[1:] = flags_first(sys.argv[1:])
-    if trouble := check_words(sys.argv[1:]) or check_launcher(sys.argv[1:]):
+    try:
+        trouble = check_words(sys.argv[1:]) or check_launcher(sys.argv[1:])
+    except UserError as error:  # a table of papers/ that cannot be read
+        trouble = str(error)
+    if trouble:
         if speaks():
             print(f"error: {trouble}", file=sys.stderr)
         return 2

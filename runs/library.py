@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from driftline.backbones.backbone import Backbone
+from driftline.core import papers
 from driftline.core.build import build
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF, add_resolver
@@ -47,22 +48,15 @@ def make(
         num_classes: of the whole stream; None: the outputs of the network.
         seed: of everything the method draws.
         mean, std: per channel, of images in [0, 1]; None: the network normalises by itself.
-        options: settings of the strategy, by their names in its file (`lr=1e-3`), dotted where they
-            are nested (`**{"adapter.kind.rank": 4}`); `adapter` names a file of conf/adapter.
+        options: settings of the strategy or of a node in it, by name (`lr=1e-3`, `rank=4`) or
+            dotted where two have one name (`**{"warmup.optim.lr": 1e-4}`); `adapter` names a file
+            of conf/adapter.
 
     Raises:
         UserError: for a strategy or setting that does not exist, or a network that the strategy
             cannot work on.
     """
-    words = [f"strategy={strategy}"]
-    if isinstance(options.get("adapter"), str):
-        words.append(f"adapter={options.pop('adapter')}")
-    node = _composed(words).strategy
-    for key, value in options.items():
-        if OmegaConf.select(node, key, default=...) is ...:
-            near = suggest(key, [str(name) for name in node if name != "_target_"])
-            raise UserError(f"strategy={strategy} has no setting {key!r}{near}")
-        OmegaConf.update(node, key, value)
+    node = settings(strategy, **options)
     backbone = net if isinstance(net, Backbone) else Backbone(net.eval(), mean=mean, std=std)
     device = next(backbone.parameters()).device
     built: Strategy = build(
@@ -79,6 +73,39 @@ def make(
     if isinstance(built, TTAStrategy) and built.preparation() is None:
         built.begin_stream()
     return built
+
+
+def settings(strategy: str, **options: Any) -> DictConfig:
+    """The node of a strategy with its file's values and these options, see `make`.
+
+    Raises:
+        UserError: for a strategy or setting that does not exist.
+    """
+    words = [f"strategy={strategy}"]
+    if isinstance(options.get("adapter"), str):
+        words.append(f"adapter={options.pop('adapter')}")
+    node = _composed(words).strategy
+    places = _places(node)
+    for key, value in options.items():
+        found = [place for place in places if f".{place}".endswith(f".{key}")]
+        if not found:
+            last = {place.rpartition(".")[2] for place in places}
+            near = suggest(key, sorted(last))
+            raise UserError(f"strategy={strategy} has no setting {key!r}{near}")
+        OmegaConf.update(node, min(found, key=lambda place: place.count(".")), value)
+    return node
+
+
+def _places(node: DictConfig, above: str = "") -> list[str]:
+    """Dotted names of all settings in a node."""
+    places = []
+    for name in node:
+        if name != "_target_":
+            places.append(f"{above}{name}")
+        inner = node._get_node(name)
+        if isinstance(inner, DictConfig) and not inner._is_none():
+            places += _places(inner, f"{above}{name}.")
+    return places
 
 
 def run(words: Sequence[str]) -> dict[str, Any]:
@@ -98,6 +125,7 @@ def run(words: Sequence[str]) -> dict[str, Any]:
 
 def _composed(words: Sequence[str]) -> DictConfig:
     add_resolver()
+    papers.register()
     if trouble := check_words(list(words)):
         raise UserError(trouble)
     try:

@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.core import papers
 from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.core.files import write_text
@@ -124,6 +125,7 @@ def main(words: list[str] | None = None) -> None:
     side = HIGHEST / given.step if given.step > 0 else 0.0
     if side < 2 or side % 1 or QUARTERS % side:
         raise UserError(f"--step={given.step:g} must be 0.25, 0.5, 1, 1.25 or 2.5")
+    papers.register()
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("config", given.settings or ["scenario=ccc"])

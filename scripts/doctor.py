@@ -510,8 +510,10 @@ def main() -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from driftline.core import papers
     from driftline.runs.command import CONF, explain, spelled_out
 
+    papers.register()
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
         print(__doc__)

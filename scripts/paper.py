@@ -27,16 +27,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from methods_table import facts
 from omegaconf import OmegaConf
 
+from driftline.core import papers
 from driftline.core.console import table
 from driftline.core.errors import suggest
-from driftline.core.paths import results_folder
+from driftline.core.paths import CONF, results_folder
 from driftline.streams.datasets import LAYOUT, ORIGIN
 
-CONF = Path(__file__).parents[1] / "conf"
-PRESETS = CONF / "experiment"
 CIFAR = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # their folders have other names
 Figure = dict[str, Any]
 Found = dict[tuple[str, str, str], list[Figure]]  # preset, strategy, metric -> one a run
@@ -44,14 +42,11 @@ Found = dict[tuple[str, str, str], list[Figure]]  # preset, strategy, metric -> 
 
 @cache
 def presets(paper: str) -> dict[str, list[Figure]]:
-    """Published figures of each preset of `paper` (a folder of conf/experiment, or one preset)."""
-    one = PRESETS / f"{paper}.yaml"
-    files = [one] if one.is_file() else sorted((PRESETS / paper).glob("*.yaml"))
-    found = {}
-    for path in files:
-        rows: Any = OmegaConf.to_container(OmegaConf.load(path))
-        found[path.relative_to(PRESETS).with_suffix("").as_posix()] = rows["reference"]
-    return found
+    """Published figures of each preset of `paper` (a table of papers/, or one preset)."""
+    if papers.exists("experiment", paper):
+        return {paper: papers.figures(paper)}
+    rows = [f"{paper}/{name}" for name in papers.names("experiment", paper)]
+    return {row: papers.figures(row) for row in rows}
 
 
 def dataset(scenario: str) -> str:
@@ -63,11 +58,11 @@ def dataset(scenario: str) -> str:
 @cache
 def needs(preset: str) -> tuple[str, str]:
     """Name and expected place of a preset's images: "CIFAR-10-C", "<data.root>/CIFAR-10-C/..."."""
-    node: Any = OmegaConf.load(PRESETS / f"{preset}.yaml")
-    chosen = {k: v for option in node.defaults for k, v in option.items()}
-    source = dataset(chosen["override /scenario"])
-    if label := node.get("scenario", {}).get("label"):
-        return label.removeprefix("split_"), f"{LAYOUT[source]}, see the head of the preset"
+    settings = papers.words("experiment", preset)
+    source = dataset(settings["scenario"])
+    if label := settings.get("scenario.label"):
+        table_of = f"papers/{preset.partition('/')[0]}.yaml"
+        return label.removeprefix("split_"), f"{LAYOUT[source]}, see the head of {table_of}"
     name = CIFAR.get(source) or LAYOUT[source].split("/")[1]
     return name, f"{LAYOUT[source]}, published at {ORIGIN[source]}"
 
@@ -77,12 +72,12 @@ def methods_in(preset: str) -> list[str]:
 
     The source model is measured beside each of them.
     """
-    node: Any = OmegaConf.load(PRESETS / f"{preset}.yaml")
-    own = next(o["override /strategy"] for o in node.defaults if "override /strategy" in o)
-    if "strategy" in node:
+    settings = papers.words("experiment", preset)
+    own = settings["strategy"]
+    if any(key.startswith("strategy.") for key in settings):
         return [own]
-    named = dict.fromkeys(row.strategy for row in node.reference if row.strategy != "source")
-    return list(named) or [own]
+    published = (row["strategy"] for row in papers.figures(preset))
+    return list(dict.fromkeys(name for name in published if name != "source")) or [own]
 
 
 def measured(results: Path) -> Found:
@@ -148,7 +143,7 @@ def listing(rows: dict[str, list[Figure]], found: Found) -> str:
 
 def heading(method: str) -> str:
     """Title, publication and code of a method."""
-    fact = facts()[method]
+    fact = papers.facts()[method]
     parts = [fact.get("title", fact.get("about"))]
     if "paper" in fact:
         parts.append(f"{fact['paper']} {fact['year']}, arXiv {fact['arxiv']}")
@@ -175,7 +170,7 @@ def run(rows: dict[str, list[Figure]], words: list[str]) -> list[str]:
             given.append(f"strategy={','.join(methods_in(preset))}")
         command = [sys.executable, "run.py", "-m", f"experiment={preset}", *given]
         print(f"[{number}/{len(rows)}] {shlex.join(['python', *command[1:]])}", flush=True)
-        code = subprocess.run(command, cwd=PRESETS.parents[1], check=False).returncode
+        code = subprocess.run(command, cwd=CONF.parent, check=False).returncode
         if code in (130, 143):
             raise SystemExit(code)
         if code:
@@ -187,12 +182,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paper", nargs="?", help="a folder of conf/experiment, or one preset")
+    parser.add_argument("paper", nargs="?", help="a table of papers/, or one row of it")
     parser.add_argument("words", nargs="*", help="with --run: settings for every row")
     parser.add_argument("--run", action="store_true", help="run the rows first")
     parser.add_argument("--results", type=Path, default=Path("results"))
     given = parser.parse_intermixed_args()
-    methods = facts()
+    methods = papers.facts()
     if given.paper is None:
         body = []
         for method, fact in methods.items():
@@ -206,8 +201,7 @@ def main() -> int:
         print(f"{heading(given.paper)}\nno row of it: {methods[given.paper]['no_rows']}")
         return 0
     if not rows:
-        files = (path.relative_to(PRESETS).with_suffix("") for path in PRESETS.rglob("*.yaml"))
-        every = [*methods, *(path.as_posix() for path in files)]
+        every = [*methods, *papers.options("experiment")]
         print(
             f"error: no preset of {given.paper}{suggest(given.paper, every)}\n"
             f"methods: {', '.join(methods)}",

@@ -18,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from driftline.core import papers
 from driftline.parts.optim import Optim
 
+papers.register()
 ROOT = Path(__file__).parents[1]
 # Scripts that tests start import the packages of this checkout, whichever one is installed.
 paths = [str(ROOT), os.environ.get("PYTHONPATH")]

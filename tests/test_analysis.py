@@ -108,7 +108,7 @@ def test_one_row_a_run_a_batch_and_a_cell_and_unknown_keys_are_kept(tmp_path):
     assert list(runs["state"]) == ["done", "done"]
     assert runs.at["tent", "metrics.mine/new"] == 7 and runs.at["tent", "extra.deep"] == [1, 2]
     assert pd.isna(runs.at["source", "metrics.mine/new"])
-    assert runs.at["tent", "config.strategy.optim.lr"] == 0.1 and runs.at["source", "seed"] == 2
+    assert runs.at["tent", "config.strategy.lr"] == 0.1 and runs.at["source", "seed"] == 2
     batches, cells = load_batches(tmp_path), load_matrix(tmp_path)
     assert len(batches) == 8 and set(batches["strategy"]) == {"source", "tent"}
     assert batches.groupby("seed")["wrong"].sum().to_dict() == {1: 18, 2: 18}
@@ -239,11 +239,11 @@ def test_seeds_are_averaged_and_two_settings_never_are(tmp_path):
     runs = select(load_runs(tmp_path))
     assert set(runs["method"]) == {
         "source",
-        "tent (strategy.optim.lr=0.1)",
-        "tent (strategy.optim.lr=0.2)",
+        "tent (strategy.lr=0.1)",
+        "tent (strategy.lr=0.2)",
     }
     long = statistics(runs).set_index(["method", "metric"])
-    row = long.loc[("tent (strategy.optim.lr=0.1)", "err_mean")]
+    row = long.loc[("tent (strategy.lr=0.1)", "err_mean")]
     assert (row["n"], row["mean"], row["std_seeds"]) == (2, 40.5, pytest.approx(0.5**0.5))
     assert json.loads(row["values"]) == [40, 41] and np.isnan(row["std_orders"])
 

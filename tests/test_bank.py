@@ -201,7 +201,7 @@ def test_attention_that_bypasses_its_qkv_layer_is_served(name):
 
 
 def test_the_sides_of_the_benchmark_differ_and_are_put_back(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import bench_end_to_end as bench
 
     from driftline import kernels

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import ROOT
-from omegaconf import OmegaConf
+from conftest import ROOT, strategy_node
 from torch import nn
 
 from driftline.backbones.backbone import Backbone
@@ -28,8 +27,7 @@ def network(kind: str = "test_resnet") -> Backbone:
 
 
 def make(net: Backbone, **options: Any) -> Any:
-    node = OmegaConf.load(ROOT / "conf" / "strategy" / "cotta.yaml")
-    return build(OmegaConf.merge(node, options), at="strategy", backbone=net, seed=0)
+    return build(strategy_node("cotta", **options), at="strategy", backbone=net, seed=0)
 
 
 def images(count: int = 2, side: int = 64) -> list[torch.Tensor]:
@@ -39,7 +37,7 @@ def images(count: int = 2, side: int = 64) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_tta", ROOT / "scripts" / "bench_tta.py")
+    spec = importlib.util.spec_from_file_location("bench_tta", ROOT / "benchmarks" / "bench_tta.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

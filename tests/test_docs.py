@@ -23,10 +23,11 @@ import pytest
 from conftest import HANG, ROOT
 from omegaconf import OmegaConf
 
+from driftline.core import papers
 from driftline.runs.command import as_sweeps, spelled_out
 from driftline.runs.sweep import expand
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tools"))
 import methods_table
 import readme_figure
 
@@ -47,7 +48,7 @@ def copy(tmp_path) -> Path:
     found = tmp_path / "driftline"
     found.mkdir()
     packages = [init.parent.name for init in ROOT.glob("*/__init__.py")]
-    for name in ("conf", "scripts", *packages):
+    for name in ("conf", "papers", "scripts", "benchmarks", *packages):
         shutil.copytree(ROOT / name, found / name)
     shutil.copy(ROOT / "run.py", found)
     return found
@@ -149,7 +150,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_files_that_are_named_exist():
-    folders = "analysis|backbones|cl|conf|core|docs|kernels|results|scripts|streams|tests|tta"
+    folders = "analysis|backbones|benchmarks|cl|conf|core|docs|kernels|papers|parts|results"
+    folders += "|scripts|streams|tests|tools|tta"
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = page.read_text()
         made = {block["path"] for block in FILE.finditer(text)}
@@ -159,12 +161,14 @@ def test_files_that_are_named_exist():
 
 
 def commands() -> list[str]:
-    """Every `python run.py ...` and `python scripts/...` of README and docs, one line each."""
+    """Every command of README and docs that runs a file of ours, one line each."""
     found = []
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = page.read_text().replace("\\\n", " ")
         for line in re.findall(
-            r"^\s*((?:torchrun\b.*)?(?:python )?(?:run|scripts/\w+)\.py .*)$", text, re.M
+            r"^\s*((?:torchrun\b.*)?(?:python )?(?:run|(?:scripts|tools|benchmarks)/\w+)\.py .*)$",
+            text,
+            re.M,
         ):
             found.append(line.partition(" #")[0].strip())
     return found
@@ -175,7 +179,7 @@ def test_commands_name_scripts_and_settings_that_exist(configure):
     checked = 0
     for line in commands():
         program, *words = shlex.split(line.removeprefix("python "), comments=True)
-        if program.startswith("scripts/"):
+        if "/" in program:
             assert (ROOT / program).is_file(), line
         words = [w for w in words if "=" in w and not w.startswith(("hydra", "-"))]
         own_folder = "--config-dir" in line or any(name in line for name in own)
@@ -209,11 +213,11 @@ def test_the_picture_is_small_and_says_what_it_shows(tmp_path):
 def test_method_tables_are_current():
     for page, docs in methods_table.PAGES.items():
         text = page.read_text()
-        assert methods_table.filled(text, docs) == text, "run python scripts/methods_table.py"
+        assert methods_table.filled(text, docs) == text, "run python tools/methods_table.py"
 
 
 def test_every_strategy_says_what_is_behind_it():
-    told = set(OmegaConf.load(methods_table.FACTS))
+    told = set(OmegaConf.load(papers.FACTS))
     there = {path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml")}
     assert told == there, "complete docs/methods.yaml"
 
@@ -226,7 +230,7 @@ def test_every_scenario_and_backbone_is_described():
 
 
 def test_every_golden_case_of_a_method_counts_in_the_table():
-    counted = [fact["golden"] for fact in methods_table.facts().values() if "golden" in fact]
+    counted = [fact["golden"] for fact in papers.facts().values() if "golden" in fact]
     matched = {p for patterns in counted for g in patterns for p in methods_table.GOLDEN.glob(g)}
     rest = {p.stem for p in methods_table.GOLDEN.rglob("*.json")} - {p.stem for p in matched}
     assert rest == {

@@ -104,7 +104,7 @@ def test_the_code_of_a_method_is_its_file_and_what_it_imports(configure, strateg
     assert "backbones/backbone.py" in code["method"] or strategy == "source"
     assert "core/runner.py" in code["framework"] and not {*code["method"]} & {*code["framework"]}
     expected = {
-        "cotta": "tta/augment.py",
+        "cotta": "parts/views.py",
         "ease": "parts/adapters/bank.py",
         "ewc": "cl/finetune.py",
     }

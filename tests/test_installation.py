@@ -14,7 +14,7 @@ from conftest import PACKAGES, ROOT
 
 from driftline.core.installation import torchvision_problem
 
-FOLDERS = (*PACKAGES, "scripts")
+FOLDERS = (*PACKAGES, "scripts", "tools", "benchmarks")
 FILES = [ROOT / "run.py", *(f for d in FOLDERS for f in sorted((ROOT / d).rglob("*.py")))]
 OTHER_BUILD = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
 
@@ -69,7 +69,7 @@ def test_a_missing_torchvision_is_named(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["run.py strategy=source", "scripts/bench_tta.py --help"])
+@pytest.mark.parametrize("command", ["run.py strategy=source", "benchmarks/bench_tta.py --help"])
 def test_a_program_ends_with_one_line(other_build, command):
     done = subprocess.run(
         [sys.executable, *command.split()],

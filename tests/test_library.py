@@ -48,11 +48,15 @@ def test_settings_adapters_and_normalisation_are_options_of_make():
     plain = driftline.make("source", network()).predict(x)
     normal = driftline.make("source", network(), mean=[0.5] * 3, std=[0.25] * 3).predict(x)
     assert not torch.equal(plain, normal)
-    method = driftline.make("ease", network(), adapter="lora", **{"adapter.kind.rank": 3})
+    method = driftline.make("ease", network(), adapter="lora", rank=3)
     assert method.adapter.kind.keywords["rank"] == 3
     assert "lora" in method.adapter.kind.func.__module__
     method = driftline.make("finetune", network(), num_classes=4, lr=0.5)
-    assert method.num_classes == 4 and method.lr == 0.5
+    assert method.num_classes == 4 and method.optim.lr == 0.5
+    dotted = {"warmup.optim.lr": 0.25, "optim.rates.adapters": 0.125}
+    method = driftline.make("vida", network(), lr=0.5, **dotted)
+    assert (method.optim.lr, method.optim.rate("adapters")) == (0.5, 0.125)
+    assert method.warmup.optim.lr == 0.25
 
 
 @pytest.mark.parametrize(
@@ -213,7 +217,7 @@ def test_a_wheel_holds_the_packages_and_the_configuration(tmp_path):
     wanted = {
         f"driftline/{name}"
         for name in names.split("\0")
-        if name.startswith(tuple(f"{folder}/" for folder in (*PACKAGES, "conf")))
+        if name.startswith(tuple(f"{folder}/" for folder in (*PACKAGES, "conf", "papers")))
         and name.endswith(kinds)
         and (ROOT / name).is_file()
     }

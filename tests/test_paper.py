@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import HANG, ROOT
 
+from driftline.core import papers
+
 sys.path.insert(0, str(ROOT / "scripts"))
-import methods_table
 import paper
 
-METHODS = methods_table.facts()
+METHODS = papers.facts()
 
 
 def finished(
@@ -34,10 +35,9 @@ def cli(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_preset_belongs_to_a_method_and_holds_figures():
-    folders = [p.name for p in paper.PRESETS.iterdir() if p.is_dir()]
-    assert set(folders) <= set(METHODS)
-    rows = {name: figures for p in folders for name, figures in paper.presets(p).items()}
-    assert len(rows) == len(list(paper.PRESETS.rglob("*.yaml")))
+    assert set(papers.papers()) <= set(METHODS)
+    rows = {name: figures for p in METHODS for name, figures in paper.presets(p).items()}
+    assert sorted(rows) == sorted(papers.options("experiment"))
     assert all(rows.values())
 
 

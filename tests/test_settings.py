@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from driftline.core import papers
 from driftline.core.build import _hints, check, locate
 from driftline.core.errors import UserError
 from driftline.core.ranges import NonNegative, Positive, Seed, Unit, describe, fits
@@ -195,10 +196,7 @@ def test_global_options_are_these():
     assert {k.split(".")[0] for k in schema.global_options()} == stated | {"tuned"}
 
 
-PRESETS = sorted(
-    p.relative_to(CONF / "experiment").with_suffix("").as_posix()
-    for p in (CONF / "experiment").rglob("*.yaml")
-)
+PRESETS = papers.options("experiment")
 
 
 @pytest.mark.slow

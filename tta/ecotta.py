@@ -6,7 +6,7 @@ checked is a community implementation, github.com/Lily-Le/EcoTTA @ 85c1122; the 
 `procedure`, `entropy_margin`, `reg_weight` and the optimiser are its values, and the recorded
 vectors come from it. Its users report above 90 % error on ImageNet-C; the other defaults are those
 that work on ImageNet images, from the study in results/reference/ecotta_study.md. The code's whole
-setting is in conf/recipe/ecotta (CIFAR) and experiment=ecotta/imagenet_c_resnet50_community.
+setting is in papers/ecotta.yaml: its recipes (CIFAR) and the row imagenet_c_resnet50_community.
 
 The frozen network is cut into K parts, groups of its residual blocks. Beside each part lies a meta
 network, a normalisation and a small convolution:
