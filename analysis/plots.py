@@ -52,7 +52,6 @@ COLOURS = {
     "lwf": "#882255",
     "ewc": "#332288",
     "l2": "#44AA99",
-    "reset_every": "#882255",
 }
 OTHERS = ("#882255", "#332288", "#999933", "#44AA99")  # methods that are not named above
 MARKERS = "osD^vPX<>dph"

@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from driftline.core.errors import UserError
-from driftline.core.identity import VOLATILE, VOLATILE_DATA
+from driftline.core.identity import VOLATILE, VOLATILE_DATA, typed_rules
 
 MARKERS = {"summary.json", "config.yaml", "environment.json", "failure.txt"}
 IDENTITY = ("scenario", "strategy", "backbone", "seed")
@@ -48,9 +48,9 @@ def load_runs(*roots: str | Path) -> pd.DataFrame:
     """All runs under some folders, one row each, in the order of their paths.
 
     Columns: `path`; `state` (done, failed, unfinished, unreadable) and `problem`, its reason;
-    scenario, strategy, backbone, seed, key, git, time, device; then what the files hold: metrics.*,
-    cost.*, data.*, weights.*, source.*, reference (list), ... of summary.json, environment.*,
-    config.*. A list in a file is a list in its cell.
+    scenario, strategy, around (its rules as typed), backbone, seed, key, git, time, device; then
+    what the files hold: metrics.*, cost.*, data.*, weights.*, source.*, reference (list), ... of
+    summary.json, environment.*, config.*. A list in a file is a list in its cell.
 
     Raises:
         UserError: if a folder does not exist or none holds a run.
@@ -82,7 +82,7 @@ def _folders(root: Path) -> list[tuple[Path, set[str]]]:
 
 def _row(folder: Path, files: set[str]) -> dict[str, Any]:
     row: dict[str, Any] = {"path": str(folder), "state": "unfinished", "problem": None}
-    row |= dict.fromkeys((*IDENTITY, "key", "git", "time", "device"))
+    row |= dict.fromkeys((*IDENTITY, "around", "key", "git", "time", "device"))
     row |= dict.fromkeys(("weights.tag", "weights.hash", "data.fingerprint"))
     try:
         config = _read(folder / "config.yaml") if "config.yaml" in files else {}
@@ -105,6 +105,7 @@ def _row(folder: Path, files: set[str]) -> dict[str, Any]:
         row["problem"] = "stopped before its end; the same command continues it"
     about = summary.pop("run", None) or environment or _named_in(config)
     row |= {name: about.get(name) for name in (*IDENTITY, "key")}
+    row["around"] = typed_rules(about.get("around", []))
     row["git"] = about["git"].get("commit") if "packages" in about else about.get("git")
     row |= {name: environment.get(name) for name in ("time", "device")}
     for name, node in (("", summary), ("environment.", environment), ("config.", config)):
@@ -120,6 +121,7 @@ def _named_in(config: Mapping[str, Any]) -> dict[str, Any]:
         "strategy": parts["strategy"].get("name"),
         "backbone": parts["backbone"].get("name"),
         "seed": config.get("seed"),
+        "around": list(config.get("around") or {}),
     }
 
 
@@ -217,7 +219,8 @@ def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame
 
     Runs that agree in scenario, backbone, stream and method differ in nothing but the seed and the
     keys of `average`, whose values `order` holds. `stream` names the scenario's settings that some
-    strategy was run with several of, `method` the strategy and its other settings that differ.
+    strategy was run with several of, `method` the strategy with the rules around it and its other
+    settings that differ.
 
     Raises:
         UserError: if no run is finished.
@@ -246,10 +249,11 @@ def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame
         if told.loc[group.index].groupby(same)["data.fingerprint"].nunique().max() > 1:
             varied.append("data.fingerprint")  # other images under one name
         done.loc[group.index, "stream"] = _label(told.loc[group.index, varied])
-    for _, group in done.groupby([*PLACE, "strategy"]):
+    for (*_, rules), group in done.groupby([*PLACE, "strategy", "around"]):
         here = told.loc[group.index].drop(columns="data.fingerprint")
         name = _label(_without_implied(here[[k for k in here if here[k].nunique() > 1]]))
-        done.loc[group.index, "method"] += name.map(lambda text: f" ({text})" if text else "")
+        said = name.map(lambda text, rules=rules: ", ".join(t for t in (rules, text) if t))
+        done.loc[group.index, "method"] += said.map(lambda text: f" ({text})" if text else "")
     when = pd.to_datetime(done["time"], utc=True, errors="coerce", format="ISO8601")
     newest = done.assign(when=when).sort_values("when", kind="stable", na_position="first")
     older = newest.index[newest.duplicated([*PLACE, "method", "order", "seed"], keep="last")]
@@ -311,7 +315,8 @@ def notes(runs: pd.DataFrame, used: pd.DataFrame, average: Sequence[str] = AVERA
             if len(values) > 1:
                 shown = ", ".join(v[:10] if name == "git" else v for v in values)
                 found.append(f"{title(place)}: runs of more than one {what} ({shown})")
-        shared = [k for k in _settings(some) if not k.startswith("config.strategy.")]
+        own = ("config.strategy.", "config.around.")
+        shared = [k for k in _settings(some) if not k.startswith(own)]
         varied = [k.removeprefix("config.") for k in shared if some[k].map(str).nunique() > 1]
         if varied := [k for k in varied if k not in average]:
             found.append(f"{title(place)}: not all runs agree in {', '.join(varied)}")

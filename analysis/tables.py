@@ -53,7 +53,7 @@ SHARES = ("ece", "nll", "brier", "collapse")  # not in percent
 
 
 def smaller_is_better(metric: str) -> bool:
-    return metric.removeprefix("til/").startswith((*SMALLER, *SHARES, "nan", "rollbacks"))
+    return metric.removeprefix("til/").startswith((*SMALLER, *SHARES, "nan"))
 
 
 def digits(metric: str) -> int:
@@ -334,10 +334,11 @@ def published_table(runs: pd.DataFrame) -> Table | None:
 
 def state_table(runs: pd.DataFrame) -> Table:
     """Every run with its state: what was averaged, and what was not and why."""
-    columns = ["state", "scenario", "strategy", "backbone", "seed", "git", "problem", "path"]
+    columns = ["state", "scenario", "strategy", "around", "backbone", "seed"]
+    columns += ["git", "problem", "path"]
     shown = runs[columns].astype(object).where(runs[columns].notna(), "").map(str)
     shown["git"] = shown["git"].str[:8]
-    head = ["state", "scenario", "strategy", "backbone", "seed", "code", "problem", "folder"]
+    head = [{"git": "code", "path": "folder", "around": "rules"}.get(k, k) for k in columns]
     return Table("All runs", head, shown.to_numpy().tolist())
 
 

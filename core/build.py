@@ -248,8 +248,3 @@ def nodes(node: DictConfig) -> Iterator[DictConfig]:
     for value in node.values():
         if isinstance(value, DictConfig) and "_target_" in value:
             yield from nodes(value)
-
-
-def innermost(strategy: DictConfig) -> DictConfig:
-    """The node of the method itself, without the rules around it."""
-    return innermost(strategy.inner) if "inner" in strategy else strategy

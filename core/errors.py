@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A method's loss or scores are no longer finite; `on_nan=rollback` goes on after a reset."""
+    """A method's loss or scores are no longer finite; `around=rollback` goes on after a reset."""
 
 
 def suggest(given: str, allowed: Iterable[str]) -> str:

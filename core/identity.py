@@ -1,9 +1,10 @@
-"""Which settings make a run another one; needs no torch."""
+"""Which settings make a run another one, and how its method is called; needs no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,8 +17,14 @@ VOLATILE_DATA = ("root", "cache")
 # Options younger than the runs that lie about: where one has the value that all earlier runs had
 # without it, it does not count, so that their folders are still the ones of the same command.
 # `_target_` of a node ("" for the top level) -> option -> that value.
-SINCE: dict[str, dict[str, Any]] = {}
 OURS = "driftline."  # before our targets, which had no such prefix at first
+SINCE: dict[str, dict[str, Any]] = {"": {"around": []}}
+# Options that are gone, with the value at which a run of then is a run of now.
+UNTIL: dict[str, dict[str, Any]] = {
+    "": {"on_nan": "stop"},
+    "driftline.streams.shifts.corruption_stream": {"reset": "never", "window": None},
+    "driftline.streams.pairs.pair_stream": {"reset": "never"},
+}
 
 
 def identity(cfg: DictConfig, *facts: str) -> str:
@@ -26,26 +33,43 @@ def identity(cfg: DictConfig, *facts: str) -> str:
     Args:
         facts: what the configuration names but does not hold: data and checkpoint hashes.
 
-    An option of `SINCE` with its value of old does not count. The code of the method does not
-    enter either: it is compared with that of the folder, see `core/provenance.py`.
+    Options of `SINCE` with their value of old do not count, those of `UNTIL` still do. The code of
+    the method does not enter: it is compared with that of the folder, see `core/provenance.py`.
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     for key in VOLATILE:
         plain.pop(key, None)
     for key in VOLATILE_DATA:
         plain["data"].pop(key, None)
-    text = json.dumps([_as_before(plain), *facts], sort_keys=True)
+    plain["around"] = [list(rule) for rule in plain["around"].items()]  # their order counts
+    text = json.dumps([_as_before(plain, ""), *facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _as_before(node: Any) -> Any:
-    """The node, and all nodes in it, without the options of `SINCE` that have their old value."""
+def method_name(strategy: str, around: Sequence[str]) -> str:
+    """How a method is called in tables and plots: `tent`, `tent (around=[window,rollback])`."""
+    return f"{strategy} ({rules})" if (rules := typed_rules(around)) else strategy
+
+
+def typed_rules(around: Sequence[str]) -> str:
+    """The rules around a method as they are typed, `around=window`; empty without one."""
+    names = ",".join(around)
+    return f"around=[{names}]" if len(around) > 1 else names and f"around={names}"
+
+
+def _as_before(node: Any, kind: str = "other") -> Any:
+    """The node, and all nodes in it, as they were when the oldest runs were made.
+
+    Args:
+        kind: where the node has no `_target_`: its key in the two tables; `other` is in none.
+    """
     if isinstance(node, list):
         return [_as_before(one) for one in node]
     if not isinstance(node, dict):
         return node
-    young = SINCE.get(node.get("_target_", ""), {})
+    kind = node.get("_target_", kind)
+    young = SINCE.get(kind, {})
     before = {k: _as_before(v) for k, v in node.items() if k not in young or v != young[k]}
     if "_target_" in before:
         before["_target_"] = before["_target_"].removeprefix(OURS)
-    return before
+    return UNTIL.get(kind, {}) | before

@@ -209,8 +209,8 @@ class OnlineError:
         self._counts: dict[int, Tensor] = {}  # segment -> int64 [2, D]: images, wrong
         self._sums = torch.zeros(2, dtype=torch.float64)  # NLL, Brier
         self._bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, correct, confidence
-        # NaN/inf rows, batches, collapsed batches, rollbacks
-        self._flags = torch.zeros(4, dtype=torch.int64)
+        # NaN/inf rows, batches, collapsed batches
+        self._flags = torch.zeros(3, dtype=torch.int64)
 
     def _to(self, device: torch.device) -> None:
         if self._sums.device != device:
@@ -278,10 +278,6 @@ class OnlineError:
             self._flags[2] += distinct <= 2
         return counts[1].sum()
 
-    def rolled_back(self) -> None:
-        """Count one return to the start after non-finite scores."""
-        self._flags[3] += 1
-
     def segment(self, i: int) -> dict[str, float]:
         """`err` in percent (NaN without images) and `n` images of segment `i`."""
         n, wrong = self._counts[i].sum(1).tolist() if i in self._counts else (0, 0)
@@ -306,7 +302,6 @@ class OnlineError:
                       classes, in [0, 1]
         nan           number of score rows with a NaN or an infinity; these have no part in ece,
                       nll and brier
-        rollbacks     how often the method was put back to its start because it had diverged
         """
         if not self._counts:
             return {}
@@ -330,15 +325,13 @@ class OnlineError:
         if set(by_name) == set(ALEXNET) and all(len(v) == 5 for v in by_name.values()):
             found["mce"] = mean_corruption_error(by_name)
         n, correct, confidence = self._bins.cpu().numpy()
-        nan, batches, collapsed, rollbacks = self._flags.tolist()
+        nan, batches, collapsed = self._flags.tolist()
         if n.sum():
             nll, brier = (self._sums / n.sum()).tolist()
             ece = float(np.abs(correct - confidence).sum() / n.sum())
             found |= {"ece": ece, "nll": nll, "brier": brier}
         if batches:
             found["collapse"] = collapsed / batches
-        if rollbacks:
-            found["rollbacks"] = rollbacks
         return {**found, "nan": nan}
 
     def _segments(self) -> dict[str, float]:

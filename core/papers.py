@@ -47,6 +47,7 @@ GROUPS = {"experiment": "rows", "recipe": "recipes"}  # option group -> key of a
 CHOICES = {
     "strategy": "strategy",
     "adapter": "adapter@strategy.adapter",
+    "around": "around",
     "scenario": "scenario",
     "recipe": "recipe",
     "backbone": "backbone",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from driftline.core.record import RunLogger
 from driftline.core.seed import rng_state, set_rng_state
 from driftline.core.strategy import CLStrategy, TTAStrategy
 from driftline.core.stream import Batch, ShiftStream, Task, TaskStream
-from driftline.core.window import Window
 
 
 @dataclass
@@ -34,7 +33,6 @@ class Context:
     console: Console
     device: torch.device
     forgetting: str = "standard"  # which definition the summary reports
-    on_nan: Literal["stop", "rollback", "record"] = "stop"  # when a method has diverged
     feature_cache_mb: float = 2048  # of test features in memory, MiB; 0 = nothing is kept
     meters: Mapping[str, Snapshots] = field(default_factory=dict)  # more that checkpoints hold
 
@@ -246,7 +244,6 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     first = {d: s.index for s in reversed(stream.segments) for d in s.domains}
     matrix = AccuracyMatrix([stream.domains[d] for d in columns], [first[d] for d in columns])
     clean, clean_adapting = AccuracyMatrix(["clean"], [0]), AccuracyMatrix(["clean"], [0])
-    window = Window(stream.window) if stream.window else None
     costs = Costs(strategy.backbone, run.device)
     meters = {
         "online": online,
@@ -256,7 +253,6 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         "costs": costs,
         "skipped": stream.skipped,
         **run.meters,
-        **({"window": window} if window else {}),
     }
     predict = torch.no_grad()(strategy.predict)
     counts: dict[str, tuple[int, int]] = {}  # domain -> images right, images seen
@@ -277,15 +273,9 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         if stream.holdout is None or not stream.holdout_adapting or strategy.static:
             return
         before, random = deepcopy(strategy.snapshot()), rng_state()
-        buffer = Window(stream.window) if stream.window else None
-
-        def answer(x: Tensor) -> Tensor:
-            if stream.reset == "batch":
-                strategy.reset()
-            return buffer.adapt(strategy, x) if buffer else strategy.adapt(x)
-
         try:
-            clean_adapting.record(after, 0, *evaluate(answer, stream.holdout(), run.device))
+            answers = evaluate(strategy.adapt, stream.holdout(), run.device)
+            clean_adapting.record(after, 0, *answers)
         except Diverged:
             run.console.say("the method diverged on the clean images; left out")
         finally:
@@ -293,24 +283,19 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             set_rng_state(random)
 
     def adapt(x: Tensor, where: str) -> Tensor:
-        """The method's scores, and what to do when they are not finite."""
-        try:
-            scores = window.adapt(strategy, x) if window else strategy.adapt(x)
-            if run.on_nan == "record" or scores.isfinite().all():
-                return scores
-            raise Diverged(
-                f"{type(strategy).__name__} returned NaN or infinite scores in {where}: it has "
-                "diverged. Lower its learning rate; or set on_nan=rollback (back to its start and "
-                "on) or on_nan=record (count them)"
-            )
-        except Diverged:
-            if run.on_nan != "rollback":
-                raise
-            strategy.reset()
-            if window:
-                window.clear()
-            online.rolled_back()
-            return strategy.predict(x)
+        """The method's scores.
+
+        Raises:
+            Diverged: where they are not finite and no rule takes them.
+        """
+        scores = strategy.adapt(x)
+        if strategy.records_nan or scores.isfinite().all():
+            return scores
+        raise Diverged(
+            f"{type(strategy.method).__name__} returned NaN or infinite scores in {where}: it has "
+            "diverged. Lower its learning rate; or set around=rollback (back to its start and on) "
+            "or around=record_nan (count them)"
+        )
 
     at = {"segment": 0, "batch": 0}
     state = run.checkpoint.load()
@@ -326,17 +311,13 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     run.console.start(total, costs.steps, type(strategy).__name__)
 
     for segment in stream.segments[at["segment"] :]:
-        if stream.reset == "segment" and at["batch"] == 0 and segment.index > 0:
-            strategy.reset()
-            if window:
-                window.clear()
+        if at["batch"] == 0:
+            strategy.begin_segment()
         for i, batch in enumerate(segment.batches(at["batch"]), at["batch"]):
             run.console.advance()
             if batch is None:
                 continue
             batch = batch.to(run.device)
-            if stream.reset == "batch":
-                strategy.reset()
             with costs.step(len(batch.y)):
                 scores = adapt(batch.x, f"segment {segment.name}, batch {i}")
             wrong = online.update(scores, batch.y, segment.index, batch.domain, strategy.outputs)

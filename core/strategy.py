@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from driftline.core.build import locate
 from driftline.core.errors import UserError
 from driftline.core.seed import generator
 from driftline.core.stream import Batch, SourceImages, Task
@@ -33,6 +32,7 @@ class Strategy(nn.Module):
     batch_dependent: ClassVar[bool] = False  # True: `predict` depends on how images are batched
     static: ClassVar[bool] = False  # True: `predict` never changes once the stream has begun
     outputs: ClassVar[Literal["logits", "probabilities"]] = "logits"
+    records_nan: ClassVar[bool] = False  # True: non-finite scores are counted and stop no run
     prefers: ClassVar[Literal["vit"] | None] = None  # which kind backbone=auto picks
 
     def __init__(self, backbone: nn.Module, *, seed: int = 0) -> None:
@@ -46,11 +46,6 @@ class Strategy(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
-
-    @classmethod
-    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
-        """Which kind backbone=auto picks for the method with these settings."""
-        return cls.prefers
 
     def rng(self, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
         """This method's own generator for `purpose`; its state is part of the snapshot."""
@@ -383,6 +378,14 @@ class TTAStrategy(Strategy):
         for one in self._inner_methods():
             one.begin_stream()
 
+    def begin_segment(self) -> None:
+        """A segment of the stream begins; methods do nothing, rules may.
+
+        That it does is read off the labels of the stream.
+        """
+        for one in self._inner_methods():
+            one.begin_segment()
+
     def adapt(self, x: Tensor) -> Tensor:
         """Scores [B, C] for `x` float [B, 3, H, W] in [0, 1]; may update the method."""
         raise NotImplementedError
@@ -397,24 +400,28 @@ class TTAStrategy(Strategy):
         return [one for one in self.strategies().values() if isinstance(one, TTAStrategy)]
 
 
+FACTS = ("needs", "batch_dependent", "static", "outputs", "records_nan", "prefers")
+
+
 class Wrapper(TTAStrategy):
-    """A rule around another method: hands everything on; a subclass changes `adapt`.
+    """A rule around another method: hands everything on; a subclass changes what it is for.
 
     What is known of the method (`needs`, `batch_dependent`, ...) is that of the inner one, and so
     are its parameters, its report and its source phase.
 
     Args:
-        inner: the method; its backbone and seed are ours.
+        inner: the method, or a rule around it; its backbone and seed are ours.
+        facts: what is not as with the inner one, by name: `needs=inner.needs | {"holdout"}`.
     """
 
     inner: TTAStrategy
 
-    def __init__(self, inner: TTAStrategy) -> None:
+    def __init__(self, inner: TTAStrategy, **facts: Any) -> None:
         nn.Module.__init__(self)  # the backbone is the inner one's: it has no second name here
         self.inner, self.seed, self.optimizer = inner, inner.seed, None
         self._generators, self._restored = {}, {}
-        for fact in ("needs", "batch_dependent", "static", "outputs", "prefers"):
-            setattr(self, fact, getattr(inner, fact))
+        for fact in FACTS:
+            setattr(self, fact, facts.get(fact, getattr(inner, fact)))
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
@@ -424,13 +431,11 @@ class Wrapper(TTAStrategy):
     def method(self) -> TTAStrategy:
         return self.inner.method
 
-    @classmethod
-    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
-        return locate(options["inner"]["_target_"]).preferred_backbone(options["inner"])
-
-    @classmethod
-    def uses_source(cls, options: Mapping[str, Any]) -> bool:
-        return locate(options["inner"]["_target_"]).uses_source(options["inner"])
+    def rules(self) -> Iterator[Wrapper]:
+        """The rules inside this one, from the outside to the inside."""
+        if isinstance(self.inner, Wrapper):
+            yield self.inner
+            yield from self.inner.rules()
 
     def preparation(self) -> dict[str, Any] | None:
         return self.inner.preparation()
@@ -443,6 +448,9 @@ class Wrapper(TTAStrategy):
 
     def predict(self, x: Tensor) -> Tensor:
         return self.inner.predict(x)
+
+    def adapt(self, x: Tensor) -> Tensor:
+        return self.inner.adapt(x)
 
     def report(self) -> dict[str, float]:
         return self.inner.report()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -101,6 +101,9 @@ class TaskStream:
     provides: frozenset[str] = frozenset({"boundaries"})
 
 
+SINGLE_IMAGES = "single images (scenario.batch_size=1)"  # of what a ShiftStream may provide
+
+
 @dataclass(frozen=True)
 class ShiftStream:
     """A sequence of segments over a list of domains."""
@@ -111,12 +114,10 @@ class ShiftStream:
     segments: Sequence[Segment]
     facts: dict[str, object]
     skipped: Skipped
-    reset: Literal["never", "segment", "batch"] = "never"
     probes: Mapping[int, Batches] = field(default_factory=dict)  # domain -> images scored as is
     probe_every: int = 1  # segments between two evaluations of the probes
     holdout: Batches | None = None  # clean images, for source forgetting
     holdout_adapting: bool = False  # score them a second time with a method that adapts to them
     source: Callable[[], SourceImages] | None = None  # raises UserError where there are none
-    window: int | None = None  # single images: length of the buffer that the method sees
     order: Mapping[str, np.ndarray] = field(default_factory=dict)  # int64 [N] each: what, when
     provides: frozenset[str] = frozenset()

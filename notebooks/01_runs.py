@@ -30,14 +30,16 @@ RESULTS = Path(os.environ.get("RESULTS_ROOT", REPO / "results/example"))
 from driftline.analysis import load_runs, notes, select
 
 runs = load_runs(RESULTS)
-runs.groupby(["scenario", "strategy", "backbone"])["state"].value_counts().unstack(fill_value=0)
+runs.groupby(["scenario", "strategy", "around", "backbone"])["state"].value_counts().unstack(
+    fill_value=0
+)
 
 # %% [markdown]
 # Every key of `summary.json`, `environment.json` and `config.yaml` is a column.
 
 # %%
 numbers = [k for k in runs if k.startswith("metrics.")]
-runs[["scenario", "strategy", "seed", "git", "state", *numbers]].round(2).head(30)
+runs[["scenario", "strategy", "around", "seed", "git", "state", *numbers]].round(2).head(30)
 
 # %% [markdown]
 # What to know before comparing.

@@ -31,6 +31,7 @@ from driftline.core.paths import CONF, add_resolver
 from driftline.core.torchrun import requested, speaks
 
 ADAPTER = "adapter@strategy.adapter"  # what adapter=... stands for
+LISTS = ("around",)  # groups that take several names
 # Flags of Hydra that take a value of their own.
 FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
 FLAGS |= {"--config-dir", "-cd", "--experimental-rerun"}
@@ -142,6 +143,8 @@ def _check_override(word: str, override: Override, draws: bool) -> str | None:
     if isinstance(value, dict):
         inner = next(iter(value), "key")
         return f"{word}: {key} takes the name of an option; write {key}.{inner}=... to set one"
+    if key in LISTS:
+        return _check_list(word, key, values)
     if isinstance(value, list):
         return (
             f"{word}: {key} takes one name; a run with each: -m {key}={','.join(map(str, value))}"
@@ -153,6 +156,42 @@ def _check_override(word: str, override: Override, draws: bool) -> str | None:
         if not _exists(key, name):
             return _unknown(key, "null" if one is None else name)
     return None
+
+
+def _check_list(word: str, key: str, values: list[Any]) -> str | None:
+    """What is wrong with the values of a group that takes a list of names, each once."""
+    for value in values:
+        names = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        if value is None:
+            return f"{word}: for none leave {key} out or write {key}=[]"
+        for name in names:
+            if not _exists(key, name):
+                return _unknown(key, name)
+        if len(set(names)) < len(names):
+            return f"{word}: each name once"
+    return None
+
+
+def _rule(word: str) -> str:
+    """A hint if a word, or the last part of a dotted key, begins or ends as the name of a rule."""
+    last = word.rpartition(".")[2]
+    names = sorted(path.stem for path in (CONF / "around").glob("*.yaml"))
+    near = [name for name in names if name == last or name.startswith(f"{last}_")]
+    near += [name for name in names if "_" in last and name.endswith(last[last.rindex("_") :])]
+    return f"; rules are chosen with around=..., such as around={near[0]}" if near else ""
+
+
+def _option_of_rule(key: str) -> str | None:
+    """What is wrong with around.RULE.OPTION that cannot be set; None where no rule is named so."""
+    rule = key.split(".")[1]
+    file = CONF / "around" / f"{rule}.yaml"
+    if not file.is_file():
+        return None
+    node: Any = OmegaConf.load(file)
+    options = [f"around.{rule}.{name}" for name in node[rule] if name != "_target_"]
+    if key in (f"around.{rule}", *options):
+        return f"{key}: the rule is not chosen; add around={rule}"
+    return f"{key}: no such setting{suggest(key, options)}"
 
 
 def _groups() -> list[str]:
@@ -179,7 +218,7 @@ def _exists(group: str, name: str) -> bool:
 def _unknown(group: str, name: str) -> str:
     """A group has no such option: the nearest one and all of them."""
     options = _options(group)
-    text = f"{group}={name}: no such option{suggest(name, options)}"
+    text = f"{group}={name}: no such option{_rule(name) or suggest(name, options)}"
     return f"{text}\noptions of {group}: {', '.join(options) or '(none)'}"
 
 
@@ -256,11 +295,13 @@ def explain(error: BaseException) -> str:
         )
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found.group(1).split("@")[0].lstrip("+~")
+        if key.startswith("around.") and (trouble := _option_of_rule(key)):
+            return trouble
         if key.startswith("backbone.") and not any(w.startswith("backbone=") for w in sys.argv):
             return f"{key}: backbone=auto has no settings; name one first, such as backbone=timm"
         keys = _keys()
         above = [k for k in keys if key.startswith(f"{k}.")]  # of these, none was meant
-        near = _nearest(key, [k for k in keys if k not in above])
+        near = _rule(key) or _nearest(key, [k for k in keys if k not in above])
         return f"{key}: no such setting{near}\nall settings: the same command with --cfg job"
     if text.startswith("Cannot find primary config"):
         return text.splitlines()[0]
@@ -319,7 +360,7 @@ def as_sweeps(words: list[str]) -> list[str]:
     Hydra composes a sweep once without its swept groups; `-m strategy=ease,mos strategy.epochs=3`
     would then set the epochs of the default strategy, which has none.
     """
-    swept = {w.split("=")[0] for w in words if re.match(r"\w+=[^,=\[{(]+,", w)}
+    swept = {w.split("=")[0] for w in words if re.match(r"\w+=(\[[^]]*\]|[^,=\[{(]+),", w)}
     found = []
     for word in words:
         key, _, value = word.partition("=")

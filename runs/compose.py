@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from driftline.backbones.backbone import Backbone, weights_hash
 from driftline.core.build import build, locate
 from driftline.core.errors import UserError
+from driftline.core.identity import method_name
 from driftline.core.paths import CONF, expand_paths
 from driftline.core.seed import seed_all
 from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
@@ -32,7 +33,8 @@ def complete(cfg: DictConfig) -> DictConfig:
     """Fill in what depends on whether real data is given: label and backbone.
 
     Without `data.root` a scenario of ours is embedded and labelled so. Corruptions
-    made on the fly from real images are labelled as well: they are not the released files.
+    made on the fly from real images are labelled as well: they are not the released files. The
+    frozen model has no rules around it: one run serves all that are compared with it.
     """
     cfg = cfg.copy()
     expand_paths(cfg)
@@ -48,6 +50,8 @@ def complete(cfg: DictConfig) -> DictConfig:
                 cfg.scenario[key] = value
         if cfg.scenario.get("single_pass") and "epochs" in cfg.strategy:
             cfg.strategy.epochs = 1
+        if cfg.strategy.name == "source":
+            cfg.around = {}
         made = cfg.scenario.get("corrupt") == "on_the_fly"
         cfg.scenario.label = (
             label + ("[on_the_fly]" if made else "") if real else f"{label}[embedded]"
@@ -58,10 +62,7 @@ def complete(cfg: DictConfig) -> DictConfig:
 def _automatic(cfg: DictConfig, choice: DictConfig, real: bool) -> str:
     """The backbone that `backbone=auto` stands for."""
     kind = "real" if real else "embedded"
-    if (
-        locate(cfg.strategy._target_).preferred_backbone(cfg.strategy) == "vit"
-        and f"{kind}_vit" in choice
-    ):
+    if locate(cfg.strategy._target_).prefers == "vit" and f"{kind}_vit" in choice:
         kind += "_vit"
     if choice[kind] is None:
         what = "a vision transformer" if kind.endswith("_vit") else "a network"
@@ -91,7 +92,7 @@ def make_stream(cfg: DictConfig, geometry: Geometry, device: torch.device) -> St
 def make_strategy(
     cfg: DictConfig, stream: Stream, geometry: Geometry, device: torch.device
 ) -> tuple[Strategy, dict[str, str]]:
-    """A seeded strategy around a freshly loaded backbone, and the identity of the weights."""
+    """A seeded strategy with its rules around a fresh backbone, and the identity of the weights."""
     seed_all(cfg.seed)
     backbone: Backbone = build(cfg.backbone, at="backbone").to(device)
     if cfg.channels_last:
@@ -105,7 +106,10 @@ def make_strategy(
         backbone=backbone,
         seed=cfg.seed,
         num_classes=stream.num_classes,
-    ).to(device)
+    )
+    for name, rule in cfg.around.items():
+        strategy = build(rule, at=f"around.{name}", inner=strategy)
+    strategy = strategy.to(device)
     _check_needs(cfg, strategy, stream, backbone)
     return strategy, weights
 
@@ -164,6 +168,7 @@ def _check_needs(cfg: DictConfig, strategy: Strategy, stream: Stream, backbone: 
     lacking = strategy.needs - stream.provides - backbone.provides
     if lacking:
         raise UserError(
-            f"strategy={cfg.strategy.name} needs {', '.join(sorted(lacking))}, which neither "
+            f"strategy={method_name(cfg.strategy.name, list(cfg.around))} needs "
+            f"{', '.join(sorted(lacking))}, which neither "
             f"scenario={stream.name} nor backbone={cfg.backbone.name} ({backbone.tag}) provides"
         )

@@ -14,11 +14,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from driftline.core import distributed
-from driftline.core.build import innermost, nodes
+from driftline.core.build import nodes
 from driftline.core.checkpoint import Checkpointer, Signals, Stopped
 from driftline.core.console import Console
 from driftline.core.errors import UserError
-from driftline.core.identity import VOLATILE, identity
+from driftline.core.identity import VOLATILE, identity, method_name
 from driftline.core.provenance import Code, code_of, git_state
 from driftline.core.record import NoRecords, RunLogger, environment
 from driftline.core.runner import Context, reference, run_shifts, run_tasks
@@ -77,9 +77,10 @@ def run_experiment(
         _checkpoint_hash(cfg),
         *_source_facts(cfg, kind, stream),
     )
-    place = Path(cfg.root) / stream.name / cfg.strategy.name / cfg.backbone.name
+    method = "+".join([cfg.strategy.name, *cfg.around])
+    place = Path(cfg.root) / stream.name / method / cfg.backbone.name
     name = f"s{cfg.seed}-{key}"
-    code = code_of(*(node._target_ for node in nodes(cfg.strategy)))
+    code = code_of(*(node._target_ for node in (*nodes(cfg.strategy), *cfg.around.values())))
     identities = distributed.from_first(lambda: (key, code["method"]))
     if identities != (key, code["method"]):
         raise UserError(
@@ -151,6 +152,7 @@ def _execute(
     about = {
         "scenario": stream.name,
         "strategy": cfg.strategy.name,
+        "around": list(cfg.around),
         "backbone": cfg.backbone.name,
         "seed": cfg.seed,
         "key": key,
@@ -163,7 +165,8 @@ def _execute(
     else:
         log = NoRecords(folder, stream.name)
     where = f"{n} x {device.type}" if (n := distributed.size()) > 1 else str(device)
-    console.say(f"{about['strategy']}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
+    name = method_name(about["strategy"], about["around"])
+    console.say(f"{name}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
     started = time.perf_counter()
     with Signals() as signals:
         checkpoint = Checkpointer(log, signals, key=key, every=cfg.checkpoint.every)
@@ -173,7 +176,6 @@ def _execute(
             console,
             device,
             cfg.forgetting,
-            cfg.on_nan,
             cfg.runtime.feature_cache_mb,
             {"kernel": dispatch.Record()},
         )
@@ -193,14 +195,13 @@ def _execute(
             console.stop()
             log.fail(distributed.cause(error))
             raise
-    method = innermost(cfg.strategy)
     summary = {
         "run": {**about, "folder": str(folder), "git": git["commit"]},
         "data": {k: v for k, v in stream.facts.items() if k != "class_order"},
         "weights": weights,
         "definitions": {
             "forgetting": cfg.forgetting,
-            **{k: method[k] for k in ("loss_scope", "head", "mode") if k in method},
+            **{k: cfg.strategy[k] for k in ("loss_scope", "head", "mode") if k in cfg.strategy},
         },
         "kernel": dispatch.chosen(),
         "skipped_images": len(stream.skipped.reasons),
@@ -257,7 +258,7 @@ def _prepare(
             fresh,
             stream.source,
             weights=weights["hash"],
-            folder=Path(cfg.root) / "prepared" / innermost(cfg.strategy).name,
+            folder=Path(cfg.root) / "prepared" / cfg.strategy.name,
             say=console.say,
         )
     except KeyboardInterrupt:
@@ -344,7 +345,8 @@ def _sinks(
     cfg: DictConfig, folder: Path, about: dict[str, Any], companion: bool
 ) -> Sequence[Mirror]:
     """The mirrors that `logger` names, told what makes a sweep of such runs read well."""
-    names = [str(about[k]) for k in ("scenario", "strategy", "key")]
+    method = method_name(about["strategy"], about["around"])
+    names = [about["scenario"], "+".join([about["strategy"], *about["around"]]), about["key"]]
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     seedless = cfg.copy()
     seedless.seed = None
@@ -352,11 +354,12 @@ def _sinks(
         folder,
         plain,
         run_id="-".join(names).replace("[", "-").replace("]", ""),
-        group="/".join(
-            [str(about[k]) for k in ("scenario", "strategy", "backbone")] + [identity(seedless)[:4]]
-        ),
+        group="/".join([about["scenario"], method, about["backbone"], identity(seedless)[:4]]),
         job_type="companion" if companion else "run",
-        tags=tuple(f"{k}:{about[k]}" for k in ("scenario", "strategy", "backbone", "seed")),
+        tags=(
+            *(f"{k}:{about[k]}" for k in ("scenario", "strategy", "backbone", "seed")),
+            *(f"around:{rule}" for rule in about["around"]),
+        ),
     )
     return make_sinks(plain["logger"], told)
 
@@ -367,7 +370,7 @@ def _beside(
     """A run on the same stream to compare with: one of its own, found or made first."""
     console.say(f"{text} (kept as a run of its own) ...")
     with open_dict(cfg := cfg.copy()):
-        cfg.strategy, cfg.reference, cfg.on_exists = strategy, None, "skip"
+        cfg.strategy, cfg.around, cfg.reference, cfg.on_exists = strategy, {}, None, "skip"
         cfg.pop("tuned", None)
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
         cfg.scenario.label = cfg.scenario.label.split("[")[0]
@@ -382,7 +385,7 @@ def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:
 
 def _frozen_run(cfg: DictConfig, console: Console) -> dict[str, Any] | None:
     """What preparation alone gives: the same method with `update=false`."""
-    strategy = innermost(cfg.strategy).copy()
+    strategy = cfg.strategy.copy()
     if not strategy.get("update"):
         return None
     strategy["update"] = False

@@ -18,6 +18,7 @@ from driftline.core.build import build
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF, add_resolver
 from driftline.core.strategy import Strategy, TTAStrategy
+from driftline.core.stream import SINGLE_IMAGES
 from driftline.runs.command import check_words, explain, spelled_out
 from driftline.runs.execute import run_experiment
 
@@ -50,13 +51,16 @@ def make(
         mean, std: per channel, of images in [0, 1]; None: the network normalises by itself.
         options: settings of the strategy or of a node in it, by name (`lr=1e-3`, `rank=4`) or
             dotted where two have one name (`**{"warmup.optim.lr": 1e-4}`); `adapter` names a file
-            of conf/adapter.
+            of conf/adapter, `around` one or several rules of conf/around, from the inside out.
 
     Raises:
         UserError: for a strategy or setting that does not exist, or a network that the strategy
             cannot work on.
     """
+    rules = options.pop("around", [])
+    names = [rules] if isinstance(rules, str) else list(rules)
     node = settings(strategy, **options)
+    around = _composed([f"strategy={strategy}", f"around=[{','.join(names)}]"]).around
     backbone = net if isinstance(net, Backbone) else Backbone(net.eval(), mean=mean, std=std)
     device = next(backbone.parameters()).device
     built: Strategy = build(
@@ -65,8 +69,11 @@ def make(
         backbone=backbone.to(device),
         seed=seed,
         num_classes=num_classes or backbone.num_classes,
-    ).to(device)
-    if lacking := built.needs - backbone.provides - {"source"}:
+    )
+    for name, rule in around.items():
+        built = build(rule, at=f"around.{name}", inner=built)
+    built = built.to(device)
+    if lacking := built.needs - backbone.provides - {SINGLE_IMAGES}:
         raise UserError(
             f"strategy={strategy} needs {', '.join(sorted(lacking))}, which this network lacks"
         )

@@ -66,7 +66,6 @@ class Settings(TypedDict):
     deterministic: bool
     channels_last: bool
     kernel: Kernel
-    on_nan: Literal["stop", "rollback", "record"]
     forgetting: Literal["standard", "nonnegative", "first_minus_last"]
     data: Data
     root: str
@@ -78,6 +77,7 @@ class Settings(TypedDict):
     scenario: dict[str, Any]
     strategy: dict[str, Any]
     backbone: dict[str, Any]
+    around: dict[str, Any]
     logger: dict[str, Any]
     tuned: NotRequired[dict[str, Any]]  # by scripts/tune.py
 
@@ -96,6 +96,7 @@ LIVE = {
     "scenario": ("data_root", "on_error", "cache", "workers", "seed", "geometry", "store"),
     "strategy": ("backbone", "seed", "num_classes"),
     "backbone": (),
+    "around": ("inner",),
     "logger": ("about",),
 }
 
@@ -134,6 +135,7 @@ def check_settings(cfg: DictConfig) -> None:
     for place in ("scenario", "strategy"):
         check_value(plain[place].get("name"), PlainName, at=f"{place}.name")
     _check_strategy(plain["strategy"])
+    _check_around(plain["around"], plain["strategy"])
     _check_scenario(plain["scenario"], real=not embedded(plain))
     name = plain["backbone"].get("name")
     if name == "auto":
@@ -158,6 +160,24 @@ def _check_strategy(node: Mapping[str, Any]) -> None:
     if "_target_" in node:
         _made(node, "strategy", "CLStrategy", "TTAStrategy")
     check(node, at="strategy", live=LIVE["strategy"])
+
+
+def _check_around(rules: Mapping[str, Any], strategy: Mapping[str, Any]) -> None:
+    names = [path.stem for path in (CONF / "around").glob("*.yaml")]
+    for name, node in rules.items():
+        at = f"around.{name}"
+        if not isinstance(node, dict) or "_target_" not in node:
+            if name in names:
+                raise UserError(f"{at} holds the settings of a rule; set one of them, got {node!r}")
+            raise UserError(f"{at} is no rule{suggest(name, names)}; one is chosen with around=...")
+        _made(node, at, "Wrapper")
+        check(node, at=at, live=LIVE["around"])
+    kind = locate(strategy["_target_"], "strategy")
+    if rules and "TTAStrategy" not in {c.__name__ for c in inspect.getmro(kind)}:
+        raise UserError(
+            f"around=[{','.join(rules)}]: rules go around methods of test-time adaptation, and "
+            f"strategy={strategy['name']} learns tasks: leave around out"
+        )
 
 
 def _check_scenario(node: Mapping[str, Any], *, real: bool) -> None:

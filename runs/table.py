@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from driftline.core.console import table
+from driftline.core.identity import method_name
 
 
 def result_table(summary: dict[str, Any]) -> str:
     """The result as text: errors against the source model, or the metrics of a task stream."""
     metrics, about = summary["metrics"], summary["run"]
-    title = f"{about['strategy']} on {about['scenario']}, backbone {about['backbone']}"
+    method = method_name(about["strategy"], about.get("around", []))
+    title = f"{method} on {about['scenario']}, backbone {about['backbone']}"
     cost = summary["cost"]
     foot = [
         f"{cost['seconds_per_batch']:.3f} s/batch, peak {cost['peak_memory_mb']:.0f} MiB, "
@@ -27,7 +29,7 @@ def result_table(summary: dict[str, Any]) -> str:
         for key, title in (("source", "source"), ("frozen", "prepared only"))
         if key in summary
     }
-    columns = {**against, about["strategy"]: metrics}
+    columns = {**against, method: metrics}
     domains = [k for k in metrics if k.startswith("err/")]
     head = ("error %", *columns)
     rows = [(k.removeprefix("err/"), *(f"{m[k]:.1f}" for m in columns.values())) for k in domains]
@@ -38,8 +40,9 @@ def result_table(summary: dict[str, Any]) -> str:
     ]
     rows.append(("mean", *(f"{m['err_mean']:.1f}" for m in columns.values())))
     names = ("plasticity", "stability", "forgetting", "source_forgetting")
-    names += ("source_forgetting_adapting", "collapse", "nan", "rollbacks")
+    names += ("source_forgetting_adapting", "collapse", "nan")
     kept = [f"{k} {metrics[k]:.2f}" for k in names if k in metrics]
+    kept += [f"{k} {v:g}" for k, v in summary.get("method", {}).items()]
     kept = [text for text in kept if text not in ("collapse 0.00", "nan 0.00")]
     if kept:
         foot.insert(0, ", ".join(kept))

@@ -388,6 +388,7 @@ def command(report: Report, cfg: DictConfig) -> None:
     import torch
 
     from driftline.core.cost import Costs, peak_memory_mb, reset_peak_memory
+    from driftline.core.identity import method_name
     from driftline.core.strategy import CLStrategy, TTAStrategy
     from driftline.core.stream import TaskStream
     from driftline.kernels import dispatch
@@ -406,7 +407,8 @@ def command(report: Report, cfg: DictConfig) -> None:
         report.problem(str(error), "the message says it")
         return
     report.ok(
-        f"{cfg.strategy.name} on {stream.name}, {weights['tag']} (hash {weights['hash']}), {where}"
+        f"{method_name(cfg.strategy.name, list(cfg.around))} on {stream.name}, "
+        f"{weights['tag']} (hash {weights['hash']}), {where}"
     )
     costs = Costs(strategy.backbone, where)
     reset_peak_memory(where)

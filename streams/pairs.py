@@ -52,6 +52,7 @@ from driftline.streams.shifts import (
     crop,
     frost_content,
     frost_source,
+    provided,
     surroundings,
 )
 from driftline.streams.store import ImageStore
@@ -381,7 +382,6 @@ def pair_stream(
     images: Count,
     image_list: str,
     batch_size: Count,
-    reset: Literal["never", "segment", "batch"],
     order_seed: Seed,
     corruption_seed: Seed,
     jpeg_quality: Annotated[int, Ge(1), Le(100)] | None,
@@ -512,7 +512,6 @@ def pair_stream(
         segments=segments,
         facts=facts,
         skipped=skipped,
-        reset=reset,
         holdout=around.holdout,
         holdout_adapting=clean_adapting,
         source=around.source,
@@ -524,5 +523,5 @@ def pair_stream(
             "image": dealt.row,
             "severities": dealt.quarters * STEP,
         },
-        provides=frozenset({"holdout"} if around.holdout else ()),
+        provides=provided(around, batch_size),
     )

@@ -23,7 +23,15 @@ from torchvision import transforms as T
 from driftline.core.errors import UserError, suggest
 from driftline.core.ranges import Count, CountOrZero, PlainName, Positive, Seed, Size, distinct
 from driftline.core.seed import derive
-from driftline.core.stream import Batch, Batches, Segment, ShiftStream, Skipped, SourceImages
+from driftline.core.stream import (
+    SINGLE_IMAGES,
+    Batch,
+    Batches,
+    Segment,
+    ShiftStream,
+    Skipped,
+    SourceImages,
+)
 from driftline.streams import corruptions as C
 from driftline.streams.datasets import (
     LAYOUT,
@@ -210,8 +218,6 @@ def corruption_stream(
     images: Count | None,
     image_list: str,
     batch_size: Count,
-    window: Count | None,
-    reset: Literal["never", "segment", "batch"],
     order_seed: Seed,
     corruption_seed: Seed,
     jpeg_quality: Annotated[int, Ge(1), Le(100)] | None,
@@ -238,8 +244,6 @@ def corruption_stream(
     """
     names = corruption_names(corruptions)
     severities: list[int] = [*severity] if isinstance(severity, list) else [severity]
-    if window is not None and batch_size != 1:
-        raise UserError("scenario.window is for single images: it needs scenario.batch_size=1")
     domain_order, label_order = parse(order)
     steps = plan(domain_order, names, severities, rounds)
     domains = list(dict.fromkeys(s.domain for s in steps))
@@ -359,7 +363,6 @@ def corruption_stream(
         "images_per_domain": len(found.stream),
         "corruptions": origin,
         "order": order,
-        "window": window,
         "resize": resize,
         "segments": [s.name for s in segments],
         **found.notes,
@@ -378,20 +381,18 @@ def corruption_stream(
         segments=segments,
         facts=facts,
         skipped=skipped,
-        reset=reset,
         probes=probes,
         probe_every=probe_every,
         holdout=around.holdout,
         holdout_adapting=clean_adapting,
         source=around.source,
-        window=window,
         order={
             "segment": np.concatenate([np.full(len(r), i) for i, (*_, r) in enumerate(dealt)]),
             "domain": np.concatenate([r.domain for *_, r in dealt]),
             "row": np.concatenate([r.row for *_, r in dealt]),
             "label": np.concatenate([r.label for *_, r in dealt]),
         },
-        provides=frozenset({"probes"} | ({"holdout"} if around.holdout else set())),
+        provides=frozenset({"probes"}) | provided(around, batch_size),
     )
 
 
@@ -419,6 +420,12 @@ class Surroundings:
     holdout: Batches | None
     contents: tuple[object, ...]  # of what `holdout` delivers, for the stream's fingerprint
     source: Callable[[], SourceImages]
+
+
+def provided(around: Surroundings, batch_size: int) -> frozenset[str]:
+    """What a stream with these surroundings offers to methods and rules that need it."""
+    offers = {"holdout": around.holdout is not None, SINGLE_IMAGES: batch_size == 1}
+    return frozenset(name for name, there in offers.items() if there)
 
 
 def _again(

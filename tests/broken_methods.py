@@ -1,4 +1,5 @@
-"""Methods that each break one promise, and some that keep them all; for tests/test_contract.py."""
+"""Methods and rules that each break one promise, and some methods that keep them all; for
+tests/test_contract.py."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.core.seed import generator
-from driftline.core.strategy import CLStrategy, TTAStrategy
+from driftline.core.strategy import CLStrategy, TTAStrategy, Wrapper
 from driftline.core.stream import Batch, Task
 
 
@@ -263,6 +264,27 @@ class Peeks(Sound):
         return super().adapt(x)
 
 
+class ForgottenCount(Wrapper):
+    """A rule whose count is a plain attribute."""
+
+    def __init__(self, *, inner: TTAStrategy) -> None:
+        super().__init__(inner)
+        self.batches = 0
+
+    def adapt(self, x: Tensor) -> Tensor:
+        self.batches += 1
+        if self.batches % 3 == 0:
+            self.inner.reset()
+        return self.inner.adapt(x)
+
+
+class AdaptsToPredict(Wrapper):
+    """A rule that lets the method learn from test images."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.inner.adapt(x)
+
+
 SNAPSHOT, KILLED = "a_snapshot_is_the_whole_state", "a_killed_run_goes_on"
 RESET = "reset_and_the_same_stream_give_the_same"
 BROKEN = {  # the properties that must notice
@@ -279,4 +301,6 @@ BROKEN = {  # the properties that must notice
     Ensemble: ["kept_features_give_the_prediction"],
     LateOptimizer: [SNAPSHOT, KILLED],
     Peeks: ["labels_never_arrive"],
+    ForgottenCount: [SNAPSHOT, RESET, KILLED],
+    AdaptsToPredict: ["predict_changes_nothing"],
 }

@@ -141,7 +141,7 @@ def strategy_node(name: str, **options: Any) -> dict[str, Any]:
 
     Args:
         options: of the strategy or of a node in it (`lr` of `optim`, `rank` of an adapter);
-            `adapter` and `inner` name a file of their groups.
+            `adapter` names a file of its group.
     """
     node: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "strategy" / f"{name}.yaml"))
     for entry in node.pop("defaults", []):
@@ -150,9 +150,8 @@ def strategy_node(name: str, **options: Any) -> dict[str, Any]:
             group, _, option = key.strip("/").partition("@")
             if not isinstance(options.get(option), dict):
                 choice = options.pop(option, choice)
-            plain = choice if choice is None else _nested(group, choice)
+            plain = choice if choice is None else _option(group, choice)
             node[option] = merged(plain, node[option]) if option in node else plain
-            node["name"] = node["name"].replace(f"${{.{option}.name}}", str(choice))
         elif entry != "_self_":
             node = merged(strategy_node(entry), node)
     return with_options(node, **options)
@@ -180,9 +179,12 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _nested(group: str, choice: str) -> dict[str, Any]:
-    if group == "strategy":
-        return strategy_node(choice)
+def rule_node(name: str, **options: Any) -> dict[str, Any]:
+    """The node in conf/around/NAME.yaml as plain values, with some options changed."""
+    return _option("around", name)[name] | options
+
+
+def _option(group: str, choice: str) -> dict[str, Any]:
     plain: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
     return plain
 

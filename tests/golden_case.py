@@ -87,17 +87,18 @@ def weights(prefix: str, net: nn.Module, start: nn.Module, case: Case) -> dict[s
 
 
 def record(method: TTAStrategy, case: Case) -> dict[str, list[Any]]:
-    """Run the stream of `case`; scores and every value of `method.loss`, per batch."""
+    """Run the stream of `case`; scores and every value of the method's `loss`, per batch."""
     losses: list[float] = []
-    if hasattr(method, "loss"):
-        original = method.loss
+    inner = method.method
+    if hasattr(inner, "loss"):
+        original = inner.loss
 
         def loss(*args: Tensor) -> Tensor:
             value = original(*args)
             losses.append(value.item())
             return value
 
-        method.loss = loss
+        inner.loss = loss
     method.begin_stream()
     logits = [method.adapt(x).numpy() for x in case.batches()]
     assert not any(np.shares_memory(a, b) for a in logits for b in logits if a is not b)

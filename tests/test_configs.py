@@ -36,13 +36,20 @@ def cli(*words: str, timeout: float = HANG) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_strategy_yaml_states_every_option_and_no_other(name):
     node = strategy_node(name)
-    inner = [node["inner"]["name"]] if "inner" in node else []
-    assert node["name"] == "_".join([name, *inner])
+    assert node["name"] == name
     parameters = inspect.signature(locate(node["_target_"])).parameters
     options = node.keys() - {"_target_", "name"}
     assert options == set(parameters) - LIVE
     own = [p for k, p in parameters.items() if k not in LIVE]
     assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in own)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "around").glob("*.yaml")))
+def test_the_yaml_of_a_rule_holds_one_node_of_its_name_with_every_option(name):
+    ((key, node),) = OmegaConf.load(CONF / "around" / f"{name}.yaml").items()
+    parameters = inspect.signature(locate(node._target_)).parameters
+    assert key == name and {k for k in node if k != "_target_"} == set(parameters) - {"inner"}
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters.values())
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "backbone").glob("*.yaml")))
@@ -235,6 +242,8 @@ def test_settings_of_a_swept_group_reach_every_option_of_it():
     lists = ["strategy=ease,mos", "strategy.optim.betas=[0.9,0.999]", "scenario.severity=[1,2]"]
     assert as_sweeps(lists)[1:] == ["strategy.optim.betas=choice([0.9,0.999])", lists[2]]
     assert as_sweeps(["-m", "strategy=ease", "strategy.epochs=3"])[2] == "strategy.epochs=3"
+    rules = ["around=[],[window,episodic]", "around.window.length=3"]
+    assert as_sweeps(rules)[1] == "around.window.length=choice(3)"
 
 
 @pytest.mark.slow

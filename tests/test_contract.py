@@ -2,7 +2,8 @@
 
 A method is covered by existing: each YAML file is a case, on a tiny network with random weights;
 `-k NAME` runs the cases of one strategy. Every adaptation method is tried a second time with a rule
-around it. That each property can fail is shown on methods that break it (broken_methods.py).
+around it, and every rule of conf/around around some methods. That each property can fail is shown
+on methods that break it (broken_methods.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, copied, equal, strategy_node
+from conftest import ROOT, copied, equal, rule_node, strategy_node
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
@@ -38,7 +39,7 @@ from driftline.core.errors import UserError
 from driftline.core.record import RunLogger
 from driftline.core.runner import Context, run_shifts, run_tasks
 from driftline.core.seed import generator
-from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy, Wrapper
+from driftline.core.strategy import FACTS, CLStrategy, Strategy, TTAStrategy, Wrapper
 from driftline.core.stream import (
     Batch,
     Segment,
@@ -48,7 +49,6 @@ from driftline.core.stream import (
     Task,
     TaskStream,
 )
-from driftline.tta.reset_every import ResetEvery
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of tiny tasks
 CONF = ROOT / "conf" / "strategy"
@@ -62,7 +62,6 @@ CLASSES = 10
 QUICK: dict[str, dict[str, Any]] = {
     "cotta": {"views": 2, "threshold": 2.0, "restore_prob": 0.1},
     "vida": {"views": 2, "rank_high": 8},
-    "reset_every": {"every": 2},
     "lae": {"freeze_epochs": 1},
     "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
     "ease": {"rank": 4},
@@ -73,7 +72,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "bn_adapt-mixed": ("bn_adapt", {"statistics": "mixed"}, None),
     "bn_adapt-ema": ("bn_adapt", {"statistics": "ema"}, None),
     "tent-adam": ("tent", {"optim": {"kind": "adam"}, "mode": "eval", "steps": 2}, None),
-    "tent-episodic": ("tent", {"layers": "norm", "episodic": True}, "vit"),
+    "tent-norm": ("tent", {"layers": "norm"}, "vit"),
     "cotta-adam": ("cotta", {"optim": {"kind": "adam"}, "loss": "ce", "gate": "sample"}, "vit"),
     "cotta-source": ("cotta", {"threshold": "source", "rng": "device"}, None),
     "vida-restore": ("vida", {"optim": {"kind": "adam"}, "restore_prob": 0.1}, None),
@@ -94,6 +93,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
 }
 
 
+# The rule around every method, and the methods that every other rule is tried around: one whose
+# predictions depend on the batch, one with random numbers and two networks.
+RULE = "reset_every"
+INSIDE = ("tent", "cotta")
+RULES = [p.stem for p in sorted((CONF.parent / "around").glob("*.yaml"))]
+# Settings with which a rule does something within a few batches.
+QUICK_RULES: dict[str, dict[str, Any]] = {
+    "reset_every": {"every": 2},
+    "reset_on_collapse": {"below": 2.0, "ema": 0.5},
+    "window": {"length": 3},
+}
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
 REFUSED = {("olora", kind) for kind in ("dora", "prefix", "prompt", "scale_shift")}
 
@@ -104,13 +114,13 @@ class Case:
 
     Args:
         node: the strategy's node, without nested strategies.
-        rule: put `ResetEvery` with two batches around it.
+        rule: of conf/around, put around it.
     """
 
     name: str
     node: dict[str, Any] = field(hash=False)
     network: str
-    rule: bool = False
+    rule: str = ""
 
     @property
     def kind(self) -> type[Strategy]:
@@ -160,15 +170,16 @@ def with_other_kinds(cases: list[Case]) -> list[Case]:
     return many
 
 
-def wrapped(cases: list[Case]) -> list[Case]:
+def wrapped(cases: list[Case], rule: str = RULE) -> list[Case]:
     """The same adaptation methods with a rule around them."""
-    inside = [c for c in cases if c.adapts and not issubclass(c.kind, Wrapper)]
-    return [replace(c, name=f"{c.name}-in-a-rule", rule=True) for c in inside]
+    return [replace(c, name=f"{c.name}-in-{rule}", rule=rule) for c in cases if c.adapts]
 
 
 PLAIN = strategies()
 OF_FILES = [c for c in PLAIN if c.name in {p.stem for p in CONF.glob("*")}]
-CASES = PLAIN + wrapped(OF_FILES)
+IN_RULES = [c for rule in RULES if rule != RULE for c in wrapped(OF_FILES, rule)]
+IN_RULES = [c for c in IN_RULES if c.name.split("-")[0] in INSIDE]
+CASES = PLAIN + wrapped(OF_FILES) + IN_RULES
 
 
 def marked(cases: list[Case]) -> list[Any]:
@@ -228,7 +239,10 @@ class NoProgress:
 def construct(case: Case, **options: Any) -> Strategy:
     net = network(case.network, **options)
     strategy = build(case.node, at="strategy", backbone=net, seed=0, num_classes=CLASSES)
-    return ResetEvery(inner=strategy, every=2) if case.rule else strategy
+    if not case.rule:
+        return strategy
+    node = rule_node(case.rule, **QUICK_RULES.get(case.rule, {}))
+    return build(node, at=f"around.{case.rule}", inner=strategy)
 
 
 @cache
@@ -284,6 +298,7 @@ def tasks(name: str) -> list[Task]:
 
 
 SIZES = (4, 4, 3, 4)
+SEGMENTS = (0, 2)  # batches at which one begins
 Cursor = tuple[int, int, int, int]  # batch; or task, begun, epoch, step: as in core/runner.py
 START: Cursor = (0, 0, 0, 0)
 
@@ -292,6 +307,8 @@ def drive(strategy: Any, case: Case, at: Cursor = START) -> Iterator[tuple[Curso
     """What the runner does, from a cursor on: the next cursor and what came out, step by step."""
     if case.adapts:
         for i, x in enumerate(images(case, *SIZES)[at[0] :], at[0]):
+            if i in SEGMENTS:
+                strategy.begin_segment()
             yield (i + 1, 0, 0, 0), strategy.adapt(x)
         return
     first, begun, epoch, step = at
@@ -528,7 +545,7 @@ class Killer(Checkpointer):
 def through_the_runner(
     case: Case, folder: Path, ticks: int | None = None, labels: int = 0
 ) -> tuple[dict[str, Any], Any]:
-    """Metrics of a run in `folder` and the state at its end; a run that is there goes on.
+    """Metrics and counts of a run in `folder` and its last state; a run that is there goes on.
 
     Args:
         ticks: batches after which the run is killed.
@@ -558,7 +575,7 @@ def through_the_runner(
             "tiny", CLASSES, ["fog", "snow"], segments, {}, Skipped(), probes=probes
         )
         result = run_shifts(strategy, stream, context)
-    return result["metrics"], copied(strategy.snapshot())
+    return result["metrics"] | result["method"], copied(strategy.snapshot())
 
 
 @cache
@@ -685,7 +702,7 @@ def test_a_fresh_process_goes_on_bit_by_bit(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", wrapped(PLAIN), ids=lambda c: c.name)
 def test_a_rule_costs_what_the_method_inside_costs(case):
-    plain, rule = make(replace(case, rule=False)), make(case)
+    plain, rule = make(replace(case, rule="")), make(case)
     assert rule.method is rule.inner and rule.backbone is rule.inner.backbone
     for strategy in (plain, rule):
         torch.manual_seed(1)
@@ -701,13 +718,13 @@ def test_a_rule_costs_what_the_method_inside_costs(case):
     }
     assert state_bytes(rule) == state_bytes(plain)
     assert rule.report() == plain.report()
-    for fact in ("needs", "outputs", "static", "batch_dependent", "prefers"):
+    for fact in FACTS:
         assert getattr(rule, fact) == getattr(plain, fact)
 
 
 def test_a_rule_resets_before_the_batch_after_every_n():
-    case = next(c for c in CASES if c.name == "cotta-in-a-rule")
-    rule, plain = make(case), make(replace(case, rule=False))
+    case = next(c for c in CASES if c.name == "cotta-in-reset_every")
+    rule, plain = make(case), make(replace(case, rule=""))
     for i, x in enumerate(images(case, 4, 4, 4, 4, 4)):
         if i in (2, 4):
             plain.reset()
@@ -738,17 +755,19 @@ TAUGHT = [
 TAUGHT += wrapped(TAUGHT)
 
 
-def fixture(kind: type, **options: Any) -> Case:
-    """A method of broken_methods.py, under a name that `build` accepts."""
+def fixture(kind: type) -> Case:
+    """A method of broken_methods.py, or a rule of it around `Sound`, as `build` accepts it."""
     module = types.ModuleType(f"driftline.tta.fixture_{kind.__name__}")
     setattr(module, kind.__name__, kind)
     sys.modules[module.__name__] = module
-    node = {"_target_": f"{module.__name__}.{kind.__name__}", **options}
+    node: dict[str, Any] = {"_target_": f"{module.__name__}.{kind.__name__}"}
+    if issubclass(kind, Wrapper):
+        node["inner"] = fixture(broken_methods.Sound).node
     return case_of(kind.__name__, node)
 
 
 SOUND = [fixture(kind) for kind in broken_methods.SOUND]
-SOUND += wrapped(SOUND)
+SOUND += [case for rule in RULES for case in wrapped(SOUND[:1], rule)] + wrapped(SOUND[1:])
 KNOWN += [*TAUGHT, *SOUND]
 
 

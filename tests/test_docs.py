@@ -24,6 +24,7 @@ from conftest import HANG, ROOT
 from omegaconf import OmegaConf
 
 from driftline.core import papers
+from driftline.core.identity import method_name
 from driftline.runs.command import as_sweeps, spelled_out
 from driftline.runs.sweep import expand
 
@@ -33,7 +34,8 @@ import readme_figure
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
 PAGES += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "results").glob("reference/*.md")]
-TUTORIALS = [ROOT / "docs" / "adapters.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+TUTORIALS = [ROOT / "docs" / name for name in ("adapters.md", "rules.md")]
+TUTORIALS += sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 FILE = re.compile(r"```\w+\n# (?P<path>[\w/]+\.\w+)\n.*?```", re.S)
 BLOCK = re.compile(
     r"```(?:python|yaml)\n(?P<text># (?P<path>[\w/]+\.\w+)\n.*?)```"
@@ -68,11 +70,12 @@ Runs = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def measured(folder: Path) -> Runs:
-    """Summaries of the finished runs by strategy and scenario."""
+    """Summaries of the finished runs by method and scenario."""
     found: Runs = {}
     for path in sorted(folder.glob("results/**/summary.json")):
         summary = json.loads(path.read_text())
-        about = summary["run"]["strategy"], summary["run"]["scenario"]
+        about = summary["run"]
+        about = method_name(about["strategy"], about["around"]), about["scenario"]
         found.setdefault(about, []).append(summary)
     return found
 
@@ -89,6 +92,11 @@ def learned(runs: Runs) -> None:
 def tuned(runs: Runs) -> None:
     (run,) = runs["aper", "split_cifar10[embedded]"]
     assert run["cost"]["parameters_updated"] > 0
+
+
+def ruled(runs: Runs) -> None:
+    (run,) = runs["tent (around=[adapt_every,rollback])", "imagenet_c[embedded]"]
+    assert run["cost"]["backward_images"] == 20 and run["method"] == {"rollbacks": 0}
 
 
 def installed(module: str) -> bool:
@@ -110,6 +118,7 @@ def swept(runs: Runs) -> None:
 
 CHECKS = {  # what a tutorial must leave behind
     "adapters": tuned,
+    "rules": ruled,
     "tta_method": adapted,
     "cl_method": learned,
     "your_data": read_images,
@@ -175,7 +184,13 @@ def commands() -> list[str]:
 
 
 def test_commands_name_scripts_and_settings_that_exist(configure):
-    own = ("class_bias", "prior_shift", "ridge", "gate")  # made by the pages themselves
+    own = (
+        "class_bias",
+        "prior_shift",
+        "ridge",
+        "gate",
+        "adapt_every",
+    )  # made by the pages themselves
     checked = 0
     for line in commands():
         program, *words = shlex.split(line.removeprefix("python "), comments=True)
@@ -227,6 +242,12 @@ def test_every_scenario_and_backbone_is_described():
     for group in ("scenario", "backbone"):
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert f"`{path.stem}" in page, path.stem
+
+
+def test_every_rule_is_described():
+    page = (ROOT / "docs" / "rules.md").read_text()
+    described = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert sorted(described) == sorted(p.stem for p in (ROOT / "conf" / "around").glob("*.yaml"))
 
 
 def test_every_golden_case_of_a_method_counts_in_the_table():

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from driftline.backbones.backbone import Backbone
+from driftline.core.strategy import TTAStrategy
 from driftline.parts import views
 from driftline.parts.norms import collect_parameters, use_batch_statistics
+from driftline.parts.rules.episodic import Episodic
 from driftline.tta.bn_adapt import BNAdapt
 from driftline.tta.cotta import CoTTA
 from driftline.tta.tent import Tent
@@ -79,14 +81,15 @@ def test_tent(name: str, dtype: torch.dtype) -> None:
     case = Case(name, dtype)
     net = case.net()
     layers = "name" if "byname" in name else "norm" if "_ln_" in name else "bn"
-    method = Tent(
+    method: TTAStrategy = Tent(
         Backbone(net),
         layers=layers,
         mode="eval" if case.info["mode"].startswith("model.eval") else "train",
         steps=case.hyper["steps"],
-        episodic=case.hyper.get("episodic", False),
         optim=optim(case.hyper),
     )
+    if case.hyper.get("episodic"):
+        method = Episodic(inner=method)
     adapted = [n for n, p in net.named_parameters() if p.requires_grad]
     assert set(adapted) == set(names_in(case.info["adapted_parameters"]))
     results: dict[str, Any] = record(method, case)
@@ -160,7 +163,6 @@ def test_cotta(name: str, dtype: torch.dtype) -> None:
         restore_prob=case.hyper["rst"],
         ema=case.hyper["mt"],
         steps=case.hyper["steps"],
-        episodic=False,
         mode="eval" if "eval mode" in case.info["mode"] else "train",
         rng="reference",
         view_chunk=1,

@@ -42,7 +42,7 @@ def test_a_young_option_counts_only_with_another_value(configure, monkeypatch):
     cfg.ema = 0.5
     assert identity.identity(cfg) != before
     monkeypatch.setitem(identity.SINCE, "driftline.tta.tent.Tent", {"window": None})
-    monkeypatch.setitem(identity.SINCE, "", {"ema": 0.5})
+    monkeypatch.setitem(identity.SINCE, "", identity.SINCE[""] | {"ema": 0.5})
     assert identity.identity(cfg) == before
     cfg.strategy.window = 3
     assert identity.identity(cfg) != before
@@ -51,6 +51,28 @@ def test_a_young_option_counts_only_with_another_value(configure, monkeypatch):
     plain = identity.identity(other)
     other.strategy.window = None
     assert identity.identity(other) != plain
+
+
+def test_an_option_that_is_gone_counts_with_the_value_that_is_left(configure, monkeypatch):
+    """Where it was: at the top level, in the node of its target, nowhere else."""
+    cfg = configure("strategy=tent")
+    OmegaConf.set_struct(cfg, False)
+    cfg.depth, cfg.strategy.width = 1, 2
+    before = identity.identity(cfg)
+    del cfg.depth, cfg.strategy.width
+    assert identity.identity(cfg) != before
+    for kind, options in {"": {"depth": 1}, "driftline.tta.tent.Tent": {"width": 2}}.items():
+        monkeypatch.setitem(identity.UNTIL, kind, identity.UNTIL.get(kind, {}) | options)
+    assert identity.identity(cfg) == before
+
+
+def test_rules_and_their_order_make_another_run(configure):
+    words = [[], ["window"], ["window", "reset_every"], ["reset_every", "window"]]
+    cfgs = [configure("strategy=tent", f"around=[{','.join(w)}]") for w in words]
+    assert len({identity.identity(cfg) for cfg in cfgs}) == 4
+    names = [identity.method_name("tent", list(cfg.around)) for cfg in cfgs]
+    assert names[:2] == ["tent", "tent (around=window)"]
+    assert names[3] == "tent (around=[reset_every,window])"
 
 
 # ------------------------------------------------------------------------------ code

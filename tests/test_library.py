@@ -35,7 +35,7 @@ def network(name: str = "test_vit") -> torch.nn.Module:
 def test_every_strategy_is_made_around_a_plain_network_as_its_file_says(name):
     node = strategy_node(name)
     kind = locate(node["_target_"])
-    wants_vit = issubclass(kind, CLStrategy) or kind.preferred_backbone(node) == "vit"
+    wants_vit = issubclass(kind, CLStrategy) or kind.prefers == "vit"
     net = "test_vit" if wants_vit else "test_resnet"
     method = driftline.make(name, network(net), seed=3)
     want = build(node, at="strategy", backbone=Backbone(network(net)), seed=3, num_classes=10)

@@ -456,16 +456,6 @@ def test_mce_comes_once_all_severities_ran():
     assert wanted == pytest.approx(sum(50 / a for a in ALEXNET.values()) / 15)
 
 
-def test_rollbacks_are_counted_and_survive_a_resume():
-    online = OnlineError(["a:5"], 2)
-    _stream_of_errors(online, [(0, 0, 1)])
-    assert "rollbacks" not in online.summary()
-    online.rolled_back()
-    again = OnlineError(["a:5"], 2)
-    again.restore(online.snapshot())
-    assert again.summary()["rollbacks"] == 1
-
-
 def test_near_future_shift_is_where_recent_labels_stop_helping():
     rng = np.random.default_rng(0)
     mixed = rng.integers(0, 10, 400)

@@ -191,7 +191,6 @@ def test_an_index_file_replaces_the_listed_order(configure, tmp_path):
         (["scenario.severity=[5,6]"], "scenario.severity must be one of 1, 2, 3, 4, 5 or a list"),
         (["scenario.severity=6"], r"scenario\.severity must be one of 1, 2, 3, 4, 5.*got 6"),
         (["scenario.severity=0"], r"scenario\.severity must be one of 1, 2, 3, 4, 5.*got 0"),
-        (["scenario.window=4"], "batch_size=1"),
         (
             ["scenario.order=dirichlet_note", "scenario.delta=0"],
             "scenario.delta must be a finite number, above 0",

@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-import run
 from driftline.core import papers
 from driftline.core.errors import UserError
+from driftline.runs import command
 
 OPTIONS = [(group, name) for group in papers.GROUPS for name in papers.options(group)]
 GOOD = """\
@@ -141,16 +141,16 @@ def test_a_mistake_in_a_table_has_one_answer(write, right, wrong, said):
     assert said in str(error.value) and "mine.yaml" in str(error.value)
     with pytest.raises(HydraException) as raised:
         settings("experiment=mine/slow")
-    assert said in run.explain(raised.value)
+    assert said in command.explain(raised.value)
 
 
 def test_rows_are_looked_up_among_all_tables(write):
     write(GOOD)
-    assert run.check_words(["experiment=mine/slow", "recipe=mine/cifar10_c"]) is None
+    assert command.check_words(["experiment=mine/slow", "recipe=mine/cifar10_c"]) is None
     for word in ("experiment=mine/slo", "experiment=mine", "experiment=other/slow", "recipe=slow"):
-        text = run.check_words([word])
+        text = command.check_words([word])
         assert text is not None and text.startswith(f"{word}: no such option"), text
-    text = run.check_words(["experiment=mine/slo"])
+    text = command.check_words(["experiment=mine/slo"])
     assert text is not None and "did you mean 'mine/slow'?" in text
 
 

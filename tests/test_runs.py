@@ -47,7 +47,6 @@ QUICK = {  # what keeps a run of seconds
     "cotta": ["strategy.views=2", "strategy.threshold=2"],
     "vida": ["strategy.views=2", "strategy.rank_high=8", "scenario.source_images=40"],
     "ecotta": ["scenario.source_images=40"],
-    "reset_every": ["strategy.every=2"],
 }
 
 

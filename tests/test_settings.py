@@ -106,7 +106,9 @@ def refused(call: Any, option: str, value: Any) -> str | None:
 
 
 FILES = sorted(
-    p for group in ("strategy", "scenario", "backbone") for p in (CONF / group).glob("*.yaml")
+    p
+    for group in ("strategy", "scenario", "backbone", "around")
+    for p in (CONF / group).glob("*.yaml")
 )
 
 
@@ -117,7 +119,10 @@ def test_every_option_refuses_what_its_type_does_not_allow(path):
     words = [f"{place}={path.stem}"] + (["backbone.tag=resnet50.a1_in1k"] * (path.stem == "timm"))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = OmegaConf.to_container(compose("config", words), resolve=True)
+    live, at = schema.LIVE[place], place
     node: dict[str, Any] = cfg[place]
+    if place == "around":
+        node, at = node[path.stem], f"around.{path.stem}"
     if path.stem == "auto":
         pytest.skip("stands for another backbone")
     if place == "scenario":
@@ -125,8 +130,7 @@ def test_every_option_refuses_what_its_type_does_not_allow(path):
             node[key] = node[key] if node[key] is not None else value
         node = {k: v for k, v in node.items() if k not in ("backbones", "real", "embedded")}
         node["label"] = "label"
-    live = schema.LIVE[place]
-    check(node, at=place, live=live)
+    check(node, at=at, live=live)
     kinds = _hints(locate(node["_target_"]))
     wrong, tried = [], 0
     for option in node:
@@ -136,17 +140,20 @@ def test_every_option_refuses_what_its_type_does_not_allow(path):
             tried += 1
             bad = {**node, option: value}
             wrong.append(
-                refused(lambda bad=bad: check(bad, at=place, live=live), f"{place}.{option}", value)
+                refused(lambda bad=bad: check(bad, at=at, live=live), f"{at}.{option}", value)
             )
     assert [text for text in wrong if text] == []
     assert tried >= 5 * (len(node) - 2) - 5  # something was tried of nearly every option
 
 
-@pytest.mark.parametrize("strategy", sorted(p.stem for p in (CONF / "strategy").glob("*.yaml")))
-def test_every_number_of_a_method_has_a_range(strategy):
-    """A plain `float` or `int` of a new method takes negative numbers: say whether it may."""
-    kinds = _hints(locate(OmegaConf.load(CONF / "strategy" / f"{strategy}.yaml")._target_))
-    live = {*schema.LIVE["strategy"], "return"}
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent.name in ("strategy", "around")], ids=lambda p: p.stem
+)
+def test_every_number_of_a_method_or_a_rule_has_a_range(path):
+    """A plain `float` or `int` of a new one takes negative numbers: say whether it may."""
+    node: Any = OmegaConf.load(path)
+    kinds = _hints(locate((node if "_target_" in node else node[path.stem])._target_))
+    live = {*schema.LIVE["strategy"], *schema.LIVE["around"], "return"}
     assert [k for k, kind in kinds.items() if k not in live and kind in (int, float)] == []
 
 
@@ -179,7 +186,6 @@ def test_global_options_are_these():
         "forgetting",
         "kernel.backend",
         "on_exists",
-        "on_nan",
         "precision",
         "reference",
         "root",
@@ -192,7 +198,7 @@ def test_global_options_are_these():
         "stage",
         "tuned",
     ]
-    stated = set(OmegaConf.load(CONF / "config.yaml")) - {"defaults", "hydra"}
+    stated = set(OmegaConf.load(CONF / "config.yaml")) - {"defaults", "hydra", "around"}
     assert {k.split(".")[0] for k in schema.global_options()} == stated | {"tuned"}
 
 

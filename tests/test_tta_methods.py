@@ -49,7 +49,6 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {  # id: network, strategy
     ),
 }
 every = pytest.mark.parametrize("name", METHODS)
-learners = pytest.mark.parametrize("name", [k for k in METHODS if "bn" not in k])
 
 
 def backbone(kind: str, side: int | None = None, seed: int = 3, **options: Any) -> Backbone:
@@ -105,14 +104,6 @@ def test_only_the_trained_parameters_move(name):
     assert bool(moved) == (name not in ("bn", "bn-mixed"))
     for key in ("cls_token", "pos_embed"):
         assert f"net.{key}" not in names
-
-
-@learners
-def test_episodic_equals_a_reset_before_each_batch(name):
-    episodic, plain, batches = make(name, episodic=True), make(name), images(name)
-    for x in batches:
-        plain.reset()
-        assert torch.equal(episodic.adapt(x), plain.adapt(x))
 
 
 @every

@@ -87,7 +87,7 @@ def test_the_lowest_error_wins_and_failed_points_are_left_out(monkeypatch, tmp_p
     words += ["--tune-on", "scenario=cifar10_c", "--evaluate-on", "scenario=imagenet_c"]
     assert main(monkeypatch, *words, "--name", "n") == 0
     winner = (tmp_path / ".tune" / "n" / "trial" / "winner.yaml").read_text()
-    assert winner.startswith("# @package _global_\nstrategy:\n  lr: 2.5\n")
+    assert winner.startswith("# @package _global_\nstrategy:\n  optim:\n    lr: 2.5\n")
     assert calls[-1] == (["winner"], ["scenario=imagenet_c"])
     study = json.loads((tmp_path / ".tune" / "n" / "study.json").read_text())
     assert study["tuned"]["chosen"] == {"strategy.optim.lr": 2.5}

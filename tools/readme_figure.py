@@ -31,7 +31,7 @@ def read(results: Path) -> tuple[str, Runs]:
     found: dict[str, Runs] = {}
     for path in sorted(results.rglob("summary.json")):
         run = json.loads(path.read_text())["run"]
-        if run["strategy"] not in ORDER:
+        if run["strategy"] not in ORDER or run.get("around"):
             continue
         lines = path.with_name("experiences.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]

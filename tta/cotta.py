@@ -61,7 +61,6 @@ class CoTTA(TTAStrategy):
         restore_prob: chance per weight and update of returning to its source value.
         ema: weight of the old teacher in the moving average.
         steps: updates per batch, at least 1.
-        episodic: back to the source before each batch.
         mode: of all three networks while adapting; decides on dropout and stochastic depth only.
         rng: `reference` draws everything from one CPU generator in the code's order; `device`
             draws noise and masks where the weights are (other numbers, same distribution).
@@ -91,7 +90,6 @@ class CoTTA(TTAStrategy):
         restore_prob: Unit,
         ema: Unit,
         steps: Count,
-        episodic: bool,
         mode: Literal["train", "eval"],
         rng: Literal["reference", "device"],
         view_chunk: Count,
@@ -102,7 +100,7 @@ class CoTTA(TTAStrategy):
         self.threshold = math.nan if threshold == "source" else threshold
         self.views, self.always_draw = views, always_draw
         self.restore_prob, self.ema = restore_prob, ema
-        self.steps, self.episodic, self.view_chunk = steps, episodic, view_chunk
+        self.steps, self.view_chunk = steps, view_chunk
 
         trained = list(collect_parameters(backbone.net).values())
         train_only(self.backbone.train(mode == "train"), trained)
@@ -170,8 +168,6 @@ class CoTTA(TTAStrategy):
         Raises:
             Diverged: when the loss is not finite; nothing is updated then.
         """
-        if self.episodic:
-            self.reset()
         self.seen += 1
         for _ in range(self.steps - 1):
             self._update(x)

@@ -459,7 +459,7 @@ class EcoTTA(TTAStrategy):
                 f"strategy=ecotta: the scores of batch {int(self.seen)} are not finite; the meta "
                 f"networks diverged. Lower strategy.optim.lr (now {self.optim.lr}), raise "
                 "strategy.reg_weight "
-                f"(now {self.reg_weight}), or reset between domains (scenario.reset=segment)."
+                f"(now {self.reg_weight}), or reset between domains (around=reset_each_domain)."
             )
         loss = self.loss(logits)
         empty = bool(torch.isnan(loss))  # the scores are finite: a mean over no image

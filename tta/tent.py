@@ -58,7 +58,6 @@ class Tent(TTAStrategy):
             batch normalisation uses batch statistics in both.
         optim: of the one group `norm`.
         steps: updates per batch, at least 1.
-        episodic: back to the start before each batch.
 
     One image and a short last batch adapt like any other batch; only a map of a single pixel for
     a single image raises a UserError.
@@ -75,7 +74,6 @@ class Tent(TTAStrategy):
         mode: Literal["train", "eval"],
         optim: Optim,
         steps: Count,
-        episodic: bool,
     ) -> None:
         super().__init__(backbone)
         trained = list(collect_parameters(backbone.net, LAYERS[layers]).values())
@@ -86,8 +84,7 @@ class Tent(TTAStrategy):
             )
         train_only(self.backbone.train(mode == "train"), trained)
         use_batch_statistics(backbone.net)
-        self.steps, self.episodic = steps, episodic
-        self.optim = optim
+        self.steps, self.optim = steps, optim
         self.optimizer = optim.optimizer({"norm": trained})
 
     def loss(self, logits: Tensor) -> Tensor:
@@ -101,8 +98,6 @@ class Tent(TTAStrategy):
 
     def adapt(self, x: Tensor) -> Tensor:
         """Scores [B, C] from before the (last) update on this batch."""
-        if self.episodic:
-            self.reset()
         for _ in range(self.steps - 1):
             self._update(x)
         return self._update(x)

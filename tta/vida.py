@@ -366,7 +366,7 @@ class ViDA(TTAStrategy):
                 f"strategy=vida: the loss of batch {int(self.seen)} is {loss.item()}; the weights "
                 "diverged. Lower strategy.optim.lr and strategy.optim.rates.adapters, set "
                 "strategy.max_uncertainty=1 if the scales grew, or reset between domains; "
-                "on_nan=rollback does so by itself."
+                "around=rollback does so by itself."
             )
         loss.backward()
         self.optim.update(self.optimizer, lambda: self.loss(self.backbone(x), target).backward())

@@ -1,7 +1,7 @@
-"""Any adaptation method, put back to its start every n batches.
+"""The method is put back to its start every n batches.
 
 Paper: "RDumb: A simple approach that questions our progress in continual test-time adaptation"
-(NeurIPS 2023, arXiv 2306.05401), whose method is this rule around ETA with n = 1000.
+(Press et al., NeurIPS 2023, arXiv 2306.05401), whose method is this rule around ETA with n = 1000.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from driftline.core.ranges import Count
-from driftline.core.strategy import TTAStrategy, Wrapper
+from driftline.core.strategy import TTAStrategy
+from driftline.parts.rules.reset import Reset
 
 
-class ResetEvery(Wrapper):
-    """Resets the inner method before batch n + 1, 2n + 1, ...; its generators run on.
+class ResetEvery(Reset):
+    """Resets before batch n + 1, 2n + 1, ...; generators run on.
 
     Args:
-        inner: the method that adapts.
+        inner: the method, or the rule, inside.
         every: n. After a reset from outside, batches count anew.
     """
 
