@@ -130,12 +130,23 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
 def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy `tensors` into `net`, cast to its types; every name and shape must agree.
 
+    Raises:
+        UserError: as for `require_fit`.
+    """
+    require_fit(net, net.state_dict(), tensors, path)
+    net.load_state_dict(dict(tensors), strict=False)
+
+
+def require_fit(
+    net: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | Path
+) -> None:
+    """Compare names and shapes of a file with those that a network has.
+
     Only BatchNorm's `num_batches_tracked`, which old files lack, may be missing.
 
     Raises:
         UserError: naming the first tensor that disagrees and the number of further ones.
     """
-    own = net.state_dict()
     wrong = []
     for name, tensor in own.items():
         if name in tensors:
@@ -151,7 +162,6 @@ def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], path: str | Path)
             f"backbone.checkpoint={str(path)!r} does not fit {type(net).__name__}: "
             f"{wrong[0]}{more}. It was saved from another architecture, or with another head"
         )
-    net.load_state_dict(dict(tensors), strict=False)  # names and shapes are checked above
 
 
 # ---------------------------------------------------------------- common parts

@@ -40,6 +40,7 @@ from driftline.core.stream import Batch, Task
 from driftline.kernels import adapter as fused
 from driftline.kernels import chosen
 from driftline.kernels.reference import formula
+from driftline.tta.vida import adapters
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,8 +130,8 @@ def lae(tag: str, x: Tensor, which: str) -> Work:
 
 def vida(tag: str, x: Tensor, which: str) -> Work:
     strategy = method("vida", tag, x.device, views=2)
-    wake(p for n, p in strategy.backbone.named_parameters() if "vida_up" in n)
-    strategy.teacher.load_state_dict(strategy.backbone.state_dict())
+    wake(up for one in adapters(strategy.bank) for up in one.up)
+    strategy.teacher_bank.load_state_dict(strategy.bank.state_dict())
     strategy.begin_stream()
     return lambda: torch.stack([strategy.adapt(x) for _ in range(2)])
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import driftline.core.vision  # noqa: F401  # isort: skip
@@ -47,9 +47,10 @@ from driftline.core.record import RunLogger, environment
 from driftline.core.runner import Context, run_shifts
 from driftline.core.stream import Batch, Segment, ShiftStream, Skipped
 from driftline.parts import views
+from driftline.parts.adapters.dual_rank import DualRank
 from driftline.parts.norms import collect_parameters, use_batch_statistics
 from driftline.runs.library import settings
-from driftline.tta.vida import AdaptedLinear, adapters
+from driftline.tta.vida import NAME, adapters
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,23 +130,36 @@ class PlainCoTTA:
         return target
 
 
-class PlainAdapted(AdaptedLinear):
+class PlainAdapted(nn.Module):
     """A linear layer beside two bottlenecks, each on its own."""
 
+    def __init__(self, linear: nn.Linear, adapter: DualRank) -> None:
+        super().__init__()
+        self.linear = linear
+        for name, pairs in (("vida_down", adapter.down), ("vida_up", adapter.up)):
+            setattr(self, name, nn.ParameterList(p.detach().clone() for p in pairs))
+        self.scales = [1.0, 1.0]
+
     def forward(self, x: Tensor) -> Tensor:
-        low, high = self.scales.unbind()
-        first = self.vida_up(self.vida_down(x))
-        second = self.vida_up2(self.vida_down2(x))
-        return self.linear_vida(x) + low * first + high * second
+        out = self.linear(x)
+        for scale, down, up in zip(self.scales, self.vida_down, self.vida_up, strict=True):
+            out = out + scale * F.linear(F.linear(x, down), up)
+        return out
+
+
+def plainly_adapted(network: nn.Module) -> list[PlainAdapted]:
+    return [m for m in network.modules() if isinstance(m, PlainAdapted)]
 
 
 class PlainViDA:
-    """The ImageNet recipe (no restoration) on a network that has its adapters already."""
+    """The ImageNet recipe (no restoration), with adapters as modules in the network."""
 
-    def __init__(self, backbone: Backbone, rng: torch.Generator, views: int):
+    def __init__(self, backbone: Backbone, made: dict[str, Any], rng: torch.Generator, views: int):
         self.rng, self.views = rng, views
-        for layer in adapters(backbone):
-            layer.__class__ = PlainAdapted
+        for point, one in made.items():
+            path = point.removesuffix(":out")
+            layer = PlainAdapted(backbone.net.get_submodule(path), one)
+            backbone.net.set_submodule(path, layer)
         self.student = backbone.requires_grad_(True)
         self.teacher, self.anchor = deepcopy(backbone), deepcopy(backbone)  # the anchor is unused
         self.source = deepcopy(backbone.state_dict())
@@ -162,7 +176,7 @@ class PlainViDA:
     def adapt(self, x: Tensor) -> Tensor:
         views = [self.teacher(plain_view(x, self.rng)) for _ in range(self.views)]
         spread = 0.1 * float(torch.stack(views).var(0).mean())
-        for layer in (*adapters(self.student), *adapters(self.teacher)):
+        for layer in (*plainly_adapted(self.student), *plainly_adapted(self.teacher)):
             layer.scales[0] = 1 - spread if spread >= 0.2 else 1 + spread
         target = self.teacher(x)
         symmetric_loss(self.student(x), target).backward()
@@ -220,14 +234,17 @@ def cotta(backbone: Backbone, which: str, views: int, threshold: float) -> Adapt
 
 def vida(backbone: Backbone, which: str, views: int, chunk: int = 1) -> Adapt:
     """As `cotta`; a vision transformer has no use for channels-last."""
+    plain = deepcopy(backbone)
     ours = method("vida", backbone, views=views, view_chunk=chunk)
-    for number, layer in enumerate(adapters(ours.backbone)):  # zeros would hide the branches
+    for number, one in enumerate(adapters(ours.bank)):  # zeros would hide the branches
         rng = torch.Generator().manual_seed(number)
-        for up in (layer.vida_up.weight, layer.vida_up2.weight):
+        for up in one.up:
             up.data.normal_(std=0.02, generator=rng)
-    ours.teacher.load_state_dict(ours.backbone.state_dict())
+    ours.teacher_bank.load_state_dict(ours.bank.state_dict())
     ours.begin_stream()
-    return ours.adapt if "ours" in which else PlainViDA(backbone, same_random(ours), views).adapt
+    if "ours" in which:
+        return ours.adapt
+    return PlainViDA(plain, ours.bank.adapters(NAME), same_random(ours), views).adapt
 
 
 class Case(NamedTuple):

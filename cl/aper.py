@@ -33,7 +33,6 @@ from driftline.core.ranges import Count
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
 from driftline.parts.adapters.bank import AdapterBank
-from driftline.parts.adapters.peft_bank import PeftBank, PeftPlan
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import CosineHead, PrototypeHead, freeze_pretrained_head
 from driftline.parts.modes import evaluation_mode
@@ -58,7 +57,7 @@ class APER(CLStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        adapter: Plan | PeftPlan | None,
+        adapter: Plan | None,
         epochs: Count,
         optim: Optim,
     ) -> None:
@@ -69,7 +68,7 @@ class APER(CLStrategy):
         backbone.eval().requires_grad_(False)
         self.head = PrototypeHead(2 * backbone.dim)
         self.tuning_head: CosineHead | None = None  # while the first task lasts
-        self.bank: AdapterBank | PeftBank | None = None
+        self.bank: AdapterBank | None = None
         self.copy: Backbone | None = None
         if adapter is None:
             self.copy = deepcopy(backbone).requires_grad_(True)
@@ -87,9 +86,8 @@ class APER(CLStrategy):
             self._freeze()
             return
         draw = self.rng("init")
-        if self.adapter is not None:
-            bank: Any = self.bank  # the one that belongs to the plan
-            self.adapter.add(bank, NAME, draw)
+        if self.adapter is not None and self.bank is not None:
+            self.adapter.add(self.bank, NAME, draw)
         head = CosineHead(cast(Backbone, self.backbone).dim, len(task.classes), draw)
         self.tuning_head = head.to(self.device)
         self.optimizer = self.optim.optimizer(
@@ -121,8 +119,6 @@ class APER(CLStrategy):
         self._extractors = {}
         self.train()
         self.backbone.eval()
-        if self.bank is not None:
-            self.bank.train()  # peft's modules lie in the backbone
         scores = head(self.features(batch.x, NAME))
         loss = F.cross_entropy(scores, batch.y)
         self.optim.step(
@@ -172,10 +168,6 @@ class APER(CLStrategy):
 
     # ------------------------------------------------------------------ state
 
-    def frozen(self) -> set[str]:
-        own = self.bank.tensor_names() if isinstance(self.bank, PeftBank) else set()
-        return super().frozen() - {f"backbone.net.{name}" for name in own}
-
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
         self._extractors = {}
@@ -193,17 +185,10 @@ class APER(CLStrategy):
 
     def extractors(self) -> Mapping[str, str]:
         if not self._extractors:
-            state = self.backbone.state_dict()
-            tuned: Mapping[str, Tensor]
-            if isinstance(self.bank, PeftBank):
-                own = self.bank.tensor_names()
-                tuned = {n: state[f"net.{n}"] for n in own}
-                state = {n: t for n, t in state.items() if n.removeprefix("net.") not in own}
-            else:
-                source = self.bank.sets[NAME] if self.bank is not None else self.copy
-                assert source is not None
-                tuned = source.state_dict()
-            self._extractors = {"plain": weights_hash(state), NAME: weights_hash(tuned)}
+            tuned = self.bank.sets[NAME] if self.bank is not None else self.copy
+            assert tuned is not None
+            modules = {"plain": self.backbone, NAME: tuned}
+            self._extractors = {n: weights_hash(m.state_dict()) for n, m in modules.items()}
         return self._extractors
 
     @torch.no_grad()

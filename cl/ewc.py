@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from driftline.backbones.backbone import Backbone
 from driftline.cl.finetune import Finetune
 from driftline.cl.l2 import Anchored, learned
 from driftline.core.errors import Diverged
@@ -99,7 +98,7 @@ class EWC(Anchored):
 
     def fisher_of(self, method: Finetune, task: Task) -> dict[str, Tensor]:
         """Diagonal Fisher information on the training images of `task`, by parameter name."""
-        model = _LogLikelihood(method.backbone, method.head, method.columns)
+        model = _LogLikelihood(method)
         total = {n: torch.zeros_like(p) for n, p in learned(method, method.head.classes)}
         names = list(total)
         batches = largest = 0
@@ -149,14 +148,13 @@ class EWC(Anchored):
 class _LogLikelihood(nn.Module):
     """log p(y|x) as a module, with the names that the strategy's parameters have."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, columns: range) -> None:
+    def __init__(self, method: Finetune) -> None:
         super().__init__()
-        self.backbone, self.head, self.columns = backbone, head, columns
+        self.backbone, self.bank, self.head = method.backbone, method.bank, method.head
+        self.features, self.columns = method.features, method.columns
 
     def scores(self, x: Tensor) -> Tensor:
-        backbone = self.backbone
-        assert isinstance(backbone, Backbone)
-        return self.head(backbone.features(x))[:, self.columns.start : self.columns.stop]
+        return self.head(self.features(x))[:, self.columns.start : self.columns.stop]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Images [1, 3, H, W] and label [1] -> 0-dim."""

@@ -17,21 +17,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.core.errors import UserError
 from driftline.core.ranges import Count
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
+from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import ExpandingLinear, freeze_pretrained_head
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.norms import batch_norms
 from driftline.parts.objectives import Scope, scope_columns, scoped_cross_entropy
 from driftline.parts.optim import Optim
 
+NAME = "tuned"  # of the one set of adapters
 Trained = Literal["all", "head"]
 
 
@@ -67,6 +70,11 @@ class Finetune(CLStrategy):
         freeze_bn: BatchNorm layers keep their running statistics (scale and shift still learn).
         trains: `all`, or the `head` alone.
         penalty: what pulls back to earlier tasks; None: nothing.
+        adapter: learns in place of the backbone, which stays frozen in evaluation mode.
+
+    Raises:
+        UserError: for a network that lacks the points of `adapter`, or an adapter where the head
+            alone learns.
     """
 
     needs = frozenset({"features"})
@@ -82,6 +90,7 @@ class Finetune(CLStrategy):
         loss_scope: Scope,
         freeze_bn: bool,
         trains: Trained,
+        adapter: Plan | None,
         penalty: Penalty | None,
     ) -> None:
         super().__init__(backbone, seed=seed)
@@ -90,14 +99,26 @@ class Finetune(CLStrategy):
         self.loss_scope: Scope = loss_scope
         self.freeze_bn, self.trains = freeze_bn, trains
         freeze_pretrained_head(backbone)
-        if trains == "head":
+        if trains == "head" and adapter is not None:
+            raise UserError(
+                "strategy.trains=head learns the head alone, and an adapter would learn beside it; "
+                "use strategy=finetune adapter=..."
+            )
+        self.bank = None if adapter is None else adapter.bank(backbone)
+        if trains == "head" or adapter is not None:
             backbone.requires_grad_(False)
+        if adapter is not None and self.bank is not None:
+            adapter.add(self.bank, NAME, self.rng("init"))
         self.head = ExpandingLinear(backbone.dim)
         self.penalty = penalty
         self.seen = 0
         self.columns = range(0)
         self._hash = ""
         self._warned = False
+
+    @classmethod
+    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
+        return "vit" if options.get("adapter") else cls.prefers
 
     # ------------------------------------------------------------------ tasks
 
@@ -127,10 +148,13 @@ class Finetune(CLStrategy):
 
     def make_optimizer(self, task: Task) -> None:
         """A fresh optimiser for one task, without momentum from the one before."""
-        backbone = [p for p in self.backbone.parameters() if p.requires_grad]
+        learned = [p for p in self.backbone.parameters() if p.requires_grad]
+        second: list[nn.Parameter] = []
+        if self.bank is not None:
+            learned, second = self.bank.parameters_of(NAME), self.bank.second_factors(NAME)
         self.task_optim = self.optim.of_task(task.index)
-        groups = {"backbone": backbone, "head": self.head.parameters()}
-        self.optimizer = self.task_optim.optimizer(groups)
+        groups = {"backbone": learned, "head": self.head.parameters()}
+        self.optimizer = self.task_optim.optimizer(groups, second)
 
     def begin_epoch(self, task: Task, epoch: int) -> None:
         self.task_optim.set_rates(self.optimizer, epoch, self.train_epochs)
@@ -144,13 +168,15 @@ class Finetune(CLStrategy):
     def modes(self) -> Iterator[tuple[nn.Module, bool]]:
         """Modules and whether they train; later entries override earlier ones."""
         yield self, True
-        if self.trains == "head":
+        if self.trains == "head" or self.bank is not None:
             yield self.backbone, False
         elif self.freeze_bn:
             yield from ((m, False) for m in batch_norms(self.backbone).values())
 
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, D]."""
+        if self.bank is not None:
+            return self.bank.features(x, NAME)
         return cast(Backbone, self.backbone).features(x)
 
     def observe(self, batch: Batch) -> dict[str, Tensor]:

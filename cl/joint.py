@@ -55,6 +55,7 @@ class Joint(Finetune):
             loss_scope="seen",
             freeze_bn=freeze_bn,
             trains=trains,
+            adapter=None,
             penalty=None,
         )
         self.epochs = 0  # the runner hands over nothing: all training is in `end_task`

@@ -27,6 +27,8 @@ def learned(method: Finetune, rows: int) -> Iterator[tuple[str, Tensor]]:
     for name, p in method.backbone.named_parameters():
         if p.requires_grad:
             yield f"backbone.{name}", p
+    if method.bank is not None:
+        yield from ((f"bank.{name}", p) for name, p in method.bank.named_parameters())
     for name, p in method.head.named_parameters():
         yield f"head.{name}", p[:rows]
 
@@ -55,6 +57,8 @@ class Anchored(Penalty):
             return {"penalty": penalty}
         grads = {f"backbone.{n}": p.grad for n, p in method.backbone.named_parameters()}
         grads |= {f"head.{n}": p.grad for n, p in method.head.named_parameters()}
+        if method.bank is not None:
+            grads |= {f"bank.{n}": p.grad for n, p in method.bank.named_parameters()}
         for name, p in learned(method, len(self.anchor["head.bias"])):
             grad = grads[name]
             if grad is None:  # no part in the loss, hence never moved

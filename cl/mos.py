@@ -166,6 +166,12 @@ class Mos(CLStrategy):
             )
         draws, dim = self.rng("init"), backbone.dim
         learned = adapter.add(self.bank, CURRENT, draws)
+        of_blocks = sum(len([*a.parameters()]) for a in self.bank.adapters(CURRENT).values())
+        if mode == "official" and of_blocks > len([*self.bank.sets[CURRENT].parameters()]):
+            raise UserError(
+                "strategy.mode=official pulls the adapters of one block after the other, and those "
+                "of this kind share tensors; use mode=functional"
+            )
         self.head = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02, generator=draws)
         nn.init.zeros_(self.head.bias)
@@ -216,9 +222,10 @@ class Mos(CLStrategy):
             parameters = self.bank.parameters_of(name)
             values: list[Tensor] = [p.clone() for p in parameters]
             goal, start = self._earlier(task), 0
+            own = {id(p) for p in parameters}
             for adapter in self.bank.adapters(name).values():  # block after block
                 self._towards(values, goal)
-                stop = start + len(list(adapter.parameters()))
+                stop = start + sum(id(p) in own for p in adapter.parameters())
                 for p, v in zip(parameters[start:stop], values[start:stop], strict=True):
                     p.copy_(v)
                 start = stop

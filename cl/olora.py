@@ -200,7 +200,7 @@ class OLoRA(CLStrategy):
                 raise UserError(
                     f"strategy=olora: {type(one).__name__} at {point} adds no low-rank product, "
                     "but O-LoRA sums those of all tasks and keeps their inputs apart. Use "
-                    "adapter=olora, lora, dual_rank or bottleneck"
+                    "adapter=olora, lora, dual_rank, bottleneck or peft/lora"
                 )
         self.head = NearZeroLinear(backbone.dim)
         self.seen = 0

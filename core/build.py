@@ -157,7 +157,8 @@ def check_value(value: Any, kind: Any, *, at: str, live: Collection[str] = ()) -
         if not isinstance(value, dict):
             raise UserError(f"{at} must be settings with a {at}._target_, got {value!r}")
         check(value, at=at, live=names)
-        _check_result(value["_target_"], [typing.get_args(o)[1] for o in options], kind, at=at)
+        made = [one for o in options for one in alternatives(typing.get_args(o)[1])]
+        _check_result(value["_target_"], made, kind, at=at)
         return
     free = any((typing.get_origin(one) or one) is dict for one in options)
     if isinstance(value, dict) and "_target_" in value and not free:

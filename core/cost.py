@@ -14,7 +14,7 @@ from driftline.core.strategy import Strategy, optimizers
 
 KEPT = (
     "forward", "backward", "images", "steps", "evaluated", "evaluated_forward",
-    "evaluated_seconds", "end_seconds",
+    "evaluated_seconds", "end_seconds", "history",
 )  # fmt: skip
 
 
@@ -27,7 +27,8 @@ class Costs:
         self.forward = self.backward = self.images = self.steps = 0
         self.evaluated = self.evaluated_forward = 0  # test images answered, passes that took
         self.evaluated_seconds = self.end_seconds = 0.0
-        self.seconds = 0.0
+        self.seconds = 0.0  # of the last step
+        self.history: list[float] = []  # of every step
 
     @contextmanager
     def step(self, images: int) -> Iterator[None]:
@@ -38,6 +39,7 @@ class Costs:
         yield
         self._synchronize()
         self.seconds = time.perf_counter() - start
+        self.history.append(self.seconds)
         self.forward += self.passes.forward - forward
         self.backward += self.passes.backward - backward
         self.images += images
@@ -72,17 +74,13 @@ class Costs:
         for key, value in state.items():
             setattr(self, key, value)
 
-    def summary(self, strategy: Strategy, seconds: list[float]) -> dict[str, float]:
-        """The cost block of a summary.
-
-        Args:
-            seconds: duration of every step, in order; the median leaves out warm-up effects.
-        """
-        ordered = sorted(seconds)
+    def summary(self, strategy: Strategy) -> dict[str, float]:
+        """The cost block of a summary; the median of the steps leaves out warm-up effects."""
+        ordered = sorted(self.history)
         images = max(1, self.images)
         return {
             "seconds_per_batch": ordered[len(ordered) // 2] if ordered else 0.0,
-            "seconds_total": sum(seconds),
+            "seconds_total": sum(self.history),
             **(
                 {
                     "end_of_task_seconds": self.end_seconds,

@@ -60,8 +60,9 @@ class FeatureCache:
         lost = [n for n in missing if self._together.get((key, n), (None,))[0] == wanted[n]]
         self._compute_again(key, lost, wanted, images, strategy, device)
         missing = [n for n in missing if n not in lost]
+        fresh: dict[str, Tensor] = {}
         if missing:
-            self._compute(key, missing, missing, wanted, images, strategy, device)
+            fresh = self._compute(key, missing, missing, wanted, images, strategy, device)
         labels = self._labels.get(key, [])
         count = sum(map(len, labels))
         self.computed += count * len(missing)
@@ -70,7 +71,10 @@ class FeatureCache:
         for y in labels:
             rows = slice(start, start + len(y))
             start += len(y)
-            features = {n: self._features[key, n][1][rows].to(device) for n in wanted}
+            features = {
+                n: fresh[n][rows] if n in fresh else self._features[key, n][1][rows].to(device)
+                for n in wanted
+            }
             yield strategy.classify(features), y.to(device)
 
     def _compute(
@@ -82,20 +86,25 @@ class FeatureCache:
         images: Images,
         strategy: CLStrategy,
         device: torch.device,
-    ) -> None:
-        """One pass of all images through the extractors `names`; stores what `wanted` lists."""
+    ) -> dict[str, Tensor]:
+        """One pass of all images through the extractors `names`; stores what `wanted` lists.
+
+        Returns:
+            features [N, D] by extractor, on the device.
+        """
         parts: list[Tensor] = []
         labels: list[Tensor] = []
         for batch in images():
-            parts.append(strategy.embed(batch.x.to(device), names).cpu())
+            parts.append(strategy.embed(batch.x.to(device), names))
             labels.append(batch.y)
         self._labels[key] = labels
-        features = torch.cat(parts, 1) if parts else []
-        for name, one in zip(names if parts else [], features, strict=True):
+        features = dict(zip(names, torch.cat(parts, 1), strict=True)) if parts else {}
+        for name, one in features.items():
             if name in wanted:
                 self._put(key, name, versions[name], one)
         for name in wanted:
             self._together[key, name] = versions[name], names
+        return features
 
     def _compute_again(
         self,
@@ -141,8 +150,8 @@ class FeatureCache:
                 str(path), shared=True, size=features.numel(), dtype=features.dtype
             ).view(features.shape)
             features = mapped.copy_(features)
-        else:
-            features = features.clone()  # not a view of the batch of all extractors
+        else:  # not a view of the batch of all extractors
+            features = features.to("cpu", copy=True)
             self._held += size
         self._features[key, name] = version, features
 

@@ -18,7 +18,11 @@ VOLATILE_DATA = ("root", "cache")
 # without it, it does not count, so that their folders are still the ones of the same command.
 # `_target_` of a node ("" for the top level) -> option -> that value.
 OURS = "driftline."  # before our targets, which had no such prefix at first
-SINCE: dict[str, dict[str, Any]] = {"": {"around": []}}
+SINCE: dict[str, dict[str, Any]] = {
+    "": {"around": []},
+    "driftline.cl.finetune.Finetune": {"adapter": None},
+    "driftline.tta.tent.Tent": {"adapter": None},
+}
 # Options that are gone, with the value at which a run of then is a run of now.
 UNTIL: dict[str, dict[str, Any]] = {
     "": {"on_nan": "stop"},

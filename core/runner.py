@@ -211,7 +211,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
     metrics |= {f"til/{k}": task_incremental[k] for k in TOLD if k in task_incremental}
     if ahead:
         metrics |= ahead.summary()
-    cost = costs.summary(strategy, _seconds(run.log))
+    cost = costs.summary(strategy)
     if cache is not None:
         cost |= {"features_computed": cache.computed, "features_reused": cache.reused}
         cache.close()
@@ -345,7 +345,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     metrics = {**online.summary(), **matrix.summary(forgetting=run.forgetting)}
     metrics.update(_source_forgetting(clean, ""))
     metrics.update(_source_forgetting(clean_adapting, "_adapting"))
-    cost = costs.summary(strategy, _seconds(run.log))
+    cost = costs.summary(strategy)
     return {"metrics": metrics, "cost": cost, "method": strategy.report()}
 
 
@@ -369,11 +369,6 @@ def _source_forgetting(clean: AccuracyMatrix, variant: str) -> dict[str, float]:
 def _log_cell(log: RunLogger, after: int, name: str, on: str, correct: int, total: int) -> None:
     acc = 100 * correct / total if total else None
     log.log("matrix", after=after, after_name=name, on=on, acc=acc, correct=correct, n=total)
-
-
-def _seconds(log: RunLogger) -> list[float]:
-    log.flush()
-    return [row["seconds"] for row in log.rows("batches")]
 
 
 def reference(metrics: Mapping[str, float], source: Mapping[str, float]) -> dict[str, float]:

@@ -47,6 +47,11 @@ class Strategy(nn.Module):
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
+    @classmethod
+    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
+        """Which kind backbone=auto picks for the method with these settings."""
+        return cls.prefers
+
     def rng(self, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
         """This method's own generator for `purpose`; its state is part of the snapshot."""
         if purpose not in self._generators:

@@ -164,7 +164,7 @@ class Optim:
             UserError: for `sam` in a method that does not compute its loss again.
         """
         self.backward(optimizer, loss)
-        self.update(optimizer, again and (lambda: self.backward(optimizer, again())))
+        self.update(optimizer, None if again is None else lambda: self.backward(optimizer, again()))
 
     def backward(self, optimizer: Optimizer | None, loss: Tensor) -> None:
         """Gradients of `loss`, after a look whether it is finite.
@@ -181,7 +181,9 @@ class Optim:
         optimizer.zero_grad()  # a loss that diverged leaves gradients behind
         loss.backward()
 
-    def update(self, optimizer: Optimizer | None, again: Callable[[], None] | None = None) -> None:
+    def update(
+        self, optimizer: Optimizer | None, again: Callable[[], object] | None = None
+    ) -> None:
         """Clip, move the parameters, free the gradients.
 
         Args:
@@ -220,7 +222,7 @@ def ascend(optimizer: Optimizer, rho: float) -> list[tuple[Tensor, Tensor]]:
     average_gradients(optimizer)
     pairs = _gradients(optimizer)
     norm = torch.stack([g.norm() for _, g in pairs]).norm()
-    before = [(p, p.detach().clone()) for p, _ in pairs]
+    before: list[tuple[Tensor, Tensor]] = [(p, p.detach().clone()) for p, _ in pairs]
     for p, g in pairs:
         p.add_(g * (rho / (norm + 1e-12)))
     return before

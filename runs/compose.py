@@ -62,7 +62,8 @@ def complete(cfg: DictConfig) -> DictConfig:
 def _automatic(cfg: DictConfig, choice: DictConfig, real: bool) -> str:
     """The backbone that `backbone=auto` stands for."""
     kind = "real" if real else "embedded"
-    if locate(cfg.strategy._target_).prefers == "vit" and f"{kind}_vit" in choice:
+    preferred = locate(cfg.strategy._target_).preferred_backbone(cfg.strategy)
+    if preferred == "vit" and f"{kind}_vit" in choice:
         kind += "_vit"
     if choice[kind] is None:
         what = "a vision transformer" if kind.endswith("_vit") else "a network"

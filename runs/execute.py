@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from driftline.core.identity import VOLATILE, identity, method_name
 from driftline.core.provenance import Code, code_of, git_state
 from driftline.core.record import NoRecords, RunLogger, environment
 from driftline.core.runner import Context, reference, run_shifts, run_tasks
-from driftline.core.seed import seed_all
+from driftline.core.seed import rng_state, seed_all, set_rng_state
 from driftline.core.sinks import About, Mirror, make_sinks
 from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
 from driftline.core.stream import ShiftStream, TaskStream
@@ -45,13 +45,19 @@ from driftline.streams.pipelines import Geometry
 
 
 def run_experiment(
-    cfg: DictConfig, overrides: list[str], *, quiet: bool = False, wait: bool = False
+    cfg: DictConfig,
+    overrides: list[str],
+    *,
+    quiet: bool = False,
+    wait: bool = False,
+    make_room: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run (or find, or resume) the experiment that `cfg` describes; returns its summary.
 
     Args:
         quiet: a run inside another one; shows its progress only.
         wait: another process that is at the same run may finish it. Otherwise that is an error.
+        make_room: called before a network is built, never for a run that is done.
 
     Raises:
         UserError: for anything the user can fix.
@@ -92,6 +98,8 @@ def run_experiment(
     made = None
     if finished is None:
         # Before anything is written or run: a mistake in the settings leaves nothing behind.
+        if make_room is not None:
+            make_room()
         dispatch.use(cfg.kernel.backend)
         made = make_strategy(cfg, stream, geometry, device)
     with ExitStack() as stack:
@@ -113,8 +121,12 @@ def run_experiment(
         )
         if not issubclass(kind, TTAStrategy) or cfg.strategy.name == "source":
             return execute(made)
-        made = None  # made anew after these runs, which need the memory and draw numbers
-        return execute(None, source=_source_run(cfg, console), frozen=_frozen_run(cfg, console))
+        # Made anew only after a companion that needed the memory and drew numbers.
+        waiting, made, random = [made], None, rng_state()
+        source = _source_run(cfg, console, waiting.clear)
+        frozen = _frozen_run(cfg, console, waiting.clear)
+        set_rng_state(random)
+        return execute(waiting.pop() if waiting else None, source=source, frozen=frozen)
 
 
 def _one_process(strategy: str) -> str:
@@ -365,7 +377,12 @@ def _sinks(
 
 
 def _beside(
-    cfg: DictConfig, strategy: DictConfig, override: str, console: Console, text: str
+    cfg: DictConfig,
+    strategy: DictConfig,
+    override: str,
+    console: Console,
+    text: str,
+    make_room: Callable[[], None],
 ) -> dict[str, Any]:
     """A run on the same stream to compare with: one of its own, found or made first."""
     console.say(f"{text} (kept as a run of its own) ...")
@@ -374,20 +391,23 @@ def _beside(
         cfg.pop("tuned", None)
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
         cfg.scenario.label = cfg.scenario.label.split("[")[0]
-    return run_experiment(cfg, [override], quiet=True, wait=True)
+    return run_experiment(cfg, [override], quiet=True, wait=True, make_room=make_room)
 
 
-def _source_run(cfg: DictConfig, console: Console) -> dict[str, Any]:
+def _source_run(cfg: DictConfig, console: Console, make_room: Callable[[], None]) -> dict[str, Any]:
     """The frozen model."""
     text = "source error on this stream first"
-    return _beside(cfg, load_option("strategy", "source"), "strategy=source", console, text)
+    source = load_option("strategy", "source")
+    return _beside(cfg, source, "strategy=source", console, text, make_room)
 
 
-def _frozen_run(cfg: DictConfig, console: Console) -> dict[str, Any] | None:
+def _frozen_run(
+    cfg: DictConfig, console: Console, make_room: Callable[[], None]
+) -> dict[str, Any] | None:
     """What preparation alone gives: the same method with `update=false`."""
     strategy = cfg.strategy.copy()
     if not strategy.get("update"):
         return None
     strategy["update"] = False
     text = "the prepared model without adaptation next"
-    return _beside(cfg, strategy, "strategy.update=false", console, text)
+    return _beside(cfg, strategy, "strategy.update=false", console, text, make_room)

@@ -91,7 +91,7 @@ class _Items(Dataset):
                 return error  # raised by the main process, without a worker's traceback
             for n, pixels in zip(clean, made, strict=True):
                 place = items[n].at
-                items[n] = _Item(place, self._changed(place, Image.fromarray(pixels)))
+                items[n] = _Item(place, self._changed(place, pixels))
         return items
 
     def _read(self, at: int) -> _Item:
@@ -100,12 +100,16 @@ class _Items(Dataset):
             stored = images.stored(row) if isinstance(images, Generated) else None
             if isinstance(images, Generated) and stored is None:
                 return _Item(at, _pixels(images.base.image(row)), clean=True)
-            image = images.image(row) if stored is None else Image.fromarray(stored)
+            image = images.image(row) if stored is None else stored
         except ImageError as error:
             return _Item(at, str(error))
         return _Item(at, self._changed(at, image))
 
-    def _changed(self, at: int, image: Image.Image) -> np.ndarray:
+    def _changed(self, at: int, image: Image.Image | np.ndarray) -> np.ndarray:
+        if isinstance(image, np.ndarray):
+            if self.change is as_stored:
+                return image.copy()
+            image = Image.fromarray(image)
         if self.seed is None:
             return _pixels(self.change(image))
         # A random pipeline: one draw per (epoch, row), not per worker.

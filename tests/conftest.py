@@ -151,9 +151,11 @@ def strategy_node(name: str, **options: Any) -> dict[str, Any]:
             if not isinstance(options.get(option), dict):
                 choice = options.pop(option, choice)
             plain = choice if choice is None else _option(group, choice)
-            node[option] = merged(plain, node[option]) if option in node else plain
+            both = plain is not None and node.get(option) is not None
+            node[option] = merged(plain, node[option]) if both else plain or node.get(option)
         elif entry != "_self_":
-            node = merged(strategy_node(entry), node)
+            chosen = {k: options.pop(k) for k in ("adapter",) if isinstance(options.get(k), str)}
+            node = merged(strategy_node(entry, **chosen), node)
     return with_options(node, **options)
 
 
@@ -165,7 +167,7 @@ def with_options(node: dict[str, Any], **options: Any) -> dict[str, Any]:
     for key, value in options.items():
         places = [part for part in (node, *parts) if key in part]
         assert places, f"{node['name']} has no option {key}"
-        nested = isinstance(value, dict) and isinstance(places[0][key], dict)
+        nested = isinstance(value, dict) and isinstance(places[0][key], dict) and key != "options"
         places[0][key] = merged(places[0][key], value) if nested else value
     return node
 

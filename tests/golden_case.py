@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,15 @@ class Case:
 
 def weights(prefix: str, net: nn.Module, start: nn.Module, case: Case) -> dict[str, Any]:
     """Recorded views of a network's parameters: norms, movements and full tensors."""
-    now = {k: p.detach().double() for k, p in net.named_parameters()}
-    before = {k: p.detach().double() for k, p in start.named_parameters()}
+    return views(prefix, dict(net.named_parameters()), dict(start.named_parameters()), case)
+
+
+def views(
+    prefix: str, now: Mapping[str, Tensor], before: Mapping[str, Tensor], case: Case
+) -> dict[str, Any]:
+    """As `weights`, of parameters by their recorded names."""
+    now = {k: p.detach().double() for k, p in now.items()}
+    before = {k: p.detach().double() for k, p in before.items()}
     order = names_in(case.info["param_names"])
     assert order == list(now)
     out: dict[str, Any] = {

@@ -39,7 +39,7 @@ PEFT = pytest.param(
     ),
 )
 ALL = (*RECORDED, "finetune", "dora", PEFT)
-LORA = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.1, "target_modules": ["qkv"]}
+LORA = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.1}
 
 
 def make(tuning: str, net=None, **options) -> APER:

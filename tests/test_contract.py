@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,10 @@ QUICK_RULES: dict[str, dict[str, Any]] = {
     "window": {"length": 3},
 }
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
+HEAD_ALONE = "linear_probe"
 REFUSED = {("olora", kind) for kind in ("dora", "prefix", "prompt", "scale_shift")}
+if find_spec("peft"):
+    REFUSED.add(("olora", "peft/vera"))
 
 
 @dataclass(frozen=True)
@@ -160,13 +164,15 @@ def with_other_kinds(cases: list[Case]) -> list[Case]:
     methods = {p.stem for p in CONF.glob("*")}
     kinds = [p.stem for p in sorted((CONF.parent / "adapter").glob("*.yaml"))]
     kinds = [k for k in kinds if not {k, *k.split("_")} & methods]
+    if find_spec("peft"):
+        kinds += ["peft/lora", "peft/vera"]  # of their own in each layer, and shared by all layers
     many = []
     for case in cases:
         for kind in kinds if "adapter" in case.node and case.name in methods else ():
             quick = {k: v for k, v in QUICK.get(case.name, {}).items() if k != "rank"}
             node = settings(case.name, quick | {"adapter": kind})
-            if (case.name, kind) not in REFUSED:
-                many.append(replace(case, name=f"{case.name}+{kind}", node=node))
+            if (case.name, kind) not in REFUSED and case.name != HEAD_ALONE:
+                many.append(replace(case, name=f"{case.name}+{kind}", node=node, network="vit"))
     return many
 
 
@@ -627,7 +633,9 @@ PROPERTIES: list[Callable[..., None]] = [
 OF_KINDS = [  # properties that the kind of adapter can break
     predict_changes_nothing,
     a_snapshot_is_the_whole_state,
+    reset_and_the_same_stream_give_the_same,
     frozen_weights_stay,
+    modes_are_put_back,
     batching_of_test_images_is_no_matter,
     kept_features_give_the_prediction,
 ]
@@ -660,10 +668,27 @@ def test_contract_with_another_kind_of_adapter(case, property_, tmp_path):
     check(property_, case, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["finetune", "tent"])
+def test_an_adapter_learns_in_place_of_the_network(name):
+    case = next(c for c in KINDS if c.name == f"{name}+lora")
+    strategy = make(case)
+    run(strategy, case, 1)
+    learned = {id(p) for p in strategy.updated_parameters()}
+    head = [] if case.adapts else strategy.head.parameters()
+    assert learned == {id(p) for p in (*strategy.bank.parameters_of("tuned"), *head)}
+    assert case.kind.preferred_backbone(case.node) == "vit"
+    assert case.kind.preferred_backbone(case.node | {"adapter": None}) is None
+
+
 @pytest.mark.parametrize(("name", "kind"), sorted(REFUSED))
 def test_a_kind_that_makes_no_sense_is_refused_with_the_reason(name, kind):
     with pytest.raises(UserError, match="adds no low-rank product"):
         construct(case_of(name, settings(name, {"adapter": kind})))
+
+
+def test_a_head_that_learns_alone_takes_no_adapter():
+    with pytest.raises(UserError, match="learns the head alone"):
+        construct(case_of(HEAD_ALONE, settings(HEAD_ALONE, {"adapter": "lora"})))
 
 
 # ------------------------------------------------------------------------------ another process

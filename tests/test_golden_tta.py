@@ -83,6 +83,8 @@ def test_tent(name: str, dtype: torch.dtype) -> None:
     layers = "name" if "byname" in name else "norm" if "_ln_" in name else "bn"
     method: TTAStrategy = Tent(
         Backbone(net),
+        seed=0,
+        adapter=None,
         layers=layers,
         mode="eval" if case.info["mode"].startswith("model.eval") else "train",
         steps=case.hyper["steps"],

@@ -41,7 +41,8 @@ def test_a_young_option_counts_only_with_another_value(configure, monkeypatch):
     cfg.strategy.window = None
     cfg.ema = 0.5
     assert identity.identity(cfg) != before
-    monkeypatch.setitem(identity.SINCE, "driftline.tta.tent.Tent", {"window": None})
+    young = identity.SINCE["driftline.tta.tent.Tent"] | {"window": None}
+    monkeypatch.setitem(identity.SINCE, "driftline.tta.tent.Tent", young)
     monkeypatch.setitem(identity.SINCE, "", identity.SINCE[""] | {"ema": 0.5})
     assert identity.identity(cfg) == before
     cfg.strategy.window = 3
@@ -140,8 +141,8 @@ class Editor:
         self.edited: dict[str, str] = {}
         real = provenance.code_of
 
-        def code_of(target: str) -> provenance.Code:
-            code = real(target)
+        def code_of(*targets: str) -> provenance.Code:
+            code = real(*targets)
             for part in ("method", "framework"):
                 code[part] |= {k: v for k, v in self.edited.items() if k in code[part]}
             return code

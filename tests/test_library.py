@@ -65,7 +65,7 @@ def test_settings_adapters_and_normalisation_are_options_of_make():
         ("tnt", {}, "did you mean 'tent'"),
         ("tent", {"lrr": 1.0}, "strategy=tent has no setting 'lrr'; did you mean 'lr'"),
         ("tent", {"lr": -1.0}, "strategy.optim.lr must be a finite number, at least 0"),
-        ("tent", {"adapter": "lora"}, "has no adapters; these have"),
+        ("cotta", {"adapter": "lora"}, "has no adapters; these have"),
         ("ease", {"adapter": "lorra"}, "lorra"),
     ],
 )

@@ -411,3 +411,19 @@ def test_sweep_goes_on_after_a_failed_run(tmp_path):
     assert sweep.returncode == 2 and "failed: strategy=finetune" in out, out
     done = {p.parts[-4] for p in tmp_path.rglob("summary.json")}
     assert done == {"source", "bn_adapt"}
+
+
+def test_a_network_is_built_once_where_the_runs_to_compare_with_are_done(configure, monkeypatch):
+    built: list[str] = []
+    real = execute.make_strategy
+
+    def make(cfg, *rest):
+        built.append(cfg.strategy.name)
+        return real(cfg, *rest)
+
+    monkeypatch.setattr(execute, "make_strategy", make)
+    first = run_experiment(configure(*settings("tent")), [])
+    assert built == ["tent", "source", "tent"]  # the source run needs the memory
+    built.clear()
+    second = run_experiment(configure(*settings("tent"), "on_exists=rerun"), [])
+    assert built == ["tent"] and second["metrics"] == first["metrics"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -11,17 +10,16 @@ import pytest
 import timm
 import torch
 from conftest import copied, equal, strategy_node, with_options
-from golden_case import FOLDER, Case, both, names, names_in, optim, record, weights
+from golden_case import FOLDER, Case, both, names, names_in, optim, record, views
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.build import build
 from driftline.core.errors import Diverged, UserError
-from driftline.core.seed import generator
 from driftline.core.stream import Batch, SourceImages
 from driftline.parts.warmup import WarmUp
-from driftline.tta.vida import MARK, AdaptedLinear, ViDA, adapters
+from driftline.tta.vida import MARK, ViDA, adapters, parameters, tensors
 
 SMALL = {"rank_high": 4, "views": 3, "warmup": {"batch_size": 6, "every": 2, "optim": {"lr": 0.01}}}
 LOUD = {
@@ -75,7 +73,7 @@ def make(
         method.use_prepared(
             {
                 n: 0.1 * torch.randn(p.shape, generator=rng)
-                for n, p in method.backbone.net.named_parameters()
+                for n, p in parameters(method.bank).items()
                 if MARK in n
             }
         )
@@ -188,19 +186,18 @@ def test_recorded_numbers(name: str, dtype: torch.dtype) -> None:
         optim=optim(hyper, adapters=hyper["vida_lr"]),
     )
     method.case = case
-    net = method.backbone.net
     order = names_in(case.info["param_names"])
-    assert order == [n for n, _ in net.named_parameters()]
+    assert order == list(parameters(method.bank))
     assert names_in(case.info["adapter_parameters"]) == [n for n in order if MARK in n]
 
     initial = load_file(FOLDER / case.info["random_draws"]["adapter_init"].split()[0])
-    start = {n: initial.get(n, torch.zeros(p.shape)) for n, p in net.named_parameters()}
+    start = {n: initial.get(n, torch.zeros(p.shape)) for n, p in parameters(method.bank).items()}
     method.use_prepared({n: t.to(dtype) for n, t in start.items() if MARK in n})
-    before = deepcopy(net)
+    before = copied(parameters(method.bank))
     if "TEACHER is multiplied by 2.0" in case.info.get("teacher_init", ""):
-        for layer in adapters(method.teacher):
-            layer.vida_up.weight.data.mul_(2.0)
-            layer.vida_up2.weight.data.mul_(2.0)
+        for one in adapters(method.teacher_bank):
+            for up in one.up:
+                up.data.mul_(2.0)
 
     seen: dict[str, list[Any]] = {k: [] for k in ("student", "views", "u", "scales")}
     method.backbone.register_forward_hook(lambda *a: seen["student"].append(a[2].detach().numpy()))
@@ -224,11 +221,11 @@ def test_recorded_numbers(name: str, dtype: torch.dtype) -> None:
         "lambda_high_low": np.stack([2 - low, low], 1),
         "effective_scale1_scale2": seen["scales"],
     }
-    results |= weights("student", net, before, case)
-    results |= weights("teacher", method.teacher.net, before, case)
+    results |= views("student", parameters(method.bank), before, case)
+    results |= views("teacher", parameters(method.teacher_bank), before, case)
     case.check_all(results)
-    for network in (method.backbone, method.teacher):
-        assert all(layer.scales.tolist() == seen["scales"][-1] for layer in adapters(network))
+    for bank in (method.bank, method.teacher_bank):
+        assert all(one.scales.tolist() == seen["scales"][-1] for one in adapters(bank))
 
 
 # ------------------------------------------------------------------------ adapters
@@ -241,29 +238,15 @@ def test_adapters_at_the_start_change_nothing():
         want = plain.eval()(x)
     method = make(net=net, trained=False)
     assert torch.equal(method.predict(x), want)
-    layers = adapters(net.net)
+    layers = adapters(method.bank)
     assert len(layers) == 2 * len(net.net.blocks)
-    for layer in layers:
-        assert not layer.vida_up.weight.any() and not layer.vida_up2.weight.any()
-        assert layer.vida_down.weight.std() > 0.5  # 1 / rank², rank 1
-        assert layer.vida_down2.weight.std().item() == pytest.approx(1 / 16, rel=0.3)
-    assert equal(
-        dict(net.state_dict()), dict(make(net=backbone(), trained=False).teacher.state_dict())
-    )
-    other = make(seed=1, trained=False).backbone.state_dict()
-    assert not equal(dict(net.state_dict()), dict(other))
-
-
-def test_both_branches_in_one_product():
-    layer = AdaptedLinear(nn.Linear(6, 5), 1, 3, generator(0))
-    for up in (layer.vida_up, layer.vida_up2):
-        nn.init.normal_(up.weight)
-    layer.scales.copy_(torch.tensor([0.7, -1.3]))
-    x = torch.randn(2, 4, 6)
-    want = layer.linear_vida(x)
-    want = want + 0.7 * layer.vida_up(layer.vida_down(x))
-    want = want - 1.3 * layer.vida_up2(layer.vida_down2(x))
-    assert torch.allclose(layer(x), want, atol=1e-6)
+    for one in layers:
+        assert not one.up[0].any() and not one.up[1].any()
+        assert one.down[0].std() > 0.5  # 1 / rank², rank 1
+        assert one.down[1].std().item() == pytest.approx(1 / 16, rel=0.3)
+    state = tensors(method.bank)
+    assert equal(state, tensors(make(net=backbone(), trained=False).teacher_bank))
+    assert not equal(state, tensors(make(seed=1, trained=False).bank))
 
 
 def test_convolutional_networks_are_refused():
@@ -284,7 +267,7 @@ def test_attention_that_reads_weights_directly_is_refused():
             x = x.reshape(len(x), -1, 12)
             return self.head(self.mix(x, x, x)[0].mean(1))
 
-    with pytest.raises(UserError, match=r"without calling them.*strategy\.attention"):
+    with pytest.raises(UserError, match=r"never reached.*\(strategy\.attention\)"):
         make(net=Backbone(Bypass()), trained=False).adapt(torch.rand(2, 3, 32, 32))
 
 
@@ -308,10 +291,10 @@ def test_wrong_settings_are_explained(changes, message):
 @every
 def test_what_moves(name):
     method = make(name)
-    before = copied(dict(method.backbone.named_parameters()))
+    before = copied(parameters(method.bank))
     for x in images(6, 6):
         method.adapt(x)
-    moved = {n for n, p in method.backbone.named_parameters() if not torch.equal(p, before[n])}
+    moved = {n for n, p in parameters(method.bank).items() if not torch.equal(p, before[n])}
     added = {n for n in before if MARK in n}
     trained = sum(p.numel() for p in method.updated_parameters())
     if name == "still":
@@ -319,7 +302,7 @@ def test_what_moves(name):
     else:
         wanted = added if name.startswith("adapters") else set(before)
         assert moved == wanted and trained == sum(before[n].numel() for n in wanted)
-    teacher = dict(method.teacher.named_parameters())
+    teacher = parameters(method.teacher_bank)
     assert {n for n, p in teacher.items() if not torch.equal(p, before[n])} == moved
 
 
@@ -335,8 +318,8 @@ def test_reset_keeps_scales_where_the_code_does():
     assert used[0] != 1
     method.reset()
     assert method.scales.tolist() == used
-    for network in (method.backbone, method.teacher):
-        assert all(layer.scales.tolist() == used for layer in adapters(network))
+    for bank in (method.bank, method.teacher_bank):
+        assert all(one.scales.tolist() == used for one in adapters(bank))
 
 
 @learners
@@ -344,15 +327,13 @@ def test_snapshot_leaves_out_what_is_known(name):
     method, (x,) = make(name), images(6)
     method.adapt(x)
     state = method.snapshot()
-    tensors = state["tensors"]
-    assert not [k for k in tensors if k.startswith("source.")]
+    saved = state["tensors"]
+    assert not [k for k in saved if k.startswith("source")]
     base = "backbone.net.blocks.0.mlp.fc1.weight"
     assert (
-        (base in tensors)
-        == (not name.startswith("adapters"))
-        == ("net.head.bias" in "".join(tensors))
+        (base in saved) == (not name.startswith("adapters")) == ("net.head.bias" in "".join(saved))
     )
-    assert set(state["start"]) == {n for n, _ in method.backbone.named_parameters() if MARK in n}
+    assert set(state["start"]) == {n for n in parameters(method.bank) if MARK in n}
     assert (method.source is not None) == (name in ("cifar", "adapters-restored"))
 
 
@@ -371,12 +352,12 @@ def test_no_update_is_the_warmed_network():
     (x,) = images(6)
     still = make("still")
     with torch.no_grad():
-        want = still.backbone.eval()(x)
+        want = still.bank.logits(x, "vida")
     assert torch.equal(still.adapt(x), want) and torch.equal(still.predict(x), want)
     assert torch.equal(make().predict(x), want)  # before the first batch of a learner
     assert still.optimizer is None and still.source is None
-    for layer in adapters(still.teacher):
-        assert layer.scales.tolist() == [1, 1]
+    for one in adapters(still.teacher_bank):
+        assert one.scales.tolist() == [1, 1]
 
 
 def test_views_in_one_forward_give_the_same_uncertainty():
@@ -427,8 +408,8 @@ def test_scales_reach_the_next_batch():
     """The views see the scales of the batch before; student and teacher share the new ones."""
     method, (x,) = make(scale_rule="paper"), images(6)
     seen: list[list[float]] = []
-    layer = adapters(method.teacher)[0]
-    layer.register_forward_hook(lambda *a: seen.append(a[0].scales.tolist()))
+    first_of = adapters(method.teacher_bank)[0]
+    method.teacher.register_forward_hook(lambda *_: seen.append(first_of.scales.tolist()))
     method.adapt(x)
     first = method.scales.tolist()
     method.adapt(x)
@@ -443,18 +424,18 @@ def test_restoration_probability_and_teacher_average():
     average = method.average_teacher
 
     def remember() -> None:
-        student.update(copied(dict(method.backbone.named_parameters())))
+        student.update(copied(parameters(method.bank)))
         average()
 
     method.average_teacher = remember
-    start = copied(dict(method.backbone.named_parameters()))
+    start = copied(parameters(method.bank))
     method.adapt(x)
-    for name, p in method.backbone.named_parameters():
+    for name, p in parameters(method.bank).items():
         assert torch.equal(p, start[name])
-    for name, p in method.teacher.named_parameters():
+    for name, p in parameters(method.teacher_bank).items():
         ema = 0.2 if MARK in name else 0.7
         assert torch.equal(p, ema * start[name] + (1 - ema) * student[name])
-    assert not torch.equal(student["net.cls_token"], start["net.cls_token"])
+    assert not torch.equal(student["cls_token"], start["cls_token"])
 
 
 def test_random_numbers_follow_the_reference():
@@ -464,7 +445,7 @@ def test_random_numbers_follow_the_reference():
     method.adapt(x)
     for _ in range(expected.views):
         expected.augment(x)
-    for p in expected.backbone.parameters():
+    for p in parameters(expected.bank).values():
         torch.rand(p.shape, generator=expected.rng("method"))
     assert torch.equal(method.rng("method").get_state(), expected.rng("method").get_state())
 
@@ -494,10 +475,10 @@ def test_diverged_weights_stop_the_run():
 
 def test_warm_up_trains_the_adapters_alone():
     worker = make(trained=False)
-    before = copied(worker.backbone.net.state_dict())
+    before = copied(tensors(worker.bank))
     artefact = worker.prepare(source_images(), Progress())
     assert set(artefact) == {n for n in before if MARK in n}
-    after = worker.backbone.net.state_dict()
+    after = tensors(worker.bank)
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) == (MARK not in name), name
 
@@ -506,7 +487,7 @@ def test_warm_up_trains_the_adapters_alone():
     run.use_prepared(copied(artefact))
     run.begin_stream()
     with torch.no_grad():
-        warm = worker.backbone.eval()(x)
+        warm = worker.bank.logits(x, "vida")
     assert torch.equal(run.predict(x), warm) and not torch.equal(cold, warm)
     first = run.adapt(x)
     run.reset()
@@ -514,11 +495,9 @@ def test_warm_up_trains_the_adapters_alone():
     other = make("cifar", trained=False)
     other.use_prepared(artefact)
     other.begin_stream()
-    assert other.source is not None
-    assert torch.equal(
-        other.source.net.blocks[0].attn.qkv.vida_up.weight,
-        artefact["blocks.0.attn.qkv.vida_up.weight"],
-    )
+    assert other.source_bank is not None
+    name = "blocks.0.attn.qkv.vida_up.weight"
+    assert torch.equal(tensors(other.source_bank)[name], artefact[name])
     assert first.isfinite().all()
 
 
@@ -540,7 +519,6 @@ def test_interrupted_warm_up_ends_the_same():
     with pytest.raises(KeyboardInterrupt):
         make(trained=False, warmup={"epochs": 2}).prepare(source_images(), progress)
     names = progress.state["module"]
-    assert names and not any("linear_vida" in n for n in names)
     sizes = sum(t.numel() for t in names.values())
     assert sizes == sum(t.numel() for t in whole.values())
     again = make(trained=False, warmup={"epochs": 2}).prepare(source_images(), progress)
@@ -572,7 +550,7 @@ def test_what_the_artefact_depends_on():
 
 def test_released_checkpoint_round_trip(tmp_path):
     trained, (x,) = make("still"), images(6)
-    state = trained.backbone.net.state_dict()
+    state = copied(tensors(trained.bank))
     assert "blocks.0.attn.qkv.linear_vida.weight" in state and not any("scales" in k for k in state)
     path = tmp_path / "source_vida.pth"
     torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, path)

@@ -12,7 +12,8 @@ running statistics are kept for BatchNorm1d either, which changes no prediction 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.adapters.plan import Plan
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import (
     Select,
@@ -33,6 +35,7 @@ from driftline.parts.norms import (
 from driftline.parts.objectives import entropy
 from driftline.parts.optim import Optim
 
+NAME = "tuned"  # of the one set of adapters
 LAYERS: dict[str, Select] = {
     "bn": by_kind("bn2d"),
     "norm": by_kind("bn2d", "bn1d", "ln", "gn"),
@@ -51,13 +54,16 @@ class Tent(TTAStrategy):
 
     Args:
         backbone: a network with normalisation layers.
+        seed: of an adapter's initial values.
         layers: trained modules. `bn`: BatchNorm2d (official); `norm`: also BatchNorm1d, LayerNorm
             and GroupNorm; `name`: every module with "norm" or "bn" in its name, which misses
             layers inside unnamed stems and shortcuts.
         mode: of the whole network while adapting; decides on dropout and stochastic depth only,
             batch normalisation uses batch statistics in both.
-        optim: of the one group `norm`.
+        optim: of the one group `trained`.
         steps: updates per batch, at least 1.
+        adapter: learns in place of normalisation layers, which stay as pretrained, whatever
+            `layers` says; None: see `layers`.
 
     One image and a short last batch adapt like any other batch; only a map of a single pixel for
     a single image raises a UserError.
@@ -70,22 +76,38 @@ class Tent(TTAStrategy):
         self,
         backbone: Backbone,
         *,
+        seed: int,
         layers: Literal["bn", "norm", "name"],
         mode: Literal["train", "eval"],
         optim: Optim,
         steps: Count,
+        adapter: Plan | None,
     ) -> None:
-        super().__init__(backbone)
-        trained = list(collect_parameters(backbone.net, LAYERS[layers]).values())
+        super().__init__(backbone, seed=seed)
+        self.bank = None if adapter is None else adapter.bank(backbone)
+        if adapter is not None and self.bank is not None:
+            trained = adapter.add(self.bank, NAME, self.rng("init"))
+            self.bank.train(mode == "train")
+        else:
+            trained = list(collect_parameters(backbone.net, LAYERS[layers]).values())
+            use_batch_statistics(backbone.net)
         if not trained:
             raise UserError(
                 f"strategy=tent with layers={layers} has nothing to train: {backbone.tag} "
                 f"{HINTS[layers]}"
             )
         train_only(self.backbone.train(mode == "train"), trained)
-        use_batch_statistics(backbone.net)
         self.steps, self.optim = steps, optim
-        self.optimizer = optim.optimizer({"norm": trained})
+        second = [] if self.bank is None else self.bank.second_factors(NAME)
+        self.optimizer = optim.optimizer({"trained": trained}, second)
+
+    @classmethod
+    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
+        return "vit" if options.get("adapter") else cls.prefers
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Scores [B, C] of the network as it is, in its present mode."""
+        return self.backbone(x) if self.bank is None else self.bank.logits(x, NAME)
 
     def loss(self, logits: Tensor) -> Tensor:
         """Mean entropy, in nats, of the predictions `logits` [B, C]."""
@@ -93,8 +115,8 @@ class Tent(TTAStrategy):
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores of the current weights; dropout is off whatever the mode."""
-        with evaluating(self.backbone):
-            return self.backbone(x)
+        with evaluating(self):
+            return self.scores(x)
 
     def adapt(self, x: Tensor) -> Tensor:
         """Scores [B, C] from before the (last) update on this batch."""
@@ -104,7 +126,7 @@ class Tent(TTAStrategy):
 
     @torch.enable_grad()
     def _update(self, x: Tensor) -> Tensor:
-        logits = self.backbone(x)
+        logits = self.scores(x)
         self.loss(logits).backward()
-        self.optim.update(self.optimizer, lambda: self.loss(self.backbone(x)).backward())
+        self.optim.update(self.optimizer, lambda: self.loss(self.scores(x)).backward())
         return logits.detach()

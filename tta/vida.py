@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +35,15 @@ from annotated_types import Ge, Le, MinLen
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.load import load_strict, load_tensors
+from driftline.backbones.load import load_tensors, require_fit
 from driftline.core.errors import Diverged, UserError
 from driftline.core.ranges import Count, NonNegative, Size, Unit
 from driftline.core.seed import generator
 from driftline.core.strategy import Progress, TTAStrategy
 from driftline.core.stream import Batch, SourceImages
 from driftline.parts import teacher, views
-from driftline.parts.adapters.dual_rank import dual_rank
+from driftline.parts.adapters.bank import AdapterBank
+from driftline.parts.adapters.dual_rank import DualRank
 from driftline.parts.modes import evaluating
 from driftline.parts.objectives import consistency
 from driftline.parts.optim import Optim
@@ -51,76 +52,78 @@ from driftline.parts.warmup import WarmUp
 MARK = "vida_"  # in the name of every adapter parameter, and of no other
 
 
-class AdaptedLinear(nn.Module):
-    """A linear layer with two bottlenecks beside it; the names are those of released checkpoints.
+NAME = "vida"  # of the one set of adapters
 
-    `y = W x + b + s1 up down x + s2 up2 down2 x`, computed as one product of rank r1 + r2.
 
-    Args:
-        linear: the layer to wrap; it keeps its weights.
-        low, high: ranks r1 and r2.
-        rng: draws `down` and `down2` with standard deviation 1/rank²; `up` and `up2` start at 0.
+def attach(
+    backbone: Backbone, attention: Sequence[str], low: int, high: int, rng: torch.Generator
+) -> AdapterBank:
+    """Adapters at every linear layer directly under a module whose class name matches `attention`.
+
+    Raises:
+        UserError: for a network without such layers.
     """
-
-    scales: Tensor  # [2], s1 and s2
-
-    def __init__(self, linear: nn.Linear, low: int, high: int, rng: torch.Generator) -> None:
-        super().__init__()
-        weight = linear.weight
-        place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        self.linear_vida = linear
-        self.vida_down = nn.Linear(linear.in_features, low, bias=False, **place)
-        self.vida_up = nn.Linear(low, linear.out_features, bias=False, **place)
-        self.vida_down2 = nn.Linear(linear.in_features, high, bias=False, **place)
-        self.vida_up2 = nn.Linear(high, linear.out_features, bias=False, **place)
-        for down, up in ((self.vida_down, self.vida_up), (self.vida_down2, self.vida_up2)):
-            drawn = torch.randn(down.weight.shape, generator=rng, dtype=torch.float32)
-            down.weight.data.copy_(drawn / down.out_features**2)
-            up.weight.data.zero_()
-        self.register_buffer("scales", torch.ones(2, **place), persistent=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """Only asked for by attention layers that bypass `forward`.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            "strategy=vida: this backbone's attention reads the weights of its linear layers "
-            "without calling them, so that adapters would have no effect. Leave its class out of "
-            "strategy.attention, or use a timm vision transformer (backbone=vit_b16_in1k)"
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        down = [self.vida_down.weight, self.vida_down2.weight]
-        up = [self.vida_up.weight, self.vida_up2.weight]
-        base = self.linear_vida(x)
-        return dual_rank(x, down, up, self.scales, base=base, in_place=True)
-
-
-def add_adapters(
-    net: nn.Module, attention: Sequence[str], low: int, high: int, rng: torch.Generator
-) -> list[AdaptedLinear]:
-    """Wrap every linear layer directly under a module whose class name matches `attention`."""
-    places = [
-        (module, name, child)
-        for module in net.modules()
+    places = {
+        f"{path}.{name}".lstrip("."): child
+        for path, module in backbone.net.named_modules()
         if any(fnmatchcase(type(module).__name__, pattern) for pattern in attention)
         for name, child in module.named_children()
         if isinstance(child, nn.Linear)
-    ]
-    made = []
-    for module, name, child in places:
-        made.append(AdaptedLinear(child, low, high, rng))
-        setattr(module, name, made[-1])
-    return made
+    }
+    if not places:
+        raise UserError(
+            f"strategy=vida adapts the linear layers of attention modules, and {backbone.tag} "
+            f"has none (strategy.attention={list(attention)}); the authors released no "
+            "adapters for convolutions. Use a vision transformer (backbone=vit_b16_in1k), or "
+            "strategy=cotta"
+        )
+    made = {}
+    for path, layer in places.items():
+        new = DualRank(layer.in_features, layer.out_features, low, high, generator=rng)
+        made[f"{path}:out"] = new.to(layer.weight)  # its type and place
+    bank = AdapterBank(backbone, setting="strategy.attention")
+    bank.add(NAME, made)
+    return bank
 
 
-def adapters(net: nn.Module) -> list[AdaptedLinear]:
-    """The adapted layers of `net`, in module order."""
-    return [m for m in net.modules() if isinstance(m, AdaptedLinear)]
+def twin(bank: AdapterBank, backbone: Backbone) -> AdapterBank:
+    """The same adapters on a copy of the network that has none yet; nothing of it learns."""
+    new = AdapterBank(backbone.requires_grad_(False).eval(), setting="strategy.attention")
+    new.add(NAME, deepcopy(bank.adapters(NAME)))
+    return new.requires_grad_(False)
+
+
+def adapters(bank: AdapterBank) -> list[DualRank]:
+    """Adapters in the order of their layers."""
+    return [cast(DualRank, one) for one in bank.adapters(NAME).values()]
+
+
+def tensors(bank: AdapterBank) -> dict[str, Tensor]:
+    """Weights of the network and its adapters, and the network's buffers, in the order of modules.
+
+    The names are those of released checkpoints: there, a module in the place of an adapted layer
+    holds the layer (`linear_vida`) and the two pairs (`vida_down`, `vida_up`, `vida_down2`,
+    `vida_up2`).
+    """
+    layers = {point.removesuffix(":out"): one for point, one in bank.adapters(NAME).items()}
+    found: dict[str, Tensor] = {}
+    for path, module in bank.backbone.net.named_modules():
+        passing = module._non_persistent_buffers_set
+        own = {k: b for k, b in module.named_buffers(recurse=False) if k not in passing}
+        own = dict(module.named_parameters(recurse=False)) | own
+        prefix = f"{path}." if path else ""
+        place = f"{prefix}linear_vida." if path in layers else prefix
+        found |= {place + key: tensor for key, tensor in own.items()}
+        pairs = layers[path].pairs() if path in layers else []
+        for number, (down, up) in zip(("", "2"), pairs, strict=False):
+            found |= {f"{prefix}vida_down{number}.weight": down}
+            found |= {f"{prefix}vida_up{number}.weight": up}
+    return found
+
+
+def parameters(bank: AdapterBank) -> dict[str, nn.Parameter]:
+    """Those of `tensors` that are parameters."""
+    return {n: p for n, p in tensors(bank).items() if isinstance(p, nn.Parameter)}
 
 
 class ViDA(TTAStrategy):
@@ -204,26 +207,24 @@ class ViDA(TTAStrategy):
         self.checkpoint, self.warmup, self.update = checkpoint, warmup, update
         self.optim = optim
 
-        net = backbone.net
+        copies = [deepcopy(backbone) for _ in range(2 if self.restore_prob else 1)]  # no hooks yet
         # Not from `self.rng`: no draw follows, and a checkpoint need not carry its state.
-        if not add_adapters(net, attention, *self.ranks, generator(seed, "strategy", "adapters")):
-            raise UserError(
-                f"strategy=vida adapts the linear layers of attention modules, and {backbone.tag} "
-                f"has none (strategy.attention={list(attention)}); the authors released no "
-                "adapters for convolutions. Use a vision transformer (backbone=vit_b16_in1k), or "
-                "strategy=cotta"
-            )
+        draws = generator(seed, "strategy", "adapters")
+        self.bank = attach(backbone, attention, *self.ranks, draws)
         if checkpoint is not None:
-            load_source_vida(net, checkpoint)
-        base = [p for n, p in net.named_parameters() if MARK not in n]
-        added = [p for n, p in net.named_parameters() if MARK in n]
-        net.requires_grad_(update)
-        if not train_base:
-            for parameter in base:
-                parameter.requires_grad_(False)
-        # The teacher and the copy to restore from are made of the student and follow its start.
-        self.teacher = deepcopy(backbone).requires_grad_(False).eval()
-        self.source = deepcopy(self.teacher) if self.restore_prob else None
+            load_source_vida(self.bank, checkpoint)
+        named = parameters(self.bank)
+        base = [p for n, p in named.items() if MARK not in n]
+        added = [p for n, p in named.items() if MARK in n]
+        backbone.net.requires_grad_(update and train_base)
+        self.bank.requires_grad_(update)
+        # The teacher and the copy to restore from follow the student's start.
+        self.teacher, *rest = copies
+        self.teacher_bank = twin(self.bank, self.teacher)
+        self.source = rest[0] if rest else None
+        self.source_bank = twin(self.bank, rest[0]) if rest else None
+        if checkpoint is not None:
+            self._load(tensors(self.bank))
         self.backbone.train(update)
         if update:
             groups = {"base": base if train_base else [], "adapters": added}
@@ -236,7 +237,7 @@ class ViDA(TTAStrategy):
         self._start: dict[str, Tensor] = {}
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         # Student and teacher have equal scales; this copy is the one in checkpoints.
-        self.register_buffer("scales", torch.ones_like(adapters(net)[0].scales))
+        self.register_buffer("scales", torch.ones_like(adapters(self.bank)[0].scales))
 
     # ------------------------------------------------------------------ before the stream
 
@@ -264,56 +265,48 @@ class ViDA(TTAStrategy):
         """
         assert self.warmup is not None
         self.backbone.eval().requires_grad_(False)
-        trained = {n: p for n, p in self.backbone.net.named_parameters() if MARK in n}
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
+        self.bank.requires_grad_(True)
+        trained = {n: p for n, p in parameters(self.bank).items() if MARK in n}
 
         def loss(batch: Batch) -> Tensor:
-            return F.cross_entropy(self.backbone(batch.x), batch.y)
+            return F.cross_entropy(self.bank.logits(batch.x, NAME), batch.y)
 
         # Adapters alone are the module: what is kept of an unfinished warm-up is then small.
-        branches = [m for n, m in self.backbone.net.named_modules() if _is_branch(n)]
-        self.warmup.run(nn.ModuleList(branches), loss, source, progress)
+        self.warmup.run(nn.ParameterList(trained.values()), loss, source, progress)
         return {n: p.detach() for n, p in trained.items()}
 
     def use_prepared(self, artefact: Mapping[str, Tensor]) -> None:
         """Student and teacher start from these adapters."""
-        self._load({f"net.{name}": tensor for name, tensor in artefact.items()})
+        self._load(artefact)
 
-    @torch.no_grad()
-    def _load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors, by their name in the backbone, into student and teacher."""
-        for network in (self.backbone, self.teacher):
-            wrong = network.load_state_dict(tensors, strict=False).unexpected_keys
-            assert not wrong, wrong
+    def _load(self, values: Mapping[str, Tensor]) -> None:
+        """Copy tensors, by the names of `tensors`, into student and teacher."""
+        for bank in (self.bank, self.teacher_bank):
+            _copy(values, bank)
 
     def begin_stream(self) -> None:
         """Keep the student's state, to which `reset` goes back.
 
         It is the copy to restore from where there is one, else a copy in main memory.
         """
-        state = self.backbone.state_dict()
-        if self.source is not None:
-            self.source.load_state_dict(state)
+        state = tensors(self.bank)
+        if self.source_bank is not None:
+            _copy(state, self.source_bank)
         else:
-            moving = state.keys() - self._fixed()
-            self._start = {k: state[k].to("cpu", copy=True) for k in state if k in moving}
+            fixed = {n for n, p in parameters(self.bank).items() if not p.requires_grad}
+            moving = [n for n in state if n not in fixed or MARK in n]
+            self._start = {n: state[n].detach().to("cpu", copy=True) for n in moving}
 
     def _beginning(self) -> Mapping[str, Tensor]:
-        return self._start if self.source is None else self.source.state_dict()
-
-    def _fixed(self) -> set[str]:
-        """Names of backbone parameters that neither train nor belong to an adapter."""
-        named = self.backbone.named_parameters()
-        return {n for n, p in named if not p.requires_grad and MARK not in n}
+        return self._start if self.source_bank is None else tensors(self.source_bank)
 
     # ------------------------------------------------------------------ state
 
     def frozen(self) -> set[str]:
         """Weights that do not train, and the copy to restore from, but no adapters."""
-        fixed = {f"{which}.{n}" for which in ("backbone", "teacher") for n in self._fixed()}
-        held = () if self.source is None else self.source.state_dict()
-        return fixed | {f"source.{name}" for name in held}
+        fixed = {n for n, p in self.backbone.named_parameters() if not p.requires_grad}
+        fixed = {f"{which}.{n}" for which in ("backbone", "teacher") for n in fixed}
+        return fixed | {n for n in self.state_dict() if n.startswith(("source.", "source_bank."))}
 
     def snapshot(self) -> dict[str, Any]:
         """Also the adapters of the start, which need not be what a new instance has."""
@@ -322,10 +315,10 @@ class ViDA(TTAStrategy):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        if self.source is None:
+        if self.source_bank is None:
             self._start.update(state["start"])
         else:
-            self.source.load_state_dict(state["start"], strict=False)
+            _copy(state["start"], self.source_bank)
         self._set_scales(self.scales)
 
     @torch.no_grad()
@@ -345,7 +338,7 @@ class ViDA(TTAStrategy):
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B, C] of the teacher on the images as they are, with the present scales."""
         with evaluating(self.teacher):
-            return self.teacher(x)
+            return self.teacher_bank.logits(x, NAME)
 
     def adapt(self, x: Tensor) -> Tensor:
         """The teacher's scores [B, C], with this batch's scales, from before the update.
@@ -358,9 +351,9 @@ class ViDA(TTAStrategy):
         self.seen += 1
         with torch.no_grad():
             self._set_scales(self.scale_rule(self.uncertainty(x)))
-            target = self.teacher(x)
+            target = self.teacher_bank.logits(x, NAME)
         with torch.enable_grad():
-            loss = self.loss(self.backbone(x), target)
+            loss = self.loss(self.bank.logits(x, NAME), target)
         if not torch.isfinite(loss):
             raise Diverged(
                 f"strategy=vida: the loss of batch {int(self.seen)} is {loss.item()}; the weights "
@@ -371,7 +364,7 @@ class ViDA(TTAStrategy):
         loss.backward()
         self.optim.update(self.optimizer, lambda: self.loss(self.backbone(x), target).backward())
         self.average_teacher()
-        if self.source is not None:
+        if self.source_bank is not None:
             self.restore_weights()
         return target
 
@@ -388,7 +381,7 @@ class ViDA(TTAStrategy):
         for first in range(0, self.views, self.view_chunk):
             count = min(self.view_chunk, self.views - first)
             images = torch.cat([self.augment(x) for _ in range(count)])
-            scores += self.teacher(images).split(len(x))
+            scores += self.teacher_bank.logits(images, NAME).split(len(x))
         spread = torch.stack(scores)  # [V, B, C]
         if self.by_logits:
             return self.uncertainty_weight * spread.var(0).mean()
@@ -408,7 +401,7 @@ class ViDA(TTAStrategy):
 
     @torch.no_grad()
     def _set_scales(self, scales: Tensor) -> None:
-        layers = [layer.scales for n in (self.backbone, self.teacher) for layer in adapters(n)]
+        layers = [one.scales for b in (self.bank, self.teacher_bank) for one in adapters(b)]
         everywhere = [self.scales, *layers]
         torch._foreach_copy_(everywhere, [scales] * len(everywhere))
 
@@ -425,8 +418,8 @@ class ViDA(TTAStrategy):
     @torch.no_grad()
     def average_teacher(self) -> None:
         """`teacher = ema * teacher + (1 - ema) * student`, with one weight for each group."""
-        averaged = dict(self.teacher.named_parameters())
-        moved = {n: p for n, p in self.backbone.named_parameters() if p.requires_grad}
+        averaged = parameters(self.teacher_bank)
+        moved = {n: p for n, p in parameters(self.bank).items() if p.requires_grad}
         for of_adapter, ema in ((False, self.ema), (True, self.ema_adapters)):
             names = [n for n in moved if (MARK in n) == of_adapter]
             teacher.move_average([averaged[n] for n in names], [moved[n] for n in names], ema)
@@ -438,29 +431,35 @@ class ViDA(TTAStrategy):
     @torch.no_grad()
     def restore_weights(self) -> None:
         """Put a random subset of everything trained, tokens and adapters too, back to the start."""
-        assert self.source is not None
-        pairs = zip(self.backbone.parameters(), self.source.parameters(), strict=True)
-        for parameter, start in pairs:
+        assert self.source_bank is not None
+        starts = parameters(self.source_bank)
+        for name, parameter in parameters(self.bank).items():
             if parameter.requires_grad:
+                start = starts[name]
                 torch.where(self.restore_mask(parameter), start, parameter, out=parameter)
 
 
-def _is_branch(name: str) -> bool:
-    """Whether a module's name is that of a bottleneck's linear layer."""
-    return name.rpartition(".")[2].startswith(MARK)
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], bank: AdapterBank) -> None:
+    """Set `tensors` of a network and its adapters, by name."""
+    own = tensors(bank)
+    for name, value in values.items():
+        own[name].copy_(value)
 
 
-def load_source_vida(net: nn.Module, path: str) -> None:
+def load_source_vida(bank: AdapterBank, path: str) -> None:
     """Load base weights and adapters from a file of the authors or of this project.
 
     Raises:
         UserError: for a file that cannot be read or does not fit in names and shapes.
     """
     try:
-        load_strict(net, load_tensors(path), path)
+        loaded = load_tensors(path)
+        require_fit(bank.backbone.net, tensors(bank), loaded, path)
     except UserError as error:
         raise UserError(
             str(error).replace("backbone.checkpoint", "strategy.checkpoint")
             + ". strategy.checkpoint is a network with ViDA adapters; the weights of a plain "
             "network belong to backbone.checkpoint"
         ) from error
+    _copy(loaded, bank)

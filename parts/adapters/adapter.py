@@ -73,6 +73,10 @@ class Adapter(nn.Module):
         return torch.stack([a.after(i, o) for a, i, o in zip(adapters, inp, out, strict=True)])
 
 
+class AdapterSet(dict[str, Adapter]):
+    """Adapters by point, for a kind that makes all of a set at once."""
+
+
 class Product(Adapter):
     """Adds what one call of `kernels.adapter` gives; a subclass defines `_call` and `pairs`."""
 

@@ -44,8 +44,8 @@ class Reach:
     would learn nothing.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, setting: str) -> None:
+        self.backbone, self.setting = backbone, setting
         self.points: set[str] = set()  # in this pass; hooks add to it
         self.verified: set[str] = set()  # names of sets
 
@@ -60,7 +60,7 @@ class Reach:
                 raise UserError(
                     f"{self.backbone.tag}: adapters at {missed[0]} are never reached, because the "
                     f"network does not call that module ({len(missed)} of {len(sets[name])} "
-                    "points). Choose other points (strategy.adapter) or another backbone"
+                    f"points). Choose other points ({self.setting}) or another backbone"
                 )
             self.verified.add(name)
         self.points.clear()
@@ -71,11 +71,13 @@ class AdapterBank(nn.Module):
 
     Args:
         backbone: its network gets hooks, nothing else. It is not a submodule of the bank.
+        setting: that says where adapters are, for messages.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, setting: str = "strategy.adapter") -> None:
         super().__init__()
         self.sets = nn.ModuleDict()
+        self._constant: dict[str, set[str]] = {}  # names of parameters of a set that never train
         self._backbone = [backbone]  # in a list: not a submodule
         self._hooked: set[str] = set()
         self._active: list[tuple[str, float]] = []
@@ -83,7 +85,7 @@ class AdapterBank(nn.Module):
         self._index: Tensor | None = None  # the set of each image
         self._expanded = False
         self._residual: Tensor | None = None
-        self._reach = Reach(backbone)
+        self._reach = Reach(backbone, setting)
 
     @property
     def backbone(self) -> Backbone:
@@ -122,15 +124,18 @@ class AdapterBank(nn.Module):
         device = next(self.backbone.parameters()).device
         made = nn.ModuleDict({p.replace(".", "/"): a for p, a in adapters.items()}).to(device)
         self.sets[name] = made
+        named = made.named_parameters(remove_duplicate=False)
+        self._constant[name] = {n for n, p in named if not p.requires_grad}
         for point in adapters:
             self._hook(point)
-        return list(made.parameters())
+        return self.parameters_of(name)
 
     def copy(self, name: str, new: str) -> list[nn.Parameter]:
         """A second set with the same values; returns its parameters."""
-        shared = {id(m): m for m in self.backbone.modules()}  # layers that adapters refer to
-        adapters = self.adapters(name).items()
-        return self.add(new, {p: deepcopy(a, dict(shared)) for p, a in adapters})
+        shared: dict[int, Any] = {id(m): m for m in self.backbone.modules()}  # of the network
+        self.add(new, deepcopy(self.adapters(name), shared))  # at once: what they share, they keep
+        self._constant[new] = set(self._constant[name])
+        return self.parameters_of(new)
 
     @torch.no_grad()
     def merge(
@@ -142,7 +147,8 @@ class AdapterBank(nn.Module):
             weights: one for each set; None: all equal. They are divided by their sum.
 
         Raises:
-            ValueError: for sets that differ in names or shapes of their tensors.
+            ValueError: for sets that differ in names or shapes of their tensors, or in the values
+                of those that do not learn, such as random projections.
         """
         states = [self.sets[n].state_dict() for n in names]
         goal = self.sets[into].state_dict()
@@ -150,18 +156,25 @@ class AdapterBank(nn.Module):
         if any(s != shapes[0] for s in shapes):
             raise ValueError(f"sets {[*names, into]} do not hold the same tensors")
         given = [1.0] * len(names) if weights is None else list(weights)
-        for key, value in goal.items():
-            parts = [w / sum(given) * s[key] for w, s in zip(given, states, strict=True)]
-            value.copy_(torch.stack(parts).sum(0))
+        learned = {n for n, _ in self.sets[into].named_parameters(remove_duplicate=False)}
+        learned -= self._constant[into]
+        for key in goal.keys() - learned:
+            if any(not torch.equal(s[key], goal[key]) for s in states):
+                raise ValueError(f"sets {[*names, into]} differ in {key}, which does not learn")
+        rows = [[w / sum(given) * s[k] for k in goal] for w, s in zip(given, states, strict=True)]
+        for (key, value), parts in zip(goal.items(), zip(*rows, strict=True), strict=True):
+            if key in learned:
+                value.copy_(torch.stack(parts).sum(0))
 
     def remove(self, name: str) -> None:
         """Drop a set."""
-        del self.sets[name]
+        del self.sets[name], self._constant[name]
         self._reach.verified.discard(name)
 
     def freeze(self, name: str, frozen: bool = True) -> None:
         """Stop (or start) training a set; a frozen set is in evaluation mode for good."""
-        self.sets[name].requires_grad_(not frozen)
+        for p in self.parameters_of(name):
+            p.requires_grad_(not frozen)
         self.sets[name].train(not frozen)
 
     def train(self, mode: bool = True) -> AdapterBank:
@@ -178,8 +191,9 @@ class AdapterBank(nn.Module):
         return {key.replace("/", "."): adapter for key, adapter in found.items()}
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """Parameters of one set, in the order of its points."""
-        return list(self.sets[name].parameters())
+        """What one set learns, in the order of its points."""
+        constant = self._constant[name]
+        return [p for n, p in self.sets[name].named_parameters() if n not in constant]
 
     def second_factors(self, name: str) -> list[nn.Parameter]:
         """Those of one set that are second factors of low-rank products."""
@@ -192,6 +206,13 @@ class AdapterBank(nn.Module):
         """[B, 3, H, W] -> [B, D] with one set, a weighted sum of sets, or none."""
         with self.using(use):
             out = self.backbone.features(x)
+            self._reach.verify({name: self.adapters(name) for name, _ in self._active})
+        return out
+
+    def logits(self, x: Tensor, use: Use = None) -> Tensor:
+        """[B, 3, H, W] -> [B, C], scores of the pretrained head, as `features`."""
+        with self.using(use):
+            out = self.backbone(x)
             self._reach.verify({name: self.adapters(name) for name, _ in self._active})
         return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,28 +41,10 @@ class DualRank(Product):
         self.register_buffer("scales", torch.ones(2))
 
     def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
-        return dual_rank(x, list(self.down), list(self.up), self.scales, weight, **residual)
+        rows = zip(self.scales.unbind(), self.down, strict=True)
+        columns = torch.cat([scale.expand(len(down)) for scale, down in rows])
+        pair = torch.cat(list(self.down)), torch.cat(list(self.up), 1)
+        return adapter(x, *pair, scale=weight, rank_scale=columns, **residual)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.down, self.up, strict=True))
-
-
-def dual_rank(
-    x: Tensor,
-    down: Sequence[Tensor],
-    up: Sequence[Tensor],
-    scales: Tensor,
-    weight: float = 1.0,
-    **residual: Any,
-) -> Tensor:
-    """`[base +] weight * sum_i scales[i] * up[i] down[i] x` as one pair of rank r1 + r2.
-
-    Args:
-        x: [..., dim].
-        down, up: [r_i, dim] and [out, r_i] each.
-        scales: [number of pairs], stays on its device.
-        residual: `base`, `in_place` of `kernels.adapter`.
-    """
-    columns = torch.cat([s.expand(len(d)) for s, d in zip(scales.unbind(), down, strict=True)])
-    pair = torch.cat(list(down)), torch.cat(list(up), 1)
-    return adapter(x, *pair, scale=weight, rank_scale=columns, **residual)

@@ -5,7 +5,7 @@
     plan.add(bank, "task0", generator)    # the parameters of a new set
 
 A kind is a class of its own file. Of its arguments, `POINT` are known at each point; the others are
-the settings of its YAML.
+the settings of its YAML. One with the argument `modules` (point -> module) makes the whole set.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import torch
 from annotated_types import MinLen
@@ -22,12 +22,13 @@ from torch import nn
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.ranges import Count, CountOrZero, Later
-from driftline.parts.adapters.adapter import Adapter
+from driftline.parts.adapters.adapter import Adapter, AdapterSet
 from driftline.parts.adapters.bank import AdapterBank, no_place
 
-# Known at a point: input and output width, the module itself, what initial values are drawn from.
-POINT = ("dim", "out", "module", "generator")
-Kind = Annotated[Callable[..., Adapter], Later(POINT)]
+# Known at a point: input and output width, the module itself; of a set: its modules by point, and
+# what initial values are drawn from.
+POINT = ("dim", "out", "module", "modules", "generator")
+Kind = Annotated[Callable[..., Adapter | AdapterSet], Later(POINT)]
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -44,7 +45,7 @@ class Plan:
         at: points as patterns, `blocks.*.mlp:parallel`; see `parts/adapters/adapter.py`.
         blocks: that carry one: so many from the first on (fewer if the network has fewer), or
             their numbers; None: all.
-        kind: makes one adapter from those arguments of `POINT` that it has.
+        kind: makes one adapter (or a set) from those arguments of `POINT` that it has.
     """
 
     at: Annotated[list[str], MinLen(1)]
@@ -73,7 +74,11 @@ class Plan:
     ) -> dict[str, Adapter]:
         """New adapters by point, in the order of `points`."""
         wanted = set(inspect.signature(self.kind).parameters)
-        new = {}
+        new: dict[str, Any] = {}
+        if "modules" in wanted:
+            facts = {"modules": dict(self.points(backbone)), "generator": generator}
+            new |= cast(AdapterSet, self.kind(**{k: v for k, v in facts.items() if k in wanted}))
+            return new
         for point, module in self.points(backbone):
             linear = isinstance(module, nn.Linear)
             facts = {
