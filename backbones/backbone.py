@@ -23,7 +23,7 @@ class Passes:
         return self
 
     def count(self, images: int, out: Tensor) -> Tensor:
-        images = distributed.whole(images)
+        images = distributed.full_batch_size(images)
         self.forward += images
         if out.requires_grad:
             out.register_hook(lambda grad: self._backward(images))

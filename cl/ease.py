@@ -242,8 +242,10 @@ class Ease(CLStrategy):
         names = self._spaces(int(self.finished))
         for name in names:
             if name not in self._hashes:
-                kept = name != PRETRAINED
-                self._hashes[name] = weights_hash(self.bank.sets[name].state_dict()) if kept else ""
+                adapted = name != PRETRAINED
+                self._hashes[name] = (
+                    weights_hash(self.bank.sets[name].state_dict()) if adapted else ""
+                )
         return {name: self._hashes[name] for name in names}
 
     @torch.no_grad()
@@ -251,13 +253,13 @@ class Ease(CLStrategy):
         """[B, 3, H, W] -> [S, B, D]; the sets share one pass of the frozen weights."""
         sets = [n for n in names if n != PRETRAINED]
         size = max(1, COPIES // len(x))
-        found: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         with evaluation_mode(self):
             for group in (sets[i : i + size] for i in range(0, len(sets), size)):
-                found |= zip(group, self.bank.features_each(x, group), strict=True)
+                features |= zip(group, self.bank.features_each(x, group), strict=True)
             if PRETRAINED in names:
-                found[PRETRAINED] = self.bank.features(x)
-        return torch.stack([found[n] for n in names])
+                features[PRETRAINED] = self.bank.features(x)
+        return torch.stack([features[n] for n in names])
 
     @torch.no_grad()
     def classify(self, features: Mapping[str, Tensor]) -> Tensor:

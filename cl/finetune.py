@@ -10,7 +10,7 @@ and loss are those above, the optimiser's settings those of the joint probe of R
 012927f. The backbone then stays in evaluation mode, so BatchNorm statistics do not drift.
 
 Deviations: the pretrained classifier is left untouched, as PILOT loads none. Rates of backbone
-and head may differ. New head rows alone are drawn (see `backbones/heads.py`).
+and head may differ. New head rows alone are drawn (see `parts/heads.py`).
 """
 
 from __future__ import annotations

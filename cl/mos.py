@@ -304,9 +304,9 @@ class Mos(CLStrategy):
             self.prototypes.sums[new], self.prototypes.counts[new] = 0, 0
             for batch in task.fit():
                 batch = batch.to(self.device)
-                found = self.bank.features(batch.x, first)
-                self._check_features(found, batch.y)
-                self.prototypes.update(found, batch.y)
+                features_of_first = self.bank.features(batch.x, first)
+                self._check_features(features_of_first, batch.y)
+                self.prototypes.update(features_of_first, batch.y)
         self.finished.fill_(len(self.names))
 
     @torch.no_grad()
@@ -328,16 +328,16 @@ class Mos(CLStrategy):
 
     def _measure(self, task: Task) -> tuple[Tensor, Tensor]:
         """Features [N, D] of the training images under the working set, and labels [N]."""
-        found, labels = [], []
+        features, labels = [], []
         for batch in self._by_class(task) if self.mode == "official" else task.fit():
             batch = batch.to(self.device)
             with self.merging(CURRENT, len(self.names) - 1):
-                found.append(self.bank.features(batch.x, CURRENT))
+                features.append(self.bank.features(batch.x, CURRENT))
             labels.append(batch.y)
-            self._check_features(found[-1], batch.y)
-        if not found:
+            self._check_features(features[-1], batch.y)
+        if not features:
             return self.means[:0], self.counts[:0]
-        return torch.cat(found), torch.cat(labels)
+        return torch.cat(features), torch.cat(labels)
 
     def _by_class(self, task: Task) -> Iterator[Batch]:
         """Class after class, `statistics_batch` images at a time; a task is held in memory."""
@@ -491,8 +491,8 @@ class Mos(CLStrategy):
         with ExitStack() as stack:
             for task, name in enumerate(names):
                 stack.enter_context(self.merging(name, task))
-            found = self.embed(x, names)
-        return self.classify(dict(zip(names, found, strict=True)))
+            features = self.embed(x, names)
+        return self.classify(dict(zip(names, features, strict=True)))
 
     def _follow(self, x: Tensor, names: list[str]) -> Tensor:
         """`predict` by the sets that an image asks for, at most 1 + `EVALUATIONS` of them."""
@@ -503,8 +503,8 @@ class Mos(CLStrategy):
             at, asking = owner[similar.argmax(1)], torch.arange(len(x), device=x.device)
             scores = similar.new_zeros(similar.shape)
             for _ in range(EVALUATIONS):
-                found = self.bank.features_indexed(x[asking], names, at)
-                scores[asking] = self.head(found)[:, :seen]
+                features = self.bank.features_indexed(x[asking], names, at)
+                scores[asking] = self.head(features)[:, :seen]
                 following = owner[scores[asking].argmax(1)]
                 asking, at = asking[following != at], following[following != at]
                 if not len(asking):

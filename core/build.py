@@ -157,8 +157,8 @@ def check_value(value: Any, kind: Any, *, at: str, live: Collection[str] = ()) -
         if not isinstance(value, dict):
             raise UserError(f"{at} must be settings with a {at}._target_, got {value!r}")
         check(value, at=at, live=names)
-        made = [one for o in options for one in alternatives(typing.get_args(o)[1])]
-        _check_result(value["_target_"], made, kind, at=at)
+        classes = [one for o in options for one in alternatives(typing.get_args(o)[1])]
+        _check_result(value["_target_"], classes, kind, at=at)
         return
     free = any((typing.get_origin(one) or one) is dict for one in options)
     if isinstance(value, dict) and "_target_" in value and not free:
@@ -179,9 +179,9 @@ def check_value(value: Any, kind: Any, *, at: str, live: Collection[str] = ()) -
 
 
 def _check_result(target: str, options: Sequence[Any], kind: Any, *, at: str) -> None:
-    made = result(locate(target, at))
+    returned = result(locate(target, at))
     classes = [one for one in options if inspect.isclass(one)]
-    if classes and not any(inspect.isclass(made) and issubclass(made, c) for c in classes):
+    if classes and not any(inspect.isclass(returned) and issubclass(returned, c) for c in classes):
         raise UserError(f"{at} must be {describe(kind)}, got {target}")
 
 

@@ -83,7 +83,7 @@ class Checkpointer:
         Raises:
             UserError: if the file is damaged, of another run or of another version.
         """
-        return distributed.from_first(self._load)
+        return distributed.from_rank0(self._load)
 
     def _load(self) -> dict[str, Any] | None:
         if not self.path.exists():
@@ -132,7 +132,7 @@ class Checkpointer:
         Raises:
             Stopped: after saving, if a signal asked to stop.
         """
-        if distributed.first():
+        if distributed.rank0():
             self._write(strategy, meters, cursor)
         self._since, self.signals.save = 0, False
         if stop := self._asked()[1]:
@@ -140,7 +140,7 @@ class Checkpointer:
 
     def _asked(self) -> list[int]:
         """Whether to save, and the number of the signal to stop (0: none), in any process."""
-        return distributed.largest(self.signals.save, self.signals.stop or 0)
+        return distributed.all_reduce_max(self.signals.save, self.signals.stop or 0)
 
     def _write(
         self, strategy: Strategy, meters: Mapping[str, Snapshots], cursor: Mapping[str, int]

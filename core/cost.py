@@ -146,11 +146,11 @@ def state_bytes(strategy: Strategy) -> int:
 
     Storage shared between tensors counts once.
     """
-    kept: dict[int, int] = {}
+    storages: dict[int, int] = {}
     held = [strategy.state_dict(), *(dict(o.state) for o in optimizers(strategy))]
     for tensor in _tensors(held):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage.nbytes()
     for tensor in _tensors(strategy.backbone.state_dict()):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storages.values())

@@ -144,7 +144,7 @@ def leave() -> None:
     if _world is not None:
         import torch.distributed as dist
 
-        largest(0)
+        all_reduce_max(0)
         dist.destroy_process_group()
         _world = None
 
@@ -154,7 +154,7 @@ def size() -> int:
     return 1 if _world is None else _world.size
 
 
-def first() -> bool:
+def rank0() -> bool:
     """Whether this process owns records, checkpoint, console and lock."""
     return _world is None or _world.rank == 0
 
@@ -203,7 +203,7 @@ def _together() -> Iterator[None]:
         ) from error
 
 
-def from_first(call: Callable[[], T]) -> T:
+def from_rank0(call: Callable[[], T]) -> T:
     """What `call` returns in the first process; the others do not call it."""
     if _world is None:
         return call()
@@ -215,16 +215,16 @@ def from_first(call: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def largest(*values: int) -> list[int]:
+def all_reduce_max(*values: int) -> list[int]:
     """The largest of each value over the processes."""
     if _world is None:
         return list(values)
     import torch.distributed as dist
 
-    found = torch.tensor(values, dtype=torch.int64)
+    maxima = torch.tensor(values, dtype=torch.int64)
     with _together():
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.tolist()
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+    return maxima.tolist()
 
 
 def require_equal(parameters: Iterable[Tensor], what: str) -> None:
@@ -240,7 +240,7 @@ def require_equal(parameters: Iterable[Tensor], what: str) -> None:
         return
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [int(p.detach().reshape(-1).view(integers[p.element_size()]).sum()) for p in parameters]
-    bounds = largest(*sums, *(-s for s in sums))
+    bounds = all_reduce_max(*sums, *(-s for s in sums))
     if bounds[: len(sums)] != [-b for b in bounds[len(sums) :]]:
         raise UserError(
             f"the processes hold different parameters {what}: the method uses gradients between "
@@ -328,10 +328,10 @@ class _Whole(torch.autograd.Function):
         rows = own.movedim(dim, 0)
         padded = rows.new_zeros(max(part.counts), *rows.shape[1:])
         padded[: part.own] = rows
-        found = [torch.empty_like(padded) for _ in part.counts]
+        gathered = [torch.empty_like(padded) for _ in part.counts]
         with _together():
-            dist.all_gather(found, padded)
-        whole = torch.cat([f[:n] for f, n in zip(found, part.counts, strict=True)])
+            dist.all_gather(gathered, padded)
+        whole = torch.cat([f[:n] for f, n in zip(gathered, part.counts, strict=True)])
         return whole.movedim(0, dim).contiguous()
 
     @staticmethod
@@ -376,6 +376,6 @@ def dropout(x: Tensor, rate: float, dim: int = 0) -> Tensor:
     return x * _part.of(F.dropout(x.new_ones(shape), rate), dim)
 
 
-def whole(images: int) -> int:
+def full_batch_size(images: int) -> int:
     """Images that all processes compute while this one computes `images`."""
     return images if _part is None else images // _part.own * _part.whole

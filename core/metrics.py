@@ -29,8 +29,8 @@ BINS = 15
 
 def _mean(values: ArrayLike) -> float:
     """Mean, NaN of nothing; a NaN among the values makes the result NaN."""
-    found = np.asarray(values, np.float64)
-    return float(found.mean()) if found.size else math.nan
+    array = np.asarray(values, np.float64)
+    return float(array.mean()) if array.size else math.nan
 
 
 class AccuracyMatrix:
@@ -95,13 +95,13 @@ class AccuracyMatrix:
 
         Micro A_i = 100 * sum_j correct[i, j] / sum_j total[i, j]; macro = mean_j R[i, j].
         """
-        found = {}
+        accuracies = {}
         for i in self._rows():
             seen = self._columns(i)
             correct, total = self._cells[i][:, seen].astype(np.float64)
             micro = 100 * correct.sum() / total.sum() if (total > 0).all() else math.nan
-            found[i] = _mean(self._row(i)[seen]) if macro else float(micro)
-        return found
+            accuracies[i] = _mean(self._row(i)[seen]) if macro else float(micro)
+        return accuracies
 
     def summary(self, forgetting: str = "standard") -> dict[str, float]:
         """All metrics that the recorded cells define, in percent; others are absent, never 0.
@@ -140,7 +140,7 @@ class AccuracyMatrix:
         first = {j: at[learned[j]][j] for j in seen}
         later = [(i, j) for j in old for i in rows if i > learned[j]]
         new = [j for j in seen if learned[j] >= 1]
-        kept = [1.0 if first[j] == 0 else min(1.0, at[i][j] / first[j]) for i, j in later]
+        shares = [1.0 if first[j] == 0 else min(1.0, at[i][j] / first[j]) for i, j in later]
         whole = all(not math.isnan(at[i][j] + first[j]) for i, j in later)
 
         def lost(j: int) -> float:
@@ -150,18 +150,18 @@ class AccuracyMatrix:
             best = np.max([first[j], *(at[i][j] for i in rows if learned[j] < i < stop)])
             return float(best - at[end][j])
 
-        found = {
+        metrics = {
             "acc_last": self.curve()[end],
             "acc_inc": _mean(list(self.curve().values())),
             "acc_last_macro": self.curve(macro=True)[end],
             "acc_inc_macro": _mean(list(self.curve(macro=True).values())),
             "plasticity": _mean(list(first.values())),
-            "stability": 100 * _mean(kept) if whole else math.nan,
+            "stability": 100 * _mean(shares) if whole else math.nan,
             "forgetting": _mean([lost(j) for j in old]),
             "bwt": _mean([at[end][j] - first[j] for j in old]),
             "fwt": _mean([at[learned[j] - 1][j] - at[-1][j] for j in new]),
         }
-        return {k: float(v) for k, v in found.items() if not math.isnan(v)}
+        return {k: float(v) for k, v in metrics.items() if not math.isnan(v)}
 
     def snapshot(self) -> dict[str, Any]:
         """Rows int64 [N] and cells int64 [N, 2, C]."""
@@ -310,7 +310,7 @@ class OnlineError:
         errors = {f"err/{self.domains[d]}": float(100 * wrong[d] / images[d]) for d in some}
         if not some:
             return {}
-        found = {
+        metrics = {
             "err_mean": _mean(list(errors.values())),
             "err_images": float(100 * wrong.sum() / images.sum()),
             "err_worst": max(errors.values()),
@@ -323,37 +323,37 @@ class OnlineError:
                 errors[f"err/{self.domains[d]}"]
             )
         if set(by_name) == set(ALEXNET) and all(len(v) == 5 for v in by_name.values()):
-            found["mce"] = mean_corruption_error(by_name)
+            metrics["mce"] = mean_corruption_error(by_name)
         n, correct, confidence = self._bins.cpu().numpy()
         nan, batches, collapsed = self._flags.tolist()
         if n.sum():
             nll, brier = (self._sums / n.sum()).tolist()
             ece = float(np.abs(correct - confidence).sum() / n.sum())
-            found |= {"ece": ece, "nll": nll, "brier": brier}
+            metrics |= {"ece": ece, "nll": nll, "brier": brier}
         if batches:
-            found["collapse"] = collapsed / batches
-        return {**found, "nan": nan}
+            metrics["collapse"] = collapsed / batches
+        return {**metrics, "nan": nan}
 
     def _segments(self) -> dict[str, float]:
         """The means that run over segments, see `summary`."""
         counts = {i: c.cpu().double().numpy() for i, c in self._counts.items()}
         here = {i: np.flatnonzero(c[0]) for i, c in counts.items()}
-        found: dict[str, float] = {}
+        errors_by_name: dict[str, float] = {}
         single = {i: int(d[0]) for i, d in here.items() if len(d) == 1}
         if len(set(single.values())) < len(counts):
             errors = [self.segment(i)["err"] for i in counts if len(here[i])]
-            found["err_segments"] = _mean(errors)
+            errors_by_name["err_segments"] = _mean(errors)
         for r in sorted(set(self.rounds.values())):
             inside = [counts[i] for i in counts if self.rounds[i] == r]
             if inside:
                 n, wrong = np.sum(inside, axis=0)
-                found[f"err_round/{r}"] = _mean(100 * wrong[n > 0] / n[n > 0])
+                errors_by_name[f"err_round/{r}"] = _mean(100 * wrong[n > 0] / n[n > 0])
         severity = {i: self.domains[d].rpartition(":")[2] for i, d in single.items()}
         if len(set(severity.values())) > 1:
             for s in sorted(set(severity.values())):
                 of = [self.segment(i)["err"] for i in severity if severity[i] == s]
-                found[f"err_severity/{s}"] = _mean(of)
-        return found
+                errors_by_name[f"err_severity/{s}"] = _mean(of)
+        return errors_by_name
 
     def snapshot(self) -> dict[str, Any]:
         """Copies of the accumulators."""

@@ -118,16 +118,16 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         `metrics` and `cost` of the summary.
     """
     names = [t.name for t in stream.tasks]
-    matrix, told = AccuracyMatrix(names), AccuracyMatrix(names)  # class- and task-incremental
+    matrix, til_matrix = AccuracyMatrix(names), AccuracyMatrix(names)  # class- and task-incremental
     costs = Costs(strategy.backbone, run.device)
     ahead = NearFuture(stream.order["label"], stream.batch_size) if stream.single_pass else None
-    place = run.log.folder if distributed.first() else None
+    place = run.log.folder if distributed.rank0() else None
     features = FeatureCache(place, run.feature_cache_mb)
     cache = features if run.feature_cache_mb else None
     per_class = PerClass()
     meters: dict[str, Snapshots] = {
         "matrix": matrix,
-        "told": told,
+        "told": til_matrix,
         "costs": costs,
         "skipped": stream.skipped,
         "per_class": per_class,
@@ -152,18 +152,18 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
 
     def score(tasks: Iterable[Task], after: int, name: str) -> dict[int, float]:
         """Accuracy on the test images of `tasks` after task `after`; returns that per class."""
-        found = {}
+        accuracies = {}
         for task in tasks:
             with costs.evaluation():
                 answers = evaluate_task(strategy, task, run, stream.num_classes, cache)
                 total, correct, within, classes = answers.read()
             costs.evaluated += total
             matrix.record(after, task.index, correct, total)
-            told.record(after, task.index, within, total)
+            til_matrix.record(after, task.index, within, total)
             _log_cell(run.log, after, name, task.name, correct, total)
             for c, (n, right, _) in zip(task.classes, classes, strict=True):
-                found |= {c: 100 * right / n} if n else {}
-        return found
+                accuracies |= {c: 100 * right / n} if n else {}
+        return accuracies
 
     # Forward transfer exists where the next task has no new classes, as between domains.
     known = [t.index for t in stream.tasks[1:] if t.classes.stop <= stream.tasks[0].classes.stop]
@@ -207,7 +207,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         at = {"task": task.index + 1, "begun": 0, "epoch": 0, "step": 0}
     run.console.stop()
     metrics = matrix.summary(forgetting=run.forgetting)
-    task_incremental = told.summary(forgetting=run.forgetting)
+    task_incremental = til_matrix.summary(forgetting=run.forgetting)
     metrics |= {f"til/{k}": task_incremental[k] for k in TOLD if k in task_incremental}
     if ahead:
         metrics |= ahead.summary()

@@ -20,9 +20,9 @@ def derive(seed: int, *path: str | int) -> int:
 
 def generator(seed: int, *path: str | int, device: str | torch.device = "cpu") -> torch.Generator:
     """A torch generator for one purpose, for example `generator(seed, "shuffle", task, epoch)`."""
-    made = torch.Generator(device=device)
-    made.manual_seed(derive(seed, *path))
-    return made
+    rng = torch.Generator(device=device)
+    rng.manual_seed(derive(seed, *path))
+    return rng
 
 
 def seed_all(seed: int) -> None:

@@ -55,10 +55,10 @@ class Strategy(nn.Module):
     def rng(self, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
         """This method's own generator for `purpose`; its state is part of the snapshot."""
         if purpose not in self._generators:
-            made = generator(self.seed, "strategy", purpose, device=device)
+            rng = generator(self.seed, "strategy", purpose, device=device)
             if purpose in self._restored:
-                made.set_state(self._restored.pop(purpose))
-            self._generators[purpose] = made
+                rng.set_state(self._restored.pop(purpose))
+            self._generators[purpose] = rng
         return self._generators[purpose]
 
     def predict(self, x: Tensor) -> Tensor:
@@ -73,11 +73,11 @@ class Strategy(nn.Module):
 
     def strategies(self) -> dict[str, Strategy]:
         """The strategies inside this one by name, without those inside of them."""
-        found: dict[str, Strategy] = {}
+        inner: dict[str, Strategy] = {}
         for name, module in self.named_modules():
-            if module is not self and isinstance(module, Strategy) and not _under(name, found):
-                found[name] = module
-        return found
+            if module is not self and isinstance(module, Strategy) and not _under(name, inner):
+                inner[name] = module
+        return inner
 
     def frozen(self) -> set[str]:
         """Names of tensors that never change and are therefore left out of snapshots.
@@ -185,8 +185,8 @@ class Strategy(nn.Module):
         self._generators = {k: g for k, g in self._generators.items() if k in states}
         self._restored = {}
         for name, rng_state in states.items():
-            if made := held.get(name, self._generators.get(name)):
-                made.set_state(rng_state)
+            if rng := held.get(name, self._generators.get(name)):
+                rng.set_state(rng_state)
             else:
                 self._restored[name] = rng_state
 

@@ -54,7 +54,7 @@ def collect_parameters(net: nn.Module, select: Select | None = None) -> dict[str
         net: network to walk; names are relative to it.
         select: which modules to look into; None takes every one.
     """
-    found: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, module in net.named_modules():
         if select is not None and not select(name, module):
@@ -62,8 +62,8 @@ def collect_parameters(net: nn.Module, select: Select | None = None) -> dict[str
         for key, parameter in module.named_parameters(recurse=False):
             if key in ("weight", "bias") and id(parameter) not in seen:
                 seen.add(id(parameter))
-                found[f"{name}.{key}" if name else key] = parameter
-    return found
+                parameters[f"{name}.{key}" if name else key] = parameter
+    return parameters
 
 
 def train_only(net: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

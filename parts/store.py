@@ -28,9 +28,9 @@ class Store(nn.Module):
         return name.replace(".", "/") in self._buffers
 
     def __getitem__(self, name: str) -> Tensor:
-        found = self._buffers[name.replace(".", "/")]
-        assert found is not None
-        return found
+        tensor = self._buffers[name.replace(".", "/")]
+        assert tensor is not None
+        return tensor
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

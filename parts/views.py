@@ -58,8 +58,8 @@ def draw(
     """
 
     def uniform(low: float, high: float) -> float:
-        made = torch.empty(1, dtype=torch.float32)
-        return made.uniform_(low, high, generator=generator).item()
+        number = torch.empty(1, dtype=torch.float32)
+        return number.uniform_(low, high, generator=generator).item()
 
     height, width = (side + 2 * (side // 2) for side in shape[-2:])
     order = torch.randperm(len(COLOUR), generator=generator).tolist()

@@ -361,15 +361,15 @@ def as_sweeps(words: list[str]) -> list[str]:
     would then set the epochs of the default strategy, which has none.
     """
     swept = {w.split("=")[0] for w in words if re.match(r"\w+=(\[[^]]*\]|[^,=\[{(]+),", w)}
-    found = []
+    spelled = []
     for word in words:
         key, _, value = word.partition("=")
         single = value and "," not in re.sub(r"\[.*?\]|\{.*?\}|\(.*?\)", "", value)
         inside = "." in key and key.lstrip("+").split(".")[0] in swept
         inside = inside or (key == ADAPTER and "strategy" in swept)
         wrap = inside and single and not value.startswith(("choice(", "range(", "interval("))
-        found.append(f"{key}=choice({value})" if wrap else word)
-    return found
+        spelled.append(f"{key}=choice({value})" if wrap else word)
+    return spelled
 
 
 def _installed(plugin: str) -> bool:

@@ -52,9 +52,9 @@ def complete(cfg: DictConfig) -> DictConfig:
             cfg.strategy.epochs = 1
         if cfg.strategy.name == "source":
             cfg.around = {}
-        made = cfg.scenario.get("corrupt") == "on_the_fly"
+        on_the_fly = cfg.scenario.get("corrupt") == "on_the_fly"
         cfg.scenario.label = (
-            label + ("[on_the_fly]" if made else "") if real else f"{label}[embedded]"
+            label + ("[on_the_fly]" if on_the_fly else "") if real else f"{label}[embedded]"
         )
     return cfg
 

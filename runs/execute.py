@@ -67,7 +67,7 @@ def run_experiment(
     cfg = complete(cfg)
     device = set_up(cfg)
     distributed.join(device)
-    console = Console(cfg.scenario.label, quiet, mute=not distributed.first())
+    console = Console(cfg.scenario.label, quiet, mute=not distributed.rank0())
     if embedded(cfg):
         console.say(_how_to_real(cfg))
     geometry = Geometry()
@@ -87,24 +87,24 @@ def run_experiment(
     place = Path(cfg.root) / stream.name / method / cfg.backbone.name
     name = f"s{cfg.seed}-{key}"
     code = code_of(*(node._target_ for node in (*nodes(cfg.strategy), *cfg.around.values())))
-    identities = distributed.from_first(lambda: (key, code["method"]))
+    identities = distributed.from_rank0(lambda: (key, code["method"]))
     if identities != (key, code["method"]):
         raise UserError(
             f"the processes disagree on what is run ({identities[0]} and {key}): data, weights or "
             "code differ between the machines"
         )
     choose = partial(choose_folder, place, name, cfg.on_exists, code)
-    folder, finished, _ = distributed.from_first(choose)
-    made = None
+    folder, finished, _ = distributed.from_rank0(choose)
+    built = None
     if finished is None:
         # Before anything is written or run: a mistake in the settings leaves nothing behind.
         if make_room is not None:
             make_room()
         dispatch.use(cfg.kernel.backend)
-        made = make_strategy(cfg, stream, geometry, device)
+        built = make_strategy(cfg, stream, geometry, device)
     with ExitStack() as stack:
         if finished is None:
-            folder, finished, notes = distributed.from_first(
+            folder, finished, notes = distributed.from_rank0(
                 lambda: hold(choose, stack, console, wait=wait)
             )
             for note in notes:
@@ -120,9 +120,9 @@ def run_experiment(
             _execute, cfg, stream, geometry, device, folder, key, code, overrides, console
         )
         if not issubclass(kind, TTAStrategy) or cfg.strategy.name == "source":
-            return execute(made)
+            return execute(built)
         # Made anew only after a companion that needed the memory and drew numbers.
-        waiting, made, random = [made], None, rng_state()
+        waiting, built, random = [built], None, rng_state()
         source = _source_run(cfg, console, waiting.clear)
         frozen = _frozen_run(cfg, console, waiting.clear)
         set_rng_state(random)
@@ -150,12 +150,12 @@ def _execute(
     code: Code,
     overrides: list[str],
     console: Console,
-    made: tuple[Strategy, dict[str, str]] | None,
+    built: tuple[Strategy, dict[str, str]] | None,
     source: dict[str, Any] | None = None,
     frozen: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     dispatch.use(cfg.kernel.backend)  # forgets what other runs of this process used
-    strategy, weights = made or make_strategy(cfg, stream, geometry, device)
+    strategy, weights = built or make_strategy(cfg, stream, geometry, device)
     prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
     if prepared is not None:
         seed_all(cfg.seed)  # whether the artefact was cached changes nothing
@@ -169,7 +169,7 @@ def _execute(
         "seed": cfg.seed,
         "key": key,
     }
-    if distributed.first():
+    if distributed.rank0():
         known = {**about, **environment(device), "git": git, "weights": weights}
         known |= {"data": stream.facts, "prepared": prepared, "code": code}
         describe(cfg, folder, overrides, known, patch, stream)
@@ -239,7 +239,7 @@ def _execute(
     if cfg.reference is not None:
         summary["reference"] = _against_published(cfg, stream, overrides, summary)
     log.finish(summary)
-    if distributed.first() and not cfg.checkpoint.keep:
+    if distributed.rank0() and not cfg.checkpoint.keep:
         checkpoint.remove()
     console.say(result_table(summary))
     console.say(f"results: {folder}")
@@ -260,9 +260,9 @@ def _prepare(
         return None
 
     def fresh() -> TTAStrategy:
-        made = make_strategy(cfg, stream, geometry, device)[0]
-        assert isinstance(made, TTAStrategy)
-        return made.method
+        strategy = make_strategy(cfg, stream, geometry, device)[0]
+        assert isinstance(strategy, TTAStrategy)
+        return strategy.method
 
     try:
         return prepare(
@@ -304,13 +304,13 @@ def _how_to_real(cfg: DictConfig) -> str:
 
 def _checkpoint_hash(cfg: DictConfig) -> str:
     """A local weights file counts by content, not by name."""
-    found = []
+    digests = []
     for node in (cfg.backbone, *nodes(cfg.strategy)):
         path = node.get("checkpoint")
         if path and Path(path).is_file():
             with open(path, "rb") as file:
-                found.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return " ".join(found)
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(digests)
 
 
 def _source_facts(cfg: DictConfig, kind: type[Strategy], stream: Stream) -> list[str]:
@@ -362,7 +362,7 @@ def _sinks(
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     seedless = cfg.copy()
     seedless.seed = None
-    told = About(
+    about_run = About(
         folder,
         plain,
         run_id="-".join(names).replace("[", "-").replace("]", ""),
@@ -373,7 +373,7 @@ def _sinks(
             *(f"around:{rule}" for rule in about["around"]),
         ),
     )
-    return make_sinks(plain["logger"], told)
+    return make_sinks(plain["logger"], about_run)
 
 
 def _beside(

@@ -94,12 +94,12 @@ def settings(strategy: str, **options: Any) -> DictConfig:
     node = _composed(words).strategy
     places = _places(node)
     for key, value in options.items():
-        found = [place for place in places if f".{place}".endswith(f".{key}")]
-        if not found:
+        matches = [place for place in places if f".{place}".endswith(f".{key}")]
+        if not matches:
             last = {place.rpartition(".")[2] for place in places}
             near = suggest(key, sorted(last))
             raise UserError(f"strategy={strategy} has no setting {key!r}{near}")
-        OmegaConf.update(node, min(found, key=lambda place: place.count(".")), value)
+        OmegaConf.update(node, min(matches, key=lambda place: place.count(".")), value)
     return node
 
 

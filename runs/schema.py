@@ -150,8 +150,8 @@ def check_settings(cfg: DictConfig) -> None:
 
 def _made(node: Mapping[str, Any], at: str, *wanted: str) -> None:
     """The target makes something of a class named in `wanted`, which tests need not import."""
-    made = result(locate(node["_target_"], at))
-    names = {c.__name__ for c in inspect.getmro(made)} if inspect.isclass(made) else set()
+    kind = result(locate(node["_target_"], at))
+    names = {c.__name__ for c in inspect.getmro(kind)} if inspect.isclass(kind) else set()
     if not names & set(wanted):
         raise UserError(f"{at}._target_={node['_target_']} makes no {at}")
 

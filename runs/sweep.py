@@ -280,14 +280,14 @@ def _try_lock(file: IO[str]) -> bool:
 
 def outcomes(folder: Path) -> list[Outcome]:
     """One entry a planned run; `state` is finished, failed, killed, stopped or not started."""
-    found = []
+    rows = []
     for number, overrides in enumerate(json.loads((folder / "sweep.json").read_text())["runs"]):
         path = folder / f"{number}.json"
         one = json.loads(path.read_text()) if path.exists() else {"state": "not started"}
         if one["state"] == "running":
             one |= {"state": "killed", "error": "its process was killed together with the launcher"}
-        found.append({**one, "overrides": overrides})
-    return found
+        rows.append({**one, "overrides": overrides})
+    return rows
 
 
 def report(folder: Path) -> tuple[str, int]:
@@ -303,7 +303,7 @@ def report(folder: Path) -> tuple[str, int]:
     finished = states.pop("finished", [])
     before = sum(bool(r.get("before")) for r in finished)
     counts = [f"{len(finished)} finished" + (f" ({before} of them before)" if before else "")]
-    counts += [f"{len(found)} {state}" for state, found in states.items()]
+    counts += [f"{len(rows)} {state}" for state, rows in states.items()]
     lines = [f"sweep of {len(runs)} runs: {', '.join(counts)} ({folder})"]
     fixed = _common(runs)
     for state in ("failed", "killed", "stopped"):

@@ -41,11 +41,11 @@ def result_table(summary: dict[str, Any]) -> str:
     rows.append(("mean", *(f"{m['err_mean']:.1f}" for m in columns.values())))
     names = ("plasticity", "stability", "forgetting", "source_forgetting")
     names += ("source_forgetting_adapting", "collapse", "nan")
-    kept = [f"{k} {metrics[k]:.2f}" for k in names if k in metrics]
-    kept += [f"{k} {v:g}" for k, v in summary.get("method", {}).items()]
-    kept = [text for text in kept if text not in ("collapse 0.00", "nan 0.00")]
-    if kept:
-        foot.insert(0, ", ".join(kept))
+    figures = [f"{k} {metrics[k]:.2f}" for k in names if k in metrics]
+    figures += [f"{k} {v:g}" for k, v in summary.get("method", {}).items()]
+    figures = [text for text in figures if text not in ("collapse 0.00", "nan 0.00")]
+    if figures:
+        foot.insert(0, ", ".join(figures))
     foot += _published(summary)
     return "\n".join([title, table(head, rows), *foot])
 

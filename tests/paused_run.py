@@ -31,7 +31,7 @@ def main() -> None:
         tick(self, *args, **cursor)
         if strategy not in self.log.folder.parts or next(left, None) is not None:
             return
-        if distributed.first():
+        if distributed.rank0():
             part = Path(f"{marker}.part")
             part.write_text(str(os.getpid()))
             part.rename(marker)

@@ -132,8 +132,8 @@ class CoTTA(TTAStrategy):
     def prepare(self, source: SourceImages, progress: Progress) -> dict[str, Tensor]:
         """The threshold, from the anchor's confidence on every source image."""
         batches = source.batches(SOURCE_BATCH, epoch=0)  # shuffled: batches of mixed classes
-        found = [self.anchor(b.x.to(self.device)).softmax(1).amax(1) for b in batches]
-        return {"threshold": torch.cat(found).quantile(0.05) - 0.05}
+        confidences = [self.anchor(b.x.to(self.device)).softmax(1).amax(1) for b in batches]
+        return {"threshold": torch.cat(confidences).quantile(0.05) - 0.05}
 
     def use_prepared(self, artefact: Mapping[str, Tensor]) -> None:
         self.threshold = float(artefact["threshold"])

@@ -91,13 +91,13 @@ def residual_blocks(net: nn.Module) -> list[nn.Module]:
         stages = getattr(net, name, None)
         if isinstance(stages, nn.Sequential):
             return [b for s in stages for b in getattr(s, "blocks", s).children()]
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for child in getattr(net, "features", nn.Sequential()).children():
         if type(child) is nn.Sequential:  # stages; convolutions are of a subclass
-            found += child
+            layers += child
         elif isinstance(child, FLAT):
-            found.append(child)
-    return found
+            layers.append(child)
+    return layers
 
 
 def find_blocks(backbone: Backbone) -> list[nn.Module]:

@@ -77,12 +77,12 @@ def attach(
             "adapters for convolutions. Use a vision transformer (backbone=vit_b16_in1k), or "
             "strategy=cotta"
         )
-    made = {}
+    adapters_by_point = {}
     for path, layer in places.items():
         new = DualRank(layer.in_features, layer.out_features, low, high, generator=rng)
-        made[f"{path}:out"] = new.to(layer.weight)  # its type and place
+        adapters_by_point[f"{path}:out"] = new.to(layer.weight)  # its type and place
     bank = AdapterBank(backbone, setting="strategy.attention")
-    bank.add(NAME, made)
+    bank.add(NAME, adapters_by_point)
     return bank
 
 
@@ -106,19 +106,19 @@ def tensors(bank: AdapterBank) -> dict[str, Tensor]:
     `vida_up2`).
     """
     layers = {point.removesuffix(":out"): one for point, one in bank.adapters(NAME).items()}
-    found: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     for path, module in bank.backbone.net.named_modules():
         passing = module._non_persistent_buffers_set
         own = {k: b for k, b in module.named_buffers(recurse=False) if k not in passing}
         own = dict(module.named_parameters(recurse=False)) | own
         prefix = f"{path}." if path else ""
         place = f"{prefix}linear_vida." if path in layers else prefix
-        found |= {place + key: tensor for key, tensor in own.items()}
+        named |= {place + key: tensor for key, tensor in own.items()}
         pairs = layers[path].pairs() if path in layers else []
         for number, (down, up) in zip(("", "2"), pairs, strict=False):
-            found |= {f"{prefix}vida_down{number}.weight": down}
-            found |= {f"{prefix}vida_up{number}.weight": up}
-    return found
+            named |= {f"{prefix}vida_down{number}.weight": down}
+            named |= {f"{prefix}vida_up{number}.weight": up}
+    return named
 
 
 def parameters(bank: AdapterBank) -> dict[str, nn.Parameter]:

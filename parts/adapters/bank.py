@@ -95,20 +95,20 @@ class AdapterBank(nn.Module):
 
     def points(self) -> list[str]:
         """Points that this network offers (linear layers and blocks)."""
-        found = []
+        names = []
         for name, module in self.backbone.net.named_modules():
             if isinstance(module, nn.Linear):
-                found.append(f"{name}:out")
+                names.append(f"{name}:out")
         if hasattr(self.backbone.net, "blocks"):
-            found.append("blocks:tokens")
+            names.append("blocks:tokens")
         for i, block in enumerate(getattr(self.backbone.net, "blocks", [])):
-            found.append(f"blocks.{i}:tokens")
+            names.append(f"blocks.{i}:tokens")
             if _is_block(block):
-                found += [f"blocks.{i}.mlp:parallel", f"blocks.{i}.attn:out"]
-                found += [f"blocks.{i}.attn:in"]
+                names += [f"blocks.{i}.mlp:parallel", f"blocks.{i}.attn:out"]
+                names += [f"blocks.{i}.attn:in"]
             if _has_plain_attention(block):
-                found.append(f"blocks.{i}.attn:keys")
-        return found
+                names.append(f"blocks.{i}.attn:keys")
+        return names
 
     def add(self, name: str, adapters: Mapping[str, Adapter]) -> list[nn.Parameter]:
         """Attach a set under `name`; returns its parameters.
@@ -122,9 +122,9 @@ class AdapterBank(nn.Module):
         for point in adapters:
             self.check(point)
         device = next(self.backbone.parameters()).device
-        made = nn.ModuleDict({p.replace(".", "/"): a for p, a in adapters.items()}).to(device)
-        self.sets[name] = made
-        named = made.named_parameters(remove_duplicate=False)
+        modules = nn.ModuleDict({p.replace(".", "/"): a for p, a in adapters.items()}).to(device)
+        self.sets[name] = modules
+        named = modules.named_parameters(remove_duplicate=False)
         self._constant[name] = {n for n, p in named if not p.requires_grad}
         for point in adapters:
             self._hook(point)
@@ -155,13 +155,13 @@ class AdapterBank(nn.Module):
         shapes = [{k: v.shape for k, v in s.items()} for s in (*states, goal)]
         if any(s != shapes[0] for s in shapes):
             raise ValueError(f"sets {[*names, into]} do not hold the same tensors")
-        given = [1.0] * len(names) if weights is None else list(weights)
+        shares = [1.0] * len(names) if weights is None else list(weights)
         learned = {n for n, _ in self.sets[into].named_parameters(remove_duplicate=False)}
         learned -= self._constant[into]
         for key in goal.keys() - learned:
             if any(not torch.equal(s[key], goal[key]) for s in states):
                 raise ValueError(f"sets {[*names, into]} differ in {key}, which does not learn")
-        rows = [[w / sum(given) * s[k] for k in goal] for w, s in zip(given, states, strict=True)]
+        rows = [[w / sum(shares) * s[k] for k in goal] for w, s in zip(shares, states, strict=True)]
         for (key, value), parts in zip(goal.items(), zip(*rows, strict=True), strict=True):
             if key in learned:
                 value.copy_(torch.stack(parts).sum(0))
@@ -187,8 +187,8 @@ class AdapterBank(nn.Module):
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """Point -> adapter of a set."""
-        found: Any = self.sets[name]
-        return {key.replace("/", "."): adapter for key, adapter in found.items()}
+        modules: Any = self.sets[name]
+        return {key.replace("/", "."): adapter for key, adapter in modules.items()}
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """What one set learns, in the order of its points."""
@@ -239,7 +239,7 @@ class AdapterBank(nn.Module):
         finally:
             self._group, self._residual = [], None
         if not outside:  # each copy counts as a pass, although block 0 is shared
-            self.backbone.passes.forward += distributed.whole(len(x)) * (len(names) - 1)
+            self.backbone.passes.forward += distributed.full_batch_size(len(x)) * (len(names) - 1)
         return out.view(len(names), len(x), -1)
 
     @distributed.shared()
@@ -348,12 +348,12 @@ class AdapterBank(nn.Module):
     def _found(self, point: str) -> list[tuple[Adapter, float]]:
         """Active adapters at a point with their weights."""
         key = point.replace(".", "/")
-        found = []
+        acting = []
         for name, weight in self._active:
-            made: Any = self.sets[name]
-            if key in made:
-                found.append((made[key], weight))
-        return found
+            modules: Any = self.sets[name]
+            if key in modules:
+                acting.append((modules[key], weight))
+        return acting
 
     def _grouped(self, point: str) -> list[Adapter]:
         key = point.replace(".", "/")
@@ -412,10 +412,10 @@ class AdapterBank(nn.Module):
         if adapters := self._grouped(point):
             chunks = self._chunks(inp), self._chunks(out)
             return type(adapters[0]).after_grouped(adapters, *chunks).flatten(0, 1)
-        found = self._found(point)
-        if len(found) == 1 and found[0][1] == 1:
-            return found[0][0].after(inp, out)
-        for adapter, weight in found:  # sums are defined for adapters that only add
+        acting = self._found(point)
+        if len(acting) == 1 and acting[0][1] == 1:
+            return acting[0][0].after(inp, out)
+        for adapter, weight in acting:  # sums are defined for adapters that only add
             out = adapter.add(inp, out, weight)
         return out
 
@@ -503,12 +503,12 @@ def call_qkv(net: nn.Module, path: str, acts: Callable[[], bool]) -> None:
     owner.register_forward_pre_hook(switch)
 
 
-def _only(found: Any, point: str, act: Callable[[Any], Any], otherwise: Any) -> Any:
-    if not found:
+def _only(acting: Any, point: str, act: Callable[[Any], Any], otherwise: Any) -> Any:
+    if not acting:
         return otherwise
-    if len(found) > 1 or found[0][1] != 1:
+    if len(acting) > 1 or acting[0][1] != 1:
         raise ValueError(f"{point}: adapters of this kind cannot be summed; use one set")
-    return act(found[0][0])
+    return act(acting[0][0])
 
 
 def _names(net: nn.Module) -> list[str]:
