@@ -317,9 +317,11 @@ def _nearest(key: str, keys: list[str]) -> str:
 
 
 def _with_adapters() -> list[Path]:
-    """The strategies whose adapters are a choice."""
+    """The strategies whose adapters are a choice, theirs or that of the one they build on."""
     files = [p for folder in config_folders() for p in (folder / "strategy").glob("*.yaml")]
-    return [p for p in files if "/adapter@adapter:" in p.read_text()]
+    own = [p for p in files if "/adapter@adapter:" in p.read_text()]
+    built_on = tuple(f"  - {p.stem}\n" for p in own)
+    return [p for p in files if p in own or any(line in p.read_text() for line in built_on)]
 
 
 def _keys() -> list[str]:

@@ -107,6 +107,7 @@ QUICK_RULES: dict[str, dict[str, Any]] = {
 }
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
 HEAD_ALONE = "linear_probe"
+PENALTIES = ("l2", "ewc", "lwf")  # around finetune, which is tried with every kind
 REFUSED = {("olora", kind) for kind in ("dora", "prefix", "prompt", "scale_shift")}
 if find_spec("peft"):
     REFUSED.add(("olora", "peft/vera"))
@@ -171,7 +172,9 @@ def with_other_kinds(cases: list[Case]) -> list[Case]:
         for kind in kinds if "adapter" in case.node and case.name in methods else ():
             quick = {k: v for k, v in QUICK.get(case.name, {}).items() if k != "rank"}
             node = settings(case.name, quick | {"adapter": kind})
-            if (case.name, kind) not in REFUSED and case.name != HEAD_ALONE:
+            if (case.name, kind) in REFUSED or case.name == HEAD_ALONE:
+                continue
+            if kind == "lora" or case.name not in PENALTIES:
                 many.append(replace(case, name=f"{case.name}+{kind}", node=node, network="vit"))
     return many
 
