@@ -59,6 +59,7 @@ UNKNOWN = {
     "checked": "-",
     "no_rows": "papers/ has none",
 }
+OF_SOURCE = {"metrics", "status", "comparable", "source"}
 KEYS = {"sources", "common", "blocks", *GROUPS.values()}
 Words = dict[str, Any]
 Facts = dict[str, Any]
@@ -100,9 +101,21 @@ def _read(path: Path, _changed: int) -> dict[str, Any]:
         content: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a table has the keys {', '.join(sorted(KEYS))}")
     if wrong := sorted(set(content) - KEYS):
         raise UserError(f"{path}: a table has no key {wrong[0]!r}{suggest(wrong[0], KEYS)}")
-    return {key: content.get(key) or {} for key in KEYS}
+    parts = {key: content.get(key) or {} for key in KEYS}
+    for key, entries in parts.items():
+        if not isinstance(entries, dict):
+            raise UserError(f"{path}: {key} must be settings by name, got {entries!r}")
+        for name, entry in entries.items() if key != "common" else ():
+            if not isinstance(entry, dict):
+                raise UserError(f"{path}: {key}.{name} must be settings, got {entry!r}")
+    for name, source in parts["sources"].items():
+        if lacking := sorted(OF_SOURCE - set(source)):
+            raise UserError(f"{path}: sources.{name} lacks {', '.join(lacking)}")
+    return parts
 
 
 def words(group: str, option: str) -> Words:

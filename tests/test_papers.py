@@ -130,6 +130,8 @@ def test_a_changed_table_is_read_again(write):
         ("{logs:", "{log:", "source 'log', not in `sources`; did you mean 'logs'?"),
         ("[2.0, 1.0]", "[2.0]", "1 for the columns ['acc_inc', 'acc_last']"),
         ("common: {", "common: {{", "cannot be read"),
+        ("metrics:", "metric:", "sources.logs lacks metrics"),
+        ("{strategy.lr: 0.01, scenario.severity: 3}", "", "blocks.slow must be settings, got None"),
     ],
 )
 def test_a_mistake_in_a_table_has_one_answer(write, right, wrong, said):
