@@ -69,12 +69,12 @@ class Optim:
 
     def __post_init__(self) -> None:
         if self.kind == "sgd" and self.nesterov and self.momentum <= 0:
-            raise UserError("optim.nesterov=true needs optim.momentum above 0")
+            raise UserError("strategy.optim.nesterov=true needs strategy.optim.momentum above 0")
         for key in self.later:
             if key not in vars(self) or key == "later":
                 near = suggest(key, vars(self))
-                raise UserError(f"optim.later has no option {key!r}{near}")
-        check_call(Optim, self.settings() | self.later, at="optim.later")
+                raise UserError(f"strategy.optim.later has no option {key!r}{near}")
+        check_call(Optim, self.settings() | self.later, at="strategy.optim.later")
 
     def of_task(self, index: int) -> Optim:
         """The settings for one task, counted from 0."""

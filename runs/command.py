@@ -31,6 +31,7 @@ from driftline.core.paths import CONF, add_resolver
 from driftline.core.torchrun import requested, speaks
 
 ADAPTER = "adapter@strategy.adapter"  # what adapter=... stands for
+OPEN = re.compile(r"strategy\.(\w+\.)*optim\.(rates|factors|later)(\.\w+)?=")
 LISTS = ("around",)  # groups that take several names
 # Flags of Hydra that take a value of their own.
 FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"}
@@ -352,8 +353,13 @@ def _keys() -> list[str]:
 
 
 def spelled_out(words: list[str]) -> list[str]:
-    """`adapter=...` as Hydra names it: an option group inside the strategy."""
-    return [re.sub(r"^adapter=", f"{ADAPTER}=", word) for word in words]
+    """Words as Hydra takes them.
+
+    `adapter=...` is an option group inside the strategy. Rates of groups have names that no file
+    lists, and Hydra wants `++` for a new name.
+    """
+    words = [re.sub(r"^adapter=", f"{ADAPTER}=", word) for word in words]
+    return [f"++{word}" if OPEN.match(word) else word for word in words]
 
 
 def as_sweeps(words: list[str]) -> list[str]:

@@ -92,6 +92,7 @@ def settings(strategy: str, **options: Any) -> DictConfig:
     if isinstance(options.get("adapter"), str):
         words.append(f"adapter={options.pop('adapter')}")
     node = _composed(words).strategy
+    OmegaConf.set_struct(node, False)  # rates of groups have names of their own
     places = _places(node)
     for key, value in options.items():
         matches = [place for place in places if f".{place}".endswith(f".{key}")]

@@ -14,6 +14,8 @@ from torch import nn
 
 from driftline.core.errors import Diverged, UserError
 from driftline.parts.optim import Optim
+from driftline.runs.command import spelled_out
+from driftline.runs.library import settings
 
 SGD = {"kind": "sgd", "lr": 0.1}
 
@@ -114,6 +116,22 @@ def test_wrong_settings_are_named(options, message):
     a, _ = pair()
     with pytest.raises(UserError, match="rate or factor of 'haed'; did you mean 'head'"):
         Optim(**SGD, rates={"haed": 1.0}).optimizer({"head": [a]})
+
+
+@pytest.mark.parametrize(
+    ("word", "where", "value"),
+    [
+        ("strategy.optim.rates={head: 0.5}", "rates", {"head": 0.5}),
+        ("strategy.optim.rates.head=0.5", "rates", {"head": 0.5}),
+        ("strategy.optim.factors.head=10", "factors", {"head": 10}),
+        ("strategy.optim.later={lr: 0.5}", "later", {"lr": 0.5}),
+    ],
+)
+def test_rates_of_groups_are_typed_like_any_setting(configure, word, where, value):
+    node = configure(*spelled_out(["strategy=ease", "scenario=split_cifar10", word])).strategy
+    assert node.optim[where] == value
+    optim = settings("ease", **{f"optim.{where}": value}).optim
+    assert optim[where] == value
 
 
 @pytest.mark.slow
