@@ -376,6 +376,11 @@ def dropout(x: Tensor, rate: float, dim: int = 0) -> Tensor:
     return x * _part.of(F.dropout(x.new_ones(shape), rate), dim)
 
 
+def own_rows(x: Tensor) -> Tensor:
+    """Of `x` [B, ...], which belongs to all images of a pass, the rows of those computed here."""
+    return x if _part is None else _part.of(x)
+
+
 def full_batch_size(images: int) -> int:
     """Images that all processes compute while this one computes `images`."""
     return images if _part is None else images // _part.own * _part.whole

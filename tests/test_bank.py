@@ -398,3 +398,61 @@ def test_dual_rank_is_the_sum_of_its_scaled_branches():
         x = torch.randn(3, 6)
         parts = [x @ d.T @ u.T for d, u in zip(module.down, module.up, strict=True)]
         assert torch.allclose(module(x), 0.5 * parts[0] + 2 * parts[1], atol=1e-5)
+
+
+class PrefixPool(Prefix):
+    """A prefix an image, a mixture of a pool by the likeness of its query to keys (CODA-Prompt)."""
+
+    reads_context = True
+
+    def __init__(self, dim: int, size: int, length: int) -> None:
+        super().__init__(dim, length, compensate=False, learn_scale=False)
+        generator = torch.Generator().manual_seed(4)
+        self.keys = nn.Parameter(torch.randn(size, dim, generator=generator))
+        self.pool = nn.Parameter(torch.randn(size, 2, length, dim, generator=generator))
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.context is not None
+        share = F.normalize(self.context, dim=1) @ F.normalize(self.keys, dim=1).T
+        keys, values = torch.einsum("bm,mkld->kbld", share, self.pool)
+        return keys, values
+
+
+class PromptPool(Prompt):
+    """The prompts of the key that is nearest to the query (L2P)."""
+
+    reads_context = True
+
+    def __init__(self, dim: int, size: int, count: int) -> None:
+        super().__init__(dim, count)
+        generator = torch.Generator().manual_seed(5)
+        self.keys = nn.Parameter(torch.randn(size, dim, generator=generator))
+        self.pool = nn.Parameter(torch.randn(size, count, dim, generator=generator))
+
+    def tokens(self) -> torch.Tensor:
+        assert self.context is not None
+        nearest = (F.normalize(self.context, dim=1) @ F.normalize(self.keys, dim=1).T).argmax(1)
+        return self.pool[nearest]
+
+
+@pytest.mark.parametrize(
+    ("kind", "point"),
+    [(PrefixPool, "blocks.1.attn:keys"), (PromptPool, "blocks.1:tokens")],
+)
+def test_each_image_has_rows_of_its_own_where_a_kind_reads_the_context(kind, point):
+    net = backbone()
+    bank, x = AdapterBank(net), torch.rand(5, 3, 32, 32)
+    plain = bank.features(x).detach()
+    bank.add("pool", {point: kind(net.dim, 6, 3)})
+    queries = torch.randn(5, net.dim, generator=torch.Generator().manual_seed(6))
+    batch = bank.features(x, "pool", queries)
+    pairs = zip(x, queries, strict=True)
+    single = torch.cat([bank.features(i[None], "pool", q[None]) for i, q in pairs])
+    torch.testing.assert_close(batch, single, rtol=1e-5, atol=1e-6)
+    other = bank.features(x, "pool", queries.flip(0))
+    assert not torch.allclose(other, batch) and not torch.allclose(plain, batch)
+    batch.sum().backward()
+    learned = dict(bank.sets["pool"].named_parameters())
+    assert any(p.grad is not None and p.grad.any() for n, p in learned.items() if "pool" in n)
+    assert torch.equal(bank.features(x), plain)
+    assert all(a.context is None for a in bank.adapters("pool").values())

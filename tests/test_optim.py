@@ -107,7 +107,7 @@ def test_later_tasks_have_settings_of_their_own():
         ({"later": {"lrr": 1}}, "optim.later has no option 'lrr'; did you mean 'lr'"),
         ({"later": {"lr": -1}}, r"optim\.later\.lr must be"),
         ({"later": {"later": {}}}, "optim.later has no option 'later'"),
-        ({"nesterov": True}, "needs optim.momentum above 0"),
+        ({"nesterov": True}, "needs strategy.optim.momentum above 0"),
     ],
 )
 def test_wrong_settings_are_named(options, message):

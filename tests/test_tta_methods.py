@@ -125,7 +125,7 @@ def test_passes_are_counted(name):
         ("resnet", "bn-mixed", {"alpha": 1.0}, "strategy.statistics=batch"),
         ("vit", "tent", {}, "no BatchNorm2d; set strategy.layers=norm"),
         ("resnet", "tent", {"steps": 0}, "strategy.steps must be a whole number, at least 1"),
-        ("resnet", "tent", {"momentum": 0.0}, "optim.nesterov=true needs"),
+        ("resnet", "tent", {"momentum": 0.0}, "strategy.optim.nesterov=true needs"),
         ("resnet", "cotta", {"views": 0}, "strategy.views must be a whole number, at least 1"),
         ("resnet", "cotta", {"loss": "mse"}, "strategy.loss must be one of 'ce', 'sce'"),
     ],

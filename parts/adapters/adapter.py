@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ def kaiming(weight: Tensor, generator: torch.Generator | None) -> None:
 
 class Adapter(nn.Module):
     """Base of all adapters; a subclass defines the methods of the points that it can serve."""
+
+    reads_context: ClassVar[bool] = False  # True: `context` is what the caller gave, see `features`
+    context: Tensor | None = None  # [B, ...] within one call of the bank, not part of the state
 
     def forward(self, x: Tensor) -> Tensor:
         """What is added, from the tokens [B, N, D] that are read."""

@@ -202,16 +202,21 @@ class AdapterBank(nn.Module):
 
     # -------------------------------------------------------------- calls
 
-    def features(self, x: Tensor, use: Use = None) -> Tensor:
-        """[B, 3, H, W] -> [B, D] with one set, a weighted sum of sets, or none."""
-        with self.using(use):
+    def features(self, x: Tensor, use: Use = None, context: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] -> [B, D] with one set, a weighted sum of sets, or none.
+
+        Args:
+            context: [B, ...], what adapters that differ between images read, such as the query of
+                a pool of prompts (`Adapter.context`).
+        """
+        with self.using(use, context):
             out = self.backbone.features(x)
             self._reach.verify({name: self.adapters(name) for name, _ in self._active})
         return out
 
-    def logits(self, x: Tensor, use: Use = None) -> Tensor:
+    def logits(self, x: Tensor, use: Use = None, context: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] -> [B, C], scores of the pretrained head, as `features`."""
-        with self.using(use):
+        with self.using(use, context):
             out = self.backbone(x)
             self._reach.verify({name: self.adapters(name) for name, _ in self._active})
         return out
@@ -272,17 +277,22 @@ class AdapterBank(nn.Module):
         )
 
     @contextmanager
-    def using(self, use: Use) -> Generator[None]:
+    def using(self, use: Use, context: Tensor | None = None) -> Generator[None]:
         """Inside, every forward of the backbone goes through these sets."""
         chosen = {} if use is None else {use: 1.0} if isinstance(use, str) else dict(use)
         for name in chosen:
             if name not in self.sets:
                 raise KeyError(f"there is no set {name!r}{suggest(name, self.sets)}")
         before, self._active = self._active, list(chosen.items())
+        readers = [a for name in chosen for a in self.adapters(name).values() if a.reads_context]
+        for reader in readers:
+            reader.context = context
         try:
             yield
         finally:
             self._active, self._residual = before, None
+            for reader in readers:
+                reader.context = None
 
     # -------------------------------------------------------------- hooks
 
@@ -426,23 +436,19 @@ class AdapterBank(nn.Module):
             return torch.cat([a.before(i) for a, i in parts])
         return _only(self._found(point), point, lambda a: a.before(inp), inp)
 
-    def _tokens(self, point: str) -> Tensor | None:
-        """[T, count, D] of the active prompts (T = 1 outside a group), or None."""
+    def _tokens(self, point: str) -> list[Tensor]:
+        """[count, D] or [B, count, D] of every active prompt; one outside a group."""
         adapters = self._grouped(point) or _only(self._found(point), point, lambda a: [a], [])
-        prompts = [a.tokens() for a in adapters if isinstance(a, Prompt)]
-        return torch.stack(prompts) if prompts else None
+        return [a.tokens() for a in adapters if isinstance(a, Prompt)]
 
     def _append(self, point: str, x: Tensor) -> Tensor:
         self._reach.points.add(point)
         tokens = self._tokens(point)
-        if tokens is None:
-            return x
-        each = tokens.repeat_interleave(len(x) // len(tokens), 0)
-        return torch.cat([x, each.to(x)], 1)
+        return torch.cat([x, rows_of_images(tokens, len(x)).to(x)], 1) if tokens else x
 
     def _drop(self, point: str, out: Tensor) -> Tensor:
         tokens = self._tokens(point)
-        return out if tokens is None else out[:, : -tokens.shape[1]]
+        return out[:, : -tokens[0].shape[-2]] if tokens else out
 
     def _attention(self, module: Any, point: str) -> None:
         plain: Callable[..., Tensor] = module.forward
@@ -462,8 +468,7 @@ def attend(attention: Any, x: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
     heads, width = attention.num_heads, attention.head_dim
     q, k, v = attention.qkv(x).view(batch, n, 3, heads * width).unbind(2)
     keys, values = zip(*(p.rows() for p in prefixes), strict=True)
-    each = batch // len(prefixes)
-    rows = [torch.stack(r).repeat_interleave(each, 0).to(x) for r in (keys, values)]
+    rows = [rows_of_images(r, batch).to(x) for r in (keys, values)]
     k, v = (torch.cat([t[:, :1], r, t[:, 1:]], 1) for t, r in zip((k, v), rows, strict=True))
     q, k, v = (t.view(batch, -1, heads, width).transpose(1, 2) for t in (q, k, v))
     q, k = attention.q_norm(q), attention.k_norm(k)
@@ -477,6 +482,17 @@ def attend(attention: Any, x: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
         out = torch.cat([first, learned, rest], -1) @ v
     out = out.transpose(1, 2).reshape(batch, n, heads * width)
     return attention.proj_drop(attention.proj(out))
+
+
+def rows_of_images(rows: Sequence[Tensor], batch: int) -> Tensor:
+    """[batch, length, D]: what each image of a batch of T chunks reads.
+
+    Args:
+        rows: T tensors, [length, D] for all images of a chunk or [batch / T, length, D] for each.
+    """
+    each = batch // len(rows)
+    own = [distributed.own_rows(r) if r.ndim == 3 else r for r in rows]
+    return torch.cat([r.expand(each, *r.shape[-2:]) for r in own])
 
 
 def no_place(backbone: Backbone, point: str, reason: str) -> UserError:

@@ -41,5 +41,5 @@ class Prefix(Adapter):
         self.compensate = compensate
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, [length, D] each."""
+        """Keys and values, [length, D] each; of a kind that reads the context [B, length, D]."""
         return self.key * self.key_scale, self.value * self.value_scale

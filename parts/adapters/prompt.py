@@ -22,5 +22,5 @@ class Prompt(Adapter):
         self.prompt = nn.Parameter(torch.zeros(count, dim))
 
     def tokens(self) -> Tensor:
-        """[count, D]."""
+        """[count, D]; of a kind that reads the context [B, count, D]."""
         return self.prompt
