@@ -83,7 +83,7 @@ def page(
     """
     links = [f'<a href="#s{i}">{_text(s.title)}</a>' for i, s in enumerate(sections)]
     links.append('<a href="#runs">All runs</a>')
-    told = "".join(f"<li>{_text(n)}</li>" for n in notes)
+    items = "".join(f"<li>{_text(n)}</li>" for n in notes)
     body = "\n".join(_section(i, s) for i, s in enumerate(sections))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -98,7 +98,7 @@ def page(
 <h1>{_text(title)}</h1>
 <p class="faint">{_text(about)}</p>
 <nav>{"".join(links)}</nav>
-{f'<ul class="notes">{told}</ul>' if told else ""}
+{f'<ul class="notes">{items}</ul>' if items else ""}
 <main>
 {body}
 <h2 id="runs">All runs</h2>

@@ -96,19 +96,19 @@ class Shown(Figure):
 
 def looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker, line style and label of each method."""
-    found: dict[str, dict[str, Any]] = {}
+    look_of: dict[str, dict[str, Any]] = {}
     used: dict[str, int] = {}
     for method in methods:
         strategy = method.split(" ")[0]
         variant = used[strategy] = used.get(strategy, -1) + 1
         known = list(COLOURS).index(strategy) if strategy in COLOURS else sum(strategy.encode())
-        found[method] = {
+        look_of[method] = {
             "color": COLOURS.get(strategy, OTHERS[known % len(OTHERS)]),
             "marker": MARKERS[(known + 5 * variant) % len(MARKERS)],
             "linestyle": ":" if strategy == "source" else LINES[variant % len(LINES)],
             "label": textwrap.fill(method, 44),
         }
-    return found
+    return look_of
 
 
 def _head(figure: Figure, runs: pd.DataFrame, what: str) -> None:
@@ -398,12 +398,16 @@ def pareto(runs: pd.DataFrame, metric: str | None = None) -> Figure | None:
 def figures(runs: pd.DataFrame, metric: str | None = None) -> dict[str, Figure]:
     """Every figure that these runs have, by name."""
     if is_shift(runs):
-        found = {f"stream-{i}": stream(some) for i, some in enumerate(streams_of(runs), 1)}
-        found["domains"] = domains(runs)
+        drawings = {f"stream-{i}": stream(some) for i, some in enumerate(streams_of(runs), 1)}
+        drawings["domains"] = domains(runs)
     else:
-        found = {"curves": curves(runs)}
-    found |= {"tradeoff": tradeoff(runs), "pareto": pareto(runs, metric), "matrix": heat_maps(runs)}
-    return {name: figure for name, figure in found.items() if figure is not None}
+        drawings = {"curves": curves(runs)}
+    drawings |= {
+        "tradeoff": tradeoff(runs),
+        "pareto": pareto(runs, metric),
+        "matrix": heat_maps(runs),
+    }
+    return {name: figure for name, figure in drawings.items() if figure is not None}
 
 
 @styled
@@ -428,5 +432,5 @@ def describe(name: str, runs: pd.DataFrame) -> str:
     }.get(name, "running error along the stream")
     metric = headline(runs)
     means = runs.groupby("method")[f"metrics.{metric}"].mean()
-    told = ", ".join(f"{m} {number(v, metric)}" for m, v in means.items())
-    return f"{runs['scenario'].iloc[0]}: {what}; {metric} in percent: {told}"
+    means_text = ", ".join(f"{m} {number(v, metric)}" for m, v in means.items())
+    return f"{runs['scenario'].iloc[0]}: {what}; {metric} in percent: {means_text}"

@@ -55,11 +55,11 @@ def load_runs(*roots: str | Path) -> pd.DataFrame:
     Raises:
         UserError: if a folder does not exist or none holds a run.
     """
-    found = {place: files for root in roots for place, files in _folders(Path(root))}
-    if not found:
+    files_of = {place: files for root in roots for place, files in _folders(Path(root))}
+    if not files_of:
         places = " or ".join(map(str, roots))
         raise UserError(f"no run under {places}; make one with python run.py root={roots[0]}")
-    rows = [_row(place, files) for place, files in found.items()]
+    rows = [_row(place, files) for place, files in files_of.items()]
     settings = [{k: row.pop(k) for k in list(row) if k.startswith("config.")} for row in rows]
     # As objects, so that an integer beside a missing value stays an integer.
     frame = pd.concat([pd.DataFrame(rows), pd.DataFrame(settings, dtype=object)], axis=1)
@@ -70,14 +70,14 @@ def _folders(root: Path) -> list[tuple[Path, set[str]]]:
     """Run folders and their files; a folder with nothing but a lock was killed while starting."""
     if not root.is_dir():
         raise UserError(f"no folder {root}; give one that runs were written to")
-    found = []
+    folders = []
     for place, below, files in os.walk(root):
         below[:] = sorted(name for name in below if not name.startswith("."))
         if Path(place) == root and "example" in below:
             below.remove("example")  # committed runs are nobody's results; they are asked for
         if MARKERS & set(files) or (".lock" in files and not below):
-            found.append((Path(place), set(files)))
-    return found
+            folders.append((Path(place), set(files)))
+    return folders
 
 
 def _row(folder: Path, files: set[str]) -> dict[str, Any]:
@@ -93,8 +93,8 @@ def _row(folder: Path, files: set[str]) -> dict[str, Any]:
             raise ValueError("summary.json without config.yaml or metrics")
     except (ValueError, yaml.YAMLError, OSError) as error:
         reason = str(error).split("\n")[0]
-        told = f"{reason} (delete the folder and run it again)"
-        return row | {"state": "unreadable", "problem": told}
+        advice = f"{reason} (delete the folder and run it again)"
+        return row | {"state": "unreadable", "problem": advice}
     if summary:
         row["state"] = "done"
     elif "failure.txt" in files:
@@ -137,12 +137,12 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON or YAML file that holds a mapping."""
     text = path.read_text()
     try:
-        found = read_config(text) if path.suffix == ".yaml" else json.loads(text)
+        content = read_config(text) if path.suffix == ".yaml" else json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path.name} is damaged: it holds no mapping")
-    return found
+    return content
 
 
 def read_config(text: str) -> dict[str, Any]:
@@ -159,10 +159,10 @@ def read_config(text: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _parsed(block: str) -> dict[str, Any]:
-    found = yaml.load(block, Loader) or {}
-    if not isinstance(found, dict):
+    mapping = yaml.load(block, Loader) or {}
+    if not isinstance(mapping, dict):
         raise ValueError("it holds no mapping")
-    return found
+    return mapping
 
 
 # ------------------------------------------------------------------------------ rows of runs
@@ -189,10 +189,10 @@ def load_matrix(runs: pd.DataFrame | str | Path) -> pd.DataFrame:
 def _rows(runs: pd.DataFrame | str | Path, name: str) -> pd.DataFrame:
     if not isinstance(runs, pd.DataFrame):
         runs = load_runs(runs)
-    found = [json_lines(Path(path) / f"{name}.jsonl") for path in runs["path"]]
-    rows = pd.DataFrame([row for some in found for row in some])
+    tables = [json_lines(Path(path) / f"{name}.jsonl") for path in runs["path"]]
+    rows = pd.DataFrame([row for some in tables for row in some])
     known = [k for k in ("path", "state", *IDENTITY, "method") if k in runs]
-    about = runs[known].loc[runs.index.repeat([len(some) for some in found])]
+    about = runs[known].loc[runs.index.repeat([len(some) for some in tables])]
     rows = rows.drop(columns=known, errors="ignore")  # each row repeats the scenario's label
     return pd.concat([about.reset_index(drop=True), rows], axis=1)
 
@@ -202,9 +202,9 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text().splitlines()
-    for kept in (lines, lines[:-1]):
+    for complete in (lines, lines[:-1]):
         try:
-            return json.loads(f"[{','.join(kept)}]")
+            return json.loads(f"[{','.join(complete)}]")
         except ValueError:
             continue
     warnings.warn(f"{path} is damaged and was left out", stacklevel=3)
@@ -232,9 +232,9 @@ def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame
         raise UserError(f"no finished run ({states}; the first: {first})")
     left_out = {f"config.{k}" for k in average}
     settings = [k for k in _settings(done) if k not in left_out]
-    told = done[settings].astype(object).where(done[settings].notna(), "unset").map(str)
+    labels = done[settings].astype(object).where(done[settings].notna(), "unset").map(str)
     for fact in ("weights.hash", "data.fingerprint"):
-        told[fact] = done[fact].fillna("unknown")
+        labels[fact] = done[fact].fillna("unknown")
     orders = done[[k for k in named(done, "config.") if k in left_out]]
     done["order"] = orders.map(str).agg(", ".join, axis=1) if len(orders.columns) else ""
     done["stream"], done["method"] = "", done["strategy"]
@@ -243,14 +243,14 @@ def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame
         varied = [
             k
             for k in of_stream
-            if told.loc[group.index].groupby(group["strategy"])[k].nunique().max() > 1
+            if labels.loc[group.index].groupby(group["strategy"])[k].nunique().max() > 1
         ]
-        same = [group["strategy"], group["order"], *(told.loc[group.index, k] for k in varied)]
-        if told.loc[group.index].groupby(same)["data.fingerprint"].nunique().max() > 1:
+        same = [group["strategy"], group["order"], *(labels.loc[group.index, k] for k in varied)]
+        if labels.loc[group.index].groupby(same)["data.fingerprint"].nunique().max() > 1:
             varied.append("data.fingerprint")  # other images under one name
-        done.loc[group.index, "stream"] = _label(told.loc[group.index, varied])
+        done.loc[group.index, "stream"] = _label(labels.loc[group.index, varied])
     for (*_, rules), group in done.groupby([*PLACE, "strategy", "around"]):
-        here = told.loc[group.index].drop(columns="data.fingerprint")
+        here = labels.loc[group.index].drop(columns="data.fingerprint")
         name = _label(_without_implied(here[[k for k in here if here[k].nunique() > 1]]))
         said = name.map(lambda text, rules=rules: ", ".join(t for t in (rules, text) if t))
         done.loc[group.index, "method"] += said.map(lambda text: f" ({text})" if text else "")
@@ -303,33 +303,35 @@ def notes(runs: pd.DataFrame, used: pd.DataFrame, average: Sequence[str] = AVERA
         runs: all runs, as `load_runs` returns them.
         used, average: those of them that are averaged, as `select` returns them, and over what.
     """
-    found = [f"{name}: {what}" for name in used["scenario"].unique() if (what := stand_in(name))]
+    sentences = [
+        f"{name}: {what}" for name in used["scenario"].unique() if (what := stand_in(name))
+    ]
     for state, some in runs[runs["state"] != "done"].groupby("state"):
-        found.append(f"{len(some)} {state} (listed, in no mean)")
+        sentences.append(f"{len(some)} {state} (listed, in no mean)")
     for _, run in runs[(runs["state"] == "done") & ~runs.index.isin(used.index)].iterrows():
-        found.append(f"made twice, the newer run counts: {run['path']} is left out")
+        sentences.append(f"made twice, the newer run counts: {run['path']} is left out")
     versions = {"git": "code version", "environment.packages.torch": "version of torch"}
     for place, some in used.groupby(PLACE):
         for name, what in {**versions, "device": "device"}.items():
             values = sorted(some[name].dropna().astype(str).unique()) if name in some else []
             if len(values) > 1:
                 shown = ", ".join(v[:10] if name == "git" else v for v in values)
-                found.append(f"{title(place)}: runs of more than one {what} ({shown})")
+                sentences.append(f"{title(place)}: runs of more than one {what} ({shown})")
         own = ("config.strategy.", "config.around.")
         shared = [k for k in _settings(some) if not k.startswith(own)]
         varied = [k.removeprefix("config.") for k in shared if some[k].map(str).nunique() > 1]
         if varied := [k for k in varied if k not in average]:
-            found.append(f"{title(place)}: not all runs agree in {', '.join(varied)}")
+            sentences.append(f"{title(place)}: not all runs agree in {', '.join(varied)}")
         for method, repeated in some.groupby("method"):
             if seeds_agree(repeated):
-                found.append(f"{title(place)}: {method}: {SEEDS_AGREE}")
+                sentences.append(f"{title(place)}: {method}: {SEEDS_AGREE}")
         for name, what in {
             "environment.git.dirty": "runs of changed code (their patch.diff says how)",
             "skipped_images": "runs that skipped unreadable images",
         }.items():
             n = int(some[name].map(float).gt(0).sum()) if name in some else 0  # NaN is not greater
-            found += [f"{title(place)}: {n} {what}"] if n else []
-    return found
+            sentences += [f"{title(place)}: {n} {what}"] if n else []
+    return sentences
 
 
 def seeds_agree(runs: pd.DataFrame) -> bool:

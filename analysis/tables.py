@@ -85,12 +85,12 @@ def methods_in_order(runs: pd.DataFrame) -> list[str]:
 
 def by_place(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Runs of each scenario, backbone and stream, without the numbers that none of them has."""
-    found = []
+    groups = []
     for place, some in runs.groupby(PLACE):
         numbers = [k for p in ("metrics.", "cost.", "data.") for k in named(some, p)]
         unknown = [k for k in numbers if some[k].isna().all() and k != "data.fingerprint"]
-        found.append((title(place), some.drop(columns=unknown)))
-    return found
+        groups.append((title(place), some.drop(columns=unknown)))
+    return groups
 
 
 def _place(runs: pd.DataFrame) -> str:
@@ -133,8 +133,8 @@ def statistics(runs: pd.DataFrame) -> pd.DataFrame:
     for (*_, metric), group in long.groupby([*PLACE, "metric"]):
         if metric not in COST:
             long.loc[group.index, "rank"] = _ranks(group, str(metric))
-    found = published(runs).sort_values("comparable", kind="stable").drop(columns="status")
-    return long.merge(found.drop_duplicates(key, keep="last"), on=key, how="left")
+    figures = published(runs).sort_values("comparable", kind="stable").drop(columns="status")
+    return long.merge(figures.drop_duplicates(key, keep="last"), on=key, how="left")
 
 
 def _ranks(group: pd.DataFrame, metric: str) -> pd.Series:
@@ -160,9 +160,9 @@ def published(runs: pd.DataFrame) -> pd.DataFrame:
         for row in run["reference"]:
             own = row["strategy"] == run["strategy"]
             of = {run["method"]} if own else set(beside["method"]) & {row["strategy"]}
-            kept = {k: row[k] for k in ("metric", "source", "status", "comparable")}
-            kept["published"] = row["value"]
-            rows += [{**run[PLACE], "method": method, **kept} for method in of]
+            figure = {k: row[k] for k in ("metric", "source", "status", "comparable")}
+            figure["published"] = row["value"]
+            rows += [{**run[PLACE], "method": method, **figure} for method in of]
     columns = [*PLACE, "method", "metric", "published", "source", "status", "comparable"]
     return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
 
@@ -251,10 +251,10 @@ def grid(runs: pd.DataFrame, metrics: Sequence[str], what: str = "") -> Table:
         here = [at.get((m, metric)) for m in methods]
         arrow = "" if metric in COST else " ↓" if smaller_is_better(metric) else " ↑"
         head.append(COST[metric][0] if metric in COST else metric.removeprefix("err/") + arrow)
-        for r, found in enumerate(here):
-            rows[r].append("-" if found is None else cell(found))
-            if found is not None and found["rank"]:
-                marks[r, len(head) - 1] = int(found["rank"])
+        for r, entry in enumerate(here):
+            rows[r].append("-" if entry is None else cell(entry))
+            if entry is not None and entry["rank"]:
+                marks[r, len(head) - 1] = int(entry["rank"])
         theirs = [
             f["published"] if f is not None and f["comparable"] is True else None for f in here
         ]
@@ -289,9 +289,9 @@ def main_table(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> Table:
     chosen = metrics or [m for m in (SHIFT if is_shift(runs) else TASK) if m in known]
     table = grid(runs, chosen)
     weights = runs[["weights.tag", "weights.hash"]].drop_duplicates()
-    told = [f"{tag} (hash {key})" for tag, key in weights.dropna().itertuples(index=False)]
+    weights_text = [f"{tag} (hash {key})" for tag, key in weights.dropna().itertuples(index=False)]
     units = "" if {*SHARES} & {*chosen} else "In percent. "
-    table.caption = f"{units}{table.caption} Weights: {', '.join(told) or 'unknown'}."
+    table.caption = f"{units}{table.caption} Weights: {', '.join(weights_text) or 'unknown'}."
     return table
 
 
@@ -313,12 +313,12 @@ def cost_table(runs: pd.DataFrame) -> Table | None:
 
 def published_table(runs: pd.DataFrame) -> Table | None:
     """Our mean beside each published figure, and whether the two can be compared."""
-    found = published(runs)
-    if found.empty:
+    figures = published(runs)
+    if figures.empty:
         return None
     at = {(row["method"], row["metric"]): row for _, row in statistics(runs).iterrows()}
     rows = []
-    for _, row in found.iterrows():
+    for _, row in figures.iterrows():
         ours = at.get((row["method"], row["metric"]))
         gap = f"{ours['mean'] - row['published']:+.2f}" if ours is not None else ""
         theirs = number(row["published"], row["metric"])
@@ -344,8 +344,13 @@ def state_table(runs: pd.DataFrame) -> Table:
 
 def tables_of(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> list[Table]:
     """All tables of one scenario, backbone and stream."""
-    found = [main_table(runs, metrics), domain_table(runs), published_table(runs), cost_table(runs)]
-    return [t for t in found if t is not None]
+    tables = [
+        main_table(runs, metrics),
+        domain_table(runs),
+        published_table(runs),
+        cost_table(runs),
+    ]
+    return [t for t in tables if t is not None]
 
 
 # ------------------------------------------------------------------------------ as text

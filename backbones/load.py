@@ -274,9 +274,9 @@ def _hub_file(hub_id: str, tag: str) -> str:
     """
     repo, _, revision = hub_id.partition("@")
     for filename in HUB_FILES:
-        found = huggingface_hub.try_to_load_from_cache(repo, filename, revision=revision or None)
-        if isinstance(found, str):
-            return found
+        path = huggingface_hub.try_to_load_from_cache(repo, filename, revision=revision or None)
+        if isinstance(path, str):
+            return path
     source = f"the Hugging Face hub, {repo}"
     for filename in HUB_FILES:
         url = huggingface_hub.hf_hub_url(repo, filename, revision=revision or None)

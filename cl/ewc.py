@@ -116,8 +116,8 @@ class EWC(Anchored):
                 for x, y in zip(
                     batch.x.split(self.fisher_batch), labels.split(self.fisher_batch), strict=True
                 ):
-                    for name, found in zip(names, self._squares(model, names, x, y), strict=True):
-                        total[name] += found
+                    for name, squares in zip(names, self._squares(model, names, x, y), strict=True):
+                        total[name] += squares
         return {n: f / max(1, batches * largest) for n, f in total.items()}  # mammoth's divisor
 
     def _squares(

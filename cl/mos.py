@@ -313,8 +313,8 @@ class Mos(CLStrategy):
     def store(self) -> None:
         """The working set becomes the set of this task and joins the running sum."""
         task, own = len(self.names) - 1, self.bank.parameters_of(CURRENT)
-        for kept, p in zip(self.bank.parameters_of(self.names[task]), own, strict=True):
-            kept.copy_(p)
+        for stored, p in zip(self.bank.parameters_of(self.names[task]), own, strict=True):
+            stored.copy_(p)
         flat = torch.cat([p.flatten() for p in own])
         self.prefix[task] = flat + self.prefix[task - 1] if task else flat
 

@@ -514,11 +514,11 @@ def pilot_grouped_accuracy(
         return float(np.round(100 * hit[inside].sum() / inside.sum(), 2)) if inside.any() else 0.0
 
     top = int(y.max())
-    found = {"total": share(0, top + 1), f"00-{first - 1:02d}": share(0, first)}
+    shares = {"total": share(0, top + 1), f"00-{first - 1:02d}": share(0, first)}
     for start in range(first, top, increment):
         stop = start + increment
-        found[f"{start:02d}-{stop - 1:02d}"] = share(start, stop)
-    return {**found, "old": share(0, known), "new": share(known, top + 1)}
+        shares[f"{start:02d}-{stop - 1:02d}"] = share(start, stop)
+    return {**shares, "old": share(0, known), "new": share(known, top + 1)}
 
 
 def mammoth_forgetting(table: F64) -> float:

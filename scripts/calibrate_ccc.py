@@ -121,14 +121,14 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the calibration file, .json")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--step", type=float, default=STEP, help="between severities, e.g. 0.5")
-    given = parser.parse_args(words)
-    side = HIGHEST / given.step if given.step > 0 else 0.0
+    args = parser.parse_args(words)
+    side = HIGHEST / args.step if args.step > 0 else 0.0
     if side < 2 or side % 1 or QUARTERS % side:
-        raise UserError(f"--step={given.step:g} must be 0.25, 0.5, 1, 1.25 or 2.5")
+        raise UserError(f"--step={args.step:g} must be 0.25, 0.5, 1, 1.25 or 2.5")
     papers.register()
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("config", given.settings or ["scenario=ccc"])
+            cfg = compose("config", args.settings or ["scenario=ccc"])
     except HydraException as error:
         raise UserError(str(error).splitlines()[0]) from error
     cfg = complete(cfg)
@@ -138,15 +138,13 @@ def main(words: list[str] | None = None) -> None:
     device = set_up(cfg)
     names = corruption_names(scenario.corruptions, float(scenario.baseline))
     root = cfg.data.root
-    found = images_of(
-        scenario.dataset, root, scenario.image_list, scenario.order_seed, given.images
-    )
-    apart = len(found.held_out) >= given.images
+    found = images_of(scenario.dataset, root, scenario.image_list, scenario.order_seed, args.images)
+    apart = len(found.held_out) >= args.images
     rows = found.held_out if apart else found.rows
-    if not 1 <= given.images <= len(rows):
-        raise UserError(f"--images={given.images}, but {len(rows)} images are available")
+    if not 1 <= args.images <= len(rows):
+        raise UserError(f"--images={args.images}, but {len(rows)} images are available")
     rng = np.random.default_rng(derive(scenario.order_seed, "calibration"))
-    rows = rng.permutation(rows)[: given.images]
+    rows = rng.permutation(rows)[: args.images]
 
     torch.manual_seed(0)
     net: Backbone = build(cfg.backbone, at="backbone").to(device).eval()
@@ -161,20 +159,20 @@ def main(words: list[str] | None = None) -> None:
     settings: dict[str, Any] = {
         "network": {"tag": net.tag, "weights": weights_hash(net.net.state_dict())},
         "dataset": scenario.dataset if root else "embedded",
-        "images": given.images,
+        "images": args.images,
         "images_from": "outside the stream" if apart else "the images of the stream",
-        "step": given.step,
+        "step": args.step,
         **options,
         "frost_dir": frost_content(options["frost_dir"]),
         "version": C.VERSION,
         **({"content": found.clean.content(rows)} if root else {}),
     }
-    accuracies = read(given.out, settings)
+    accuracies = read(args.out, settings)
     levels = torch.stack(
         [torch.from_numpy(np.array(found.clean.image(int(r)))).permute(2, 0, 1) for r in rows]
     ).to(device)
     labels = torch.from_numpy(found.clean.labels[rows]).to(device)
-    severities = list(range(0, QUARTERS + 1, round(given.step / STEP)))
+    severities = list(range(0, QUARTERS + 1, round(args.step / STEP)))
     grid = Grid(net, levels, labels, severities, options)
     pairs = [(a, b) for a in names for b in names if a != b]
     for n, (a, b) in enumerate(pairs, 1):
@@ -182,11 +180,11 @@ def main(words: list[str] | None = None) -> None:
             continue
         accuracies[key((a, b))] = grid.pair(a, b).round(2).tolist()
         try:
-            write_text(given.out, text(settings, accuracies))
+            write_text(args.out, text(settings, accuracies))
         except OSError as error:
-            raise UserError(f"--out={given.out}: cannot write there: {error.strerror}") from error
+            raise UserError(f"--out={args.out}: cannot write there: {error.strerror}") from error
         print(f"{n}/{len(pairs)} {a} then {b}", flush=True)
-    print(f"{given.out}: {len(accuracies)} pairs of {net.tag} on {given.images} images")
+    print(f"{args.out}: {len(accuracies)} pairs of {net.tag} on {args.images} images")
 
 
 def text(settings: dict[str, Any], accuracies: dict[str, Any]) -> str:
@@ -205,7 +203,7 @@ def read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text())
-        known, found = content["settings"], content["accuracy"]
+        known, accuracy = content["settings"], content["accuracy"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--out={path} is no calibration file; name another") from error
     differ = [k for k in settings if known.get(k) != settings[k]]
@@ -214,7 +212,7 @@ def read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"--out={path} was measured with other settings ({', '.join(differ)}); name another "
             "file, or remove this one"
         )
-    return found
+    return accuracy
 
 
 if __name__ == "__main__":

@@ -134,10 +134,10 @@ def memory_available() -> float | None:
     """MiB, on Linux."""
     try:
         with open("/proc/meminfo") as file:
-            found = next(line for line in file if line.startswith("MemAvailable"))
+            available = next(line for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
-    return int(found.split()[1]) / 1024
+    return int(available.split()[1]) / 1024
 
 
 def disk(report: Report, cfg: DictConfig) -> None:
@@ -188,12 +188,12 @@ def _cifar(report: Report, root: Path) -> int:
     import driftline.core.vision  # noqa: F401  # isort: skip
     from torchvision import datasets
 
-    found = 0
+    count = 0
     for kind in (datasets.CIFAR10, datasets.CIFAR100):
         base = root / kind.base_folder
         if not base.is_dir():
             continue
-        found += 1
+        count += 1
         files = [*kind.train_list, *kind.test_list]
         bad = [n for n, md5 in files if _digest(base / n, "md5") != md5]
         if bad:
@@ -203,17 +203,17 @@ def _cifar(report: Report, root: Path) -> int:
             )
         else:
             report.ok(f"{base}: {len(files)} files, MD5 sums as published")
-    return found
+    return count
 
 
 def _cifar_c(report: Report, root: Path) -> int:
     """CIFAR-C: shapes and label counts; the hash of one file's start, to compare machines."""
-    found = 0
+    count = 0
     for name, classes in (("CIFAR-10-C", 10), ("CIFAR-100-C", 100)):
         base = root / name
         if not base.is_dir():
             continue
-        found += 1
+        count += 1
         files = sorted(p for p in base.glob("*.npy") if p.name != "labels.npy")
         fix = f"unpack {name}.tar again (Zenodo, see README.md)"
         if not (base / "labels.npy").exists() or not files:
@@ -229,7 +229,7 @@ def _cifar_c(report: Report, root: Path) -> int:
         text = f"{base}: {len(files)} corruptions, {len(labels):,} images each; first MiB of "
         text += f"{files[0].name} sha256 {spot[:12]}"
         (report.ok if len(labels) == 50000 else report.note)(text)
-    return found
+    return count
 
 
 def _imagenet_c(report: Report, root: Path) -> int:
@@ -296,14 +296,14 @@ def _imagenet(report: Report, root: Path) -> int:
 
 def _folders(report: Report, root: Path) -> int:
     """Class folders for split_imagefolder."""
-    found = 0
+    count = 0
     for split in ("train", "test"):
         classes = [d for d in (root / split).glob("*/") if d.is_dir()]
         if classes:
-            found += 1
+            count += 1
             images = sum(1 for d in classes for _ in d.iterdir())
             report.ok(f"{root / split}: {len(classes):,} class folders, {images:,} files")
-    return found
+    return count
 
 
 def _digest(path: Path, kind: str, limit: int | None = None) -> str:
@@ -337,13 +337,13 @@ def checkpoints(report: Report, cfg: DictConfig) -> None:
             report.ok(f"{name}: sha256 {have[:12]} as published")
         else:
             report.ok(f"{name}: sha256 {have[:12]} (shipped)")
-    given = cfg.backbone.get("checkpoint")
-    if given and given != "random":
-        have = _digest(Path(given), "sha256")
+    checkpoint = cfg.backbone.get("checkpoint")
+    if checkpoint and checkpoint != "random":
+        have = _digest(Path(checkpoint), "sha256")
         if have:
-            report.ok(f"backbone.checkpoint={given}: sha256 {have[:12]}")
+            report.ok(f"backbone.checkpoint={checkpoint}: sha256 {have[:12]}")
         else:
-            report.problem(f"backbone.checkpoint={given}: no such file", "correct the path")
+            report.problem(f"backbone.checkpoint={checkpoint}: no such file", "correct the path")
 
 
 def _known_weights() -> Iterator[tuple[str, Path | None, str]]:

@@ -53,14 +53,14 @@ def main() -> int:
     parser.add_argument("train", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("out", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     for split in ("train", "test"):
-        target = given.out / split
+        target = args.out / split
         if target.exists():
             print(f"{target} exists already", file=sys.stderr)
             return 2
-        given.out.mkdir(parents=True, exist_ok=True)
-        print(f"{target}: {export(getattr(given, split), target)} images")
+        args.out.mkdir(parents=True, exist_ok=True)
+        print(f"{target}: {export(getattr(args, split), target)} images")
     return 0
 
 

@@ -132,11 +132,11 @@ class ImageNet:
         part = self._part(unit)
         return np.flatnonzero([not (part / name).exists() for name in self.names])
 
-    def write(self, unit: Unit, found: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
+    def write(self, unit: Unit, pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
         part = self._part(unit)
         for folder in {Path(name).parent for name in self.names}:
             (part / folder).mkdir(parents=True, exist_ok=True)
-        for rows, pixels in found:
+        for rows, pixels in pairs:
             for row, image in zip(rows.tolist(), pixels, strict=True):
                 buffer = io.BytesIO()
                 Image.fromarray(image).save(buffer, "JPEG", quality=self.quality, optimize=True)
@@ -157,11 +157,11 @@ class ImageNet:
     def damaged(self, unit: Unit, value: str) -> str | None:
         """What differs from the manifest."""
         try:
-            kept = self._sums(unit).read_text()
-            known = dict(reversed(line.split("  ", 1)) for line in kept.splitlines())
+            sums = self._sums(unit).read_text()
+            known = dict(reversed(line.split("  ", 1)) for line in sums.splitlines())
         except (OSError, ValueError):
-            kept, known = "", {}
-        if digest(kept.encode()) != value:
+            sums, known = "", {}
+        if digest(sums.encode()) != value:
             return f"{self._sums(unit)} is missing or was changed"
         for name, wanted in known.items():
             path = self.place(unit) / name
@@ -192,8 +192,8 @@ class Cifar:
     def missing(self, unit: Unit) -> np.ndarray:
         return np.arange(self.count)
 
-    def write(self, unit: Unit, found: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
-        block = np.concatenate([pixels for _, pixels in found])
+    def write(self, unit: Unit, pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
+        block = np.concatenate([pixels for _, pixels in pairs])
         self._part(unit).parent.mkdir(exist_ok=True)
         self._save(self._part(unit), block)
 
@@ -236,42 +236,40 @@ class Cifar:
         return f"severity {unit[1]} in {path} is missing or was changed"
 
 
-def generate(given: argparse.Namespace) -> None:
+def generate(args: argparse.Namespace) -> None:
     """Write what is missing.
 
     Raises:
         UserError: for wrong arguments, missing data, or a folder of other settings.
     """
-    dataset, out = given.dataset, Path(given.out)
-    if given.data is None:
+    dataset, out = args.dataset, Path(args.out)
+    if args.data is None:
         raise UserError("--data is missing: the folder of the clean images")
-    names = given.corruptions.split(",") if "," in given.corruptions else given.corruptions
+    names = args.corruptions.split(",") if "," in args.corruptions else args.corruptions
     names = corruption_names(names)
-    if not set(given.severities) <= set(range(1, 6)):
-        raise UserError(f"--severities must be from 1 to 5, got {given.severities}")
-    if not 1 <= given.jpeg_quality <= 95:
-        raise UserError(f"--jpeg-quality must be from 1 to 95, got {given.jpeg_quality}")
-    if given.seed < 0 or given.workers < 0:
+    if not set(args.severities) <= set(range(1, 6)):
+        raise UserError(f"--severities must be from 1 to 5, got {args.severities}")
+    if not 1 <= args.jpeg_quality <= 95:
+        raise UserError(f"--jpeg-quality must be from 1 to 95, got {args.jpeg_quality}")
+    if args.seed < 0 or args.workers < 0:
         raise UserError("--seed and --workers must be at least 0")
     try:
-        device = torch.device(given.device)
+        device = torch.device(args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device={given.device} is no device here; use cpu or cuda[:n]"
-        ) from error
-    frost = frost_source(given.frost) if "frost" in names else C.frost_source(given.frost)
+        raise UserError(f"--device={args.device} is no device here; use cpu or cuda[:n]") from error
+    frost = frost_source(args.frost) if "frost" in names else C.frost_source(args.frost)
 
     folder = out / FOLDERS[dataset]
     clean: ImageSet
     layout: ImageNet | Cifar
     if dataset == "imagenet_c":
-        files = imagenet_clean(existing_root(given.data, "imagenet"))
+        files = imagenet_clean(existing_root(args.data, "imagenet"))
         clean = Derived(files, crop, CROP)
-        layout = ImageNet(folder, files, given.jpeg_quality)
+        layout = ImageNet(folder, files, args.jpeg_quality)
     else:
         which = "cifar10" if dataset == "cifar10_c" else "cifar100"
-        clean = cifar(existing_root(given.data, which), which, train=False)
+        clean = cifar(existing_root(args.data, which), which, train=False)
         layout = Cifar(folder, clean)
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder)
@@ -282,8 +280,8 @@ def generate(given: argparse.Namespace) -> None:
             folder,
             {
                 "dataset": dataset,
-                "seed": given.seed,
-                "jpeg_quality": given.jpeg_quality if dataset == "imagenet_c" else None,
+                "seed": args.seed,
+                "jpeg_quality": args.jpeg_quality if dataset == "imagenet_c" else None,
                 "frost": frost,
                 "version": C.VERSION,
                 "images": len(clean.labels),
@@ -291,10 +289,10 @@ def generate(given: argparse.Namespace) -> None:
             },
         )
         preset = "imagenet" if dataset == "imagenet_c" else "cifar"
-        units = [(name, severity) for name in names for severity in sorted(set(given.severities))]
+        units = [(name, severity) for name in names for severity in sorted(set(args.severities))]
         sets = corrupted(
-            clean, units, None, preset=preset, seed=given.seed, jpeg_quality=None,
-            frost_dir=given.frost,
+            clean, units, None, preset=preset, seed=args.seed, jpeg_quality=None,
+            frost_dir=args.frost,
         )  # fmt: skip
         for unit in units:
             text = f"{unit[0]}/{unit[1]}"
@@ -304,7 +302,7 @@ def generate(given: argparse.Namespace) -> None:
                 print(f"{text}: there", flush=True)
                 continue
             rows = layout.missing(unit)
-            reader = Reader([sets[unit]], Skipped(), given.workers, "raise", device)
+            reader = Reader([sets[unit]], Skipped(), args.workers, "raise", device)
             layout.write(unit, batches(reader, rows, clean))
             layout.finish(unit, manifest)
             print(f"{text}: {len(rows)} images written", flush=True)
@@ -322,17 +320,17 @@ def batches(
         yield rows[at], channels_last(levels)
 
 
-def verify(given: argparse.Namespace) -> None:
+def verify(args: argparse.Namespace) -> None:
     """Compare the files with the hashes of the manifest.
 
     Raises:
         UserError: naming what is missing or was changed.
     """
-    folder = Path(given.out) / FOLDERS[given.dataset]
+    folder = Path(args.out) / FOLDERS[args.dataset]
     content = read_manifest(folder)
     layout: ImageNet | Cifar
     bare = Files(folder, [], np.zeros(0, np.int64), [])
-    layout = ImageNet(folder, bare, 1) if given.dataset == "imagenet_c" else Cifar(folder, bare)
+    layout = ImageNet(folder, bare, 1) if args.dataset == "imagenet_c" else Cifar(folder, bare)
     if isinstance(layout, Cifar):
         layout.count = content["settings"]["images"]
     bad = []
@@ -369,11 +367,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--verify", action="store_true", help="check the hashes, write nothing")
-    given = parser.parse_args(words)
+    args = parser.parse_args(words)
     try:
-        verify(given) if given.verify else generate(given)
+        verify(args) if args.verify else generate(args)
     except OSError as error:
-        raise UserError(f"--out={given.out}: cannot write there: {error}") from error
+        raise UserError(f"--out={args.out}: cannot write there: {error}") from error
 
 
 if __name__ == "__main__":

@@ -159,22 +159,22 @@ def main() -> int:
     parser.add_argument("--gpus", help="for example 0,1; default: all")
     parser.add_argument("--per-gpu", type=int, default=1, metavar="N", help="runs at once on one")
     parser.add_argument("--slurm", action="store_true", help="print an array job instead")
-    given = parser.parse_args()
+    args = parser.parse_args()
     from hydra.errors import HydraException
 
     try:
-        runs = expand(as_sweeps(given.words)) if given.words else []
+        runs = expand(as_sweeps(args.words)) if args.words else []
     except HydraException as error:
         parser.error(str(error))
-    if given.file:
-        lines = given.file.read_text().splitlines()
+    if args.file:
+        lines = args.file.read_text().splitlines()
         shared = runs or [[]]
         runs = [shlex.split(li) + more for li in lines if li.strip() for more in shared]
     if not runs:
         parser.error("no run given; for example: strategy=tent,cotta seed=0,1,2")
-    places = [g.strip() for g in given.gpus.split(",")] if given.gpus else gpus()
-    if given.slurm:
-        print(array_script(runs, 8 * given.per_gpu), end="")
+    places = [g.strip() for g in args.gpus.split(",")] if args.gpus else gpus()
+    if args.slurm:
+        print(array_script(runs, 8 * args.per_gpu), end="")
         return 0
     if not places:
         parser.error(
@@ -184,7 +184,7 @@ def main() -> int:
     folder = results_folder(runs[0]) / ".sweeps" / time.strftime("%Y%m%d-%H%M%S")
     plan(folder, runs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    came_to_end = Pool(folder, runs, places * given.per_gpu).run()
+    came_to_end = Pool(folder, runs, places * args.per_gpu).run()
     text, status = report(folder)
     print(text, file=sys.stderr if status else sys.stdout)
     return status if came_to_end else 130

@@ -33,9 +33,9 @@ def tables(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> str:
         UserError: if no run is finished.
     """
     used = with_intransigence(select(runs, average))
-    told = "".join(f"> {note}\n" for note in notes(runs, used, average))
-    found = [markdown(table) for _, some in by_place(used) for table in tables_of(some)]
-    return "\n".join([told, *found])
+    remarks = "".join(f"> {note}\n" for note in notes(runs, used, average))
+    texts = [markdown(table) for _, some in by_place(used) for table in tables_of(some)]
+    return "\n".join([remarks, *texts])
 
 
 def main() -> int:
@@ -43,16 +43,16 @@ def main() -> int:
     parser.add_argument("root", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--average", nargs="*", default=AVERAGE, metavar="KEY")
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
-        text = tables(load_runs(given.root), given.average)
+        text = tables(load_runs(args.root), args.average)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if given.out is None:
+    if args.out is None:
         print(text)
     else:
-        write_text(given.out, text)
+        write_text(args.out, text)
     return 0
 
 

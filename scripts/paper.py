@@ -82,7 +82,7 @@ def methods_in(preset: str) -> list[str]:
 
 def measured(results: Path) -> Found:
     """Every figure that a finished run of a preset holds beside the published one."""
-    found: Found = defaultdict(list)
+    runs_of: Found = defaultdict(list)
     for path in sorted(results.rglob("summary.json")):
         overrides = path.with_name("overrides.txt")
         words = overrides.read_text().split() if overrides.exists() else []
@@ -95,8 +95,8 @@ def measured(results: Path) -> Found:
                 about = {"value": row["ours"], "comparable": row["comparable"]}
                 about["label"] = summary["run"]["scenario"]
                 about["own"] = row["strategy"] == summary["run"]["strategy"]
-                found[preset, row["strategy"], row["metric"]].append(about)
-    return found
+                runs_of[preset, row["strategy"], row["metric"]].append(about)
+    return runs_of
 
 
 def ours(runs: list[Figure], data: str) -> str:
@@ -104,27 +104,27 @@ def ours(runs: list[Figure], data: str) -> str:
     if any(r["own"] for r in runs):  # a run of its own rather than the source beside others
         runs = [r for r in runs if r["own"]]
     equal = [r for r in runs if r["comparable"]]
-    kept = equal or runs
-    if not kept:
+    shown = equal or runs
+    if not shown:
         return f"needs {data}"
-    values = [r["value"] for r in kept]
+    values = [r["value"] for r in shown]
     text = f"{statistics.mean(values):.2f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.2f}, n={len(values)}"
     if equal:
         return text
-    marks = sorted({r["label"][r["label"].index("[") :] for r in kept if "[" in r["label"]})
+    marks = sorted({r["label"][r["label"].index("[") :] for r in shown if "[" in r["label"]})
     return f"({text}{' ' if marks else ''}{' '.join(marks)})"
 
 
-def listing(rows: dict[str, list[Figure]], found: Found) -> str:
+def listing(rows: dict[str, list[Figure]], runs_of: Found) -> str:
     """One line a published figure."""
     width = max(len(figure["source"]) for figures in rows.values() for figure in figures)
     body = []
     for preset, figures in rows.items():
         data, _ = needs(preset)
         for figure in figures:
-            runs = found.get((preset, figure["strategy"], figure["metric"]), [])
+            runs = runs_of.get((preset, figure["strategy"], figure["metric"]), [])
             same = "" if figure["comparable"] else ", not comparable"
             body.append(
                 (
@@ -152,9 +152,9 @@ def heading(method: str) -> str:
     return f"{method}: {'; '.join(parts)}"
 
 
-def places(rows: dict[str, list[Figure]], found: Found) -> list[str]:
+def places(rows: dict[str, list[Figure]], runs_of: Found) -> list[str]:
     """Where the images of rows without a run belong."""
-    done = {preset for preset, _, _ in found}
+    done = {preset for preset, _, _ in runs_of}
     where: dict[str, list[str]] = defaultdict(list)
     for name, place in dict(needs(p) for p in rows if p not in done).items():
         where[place].append(name)
@@ -165,10 +165,10 @@ def run(rows: dict[str, list[Figure]], words: list[str]) -> list[str]:
     """Run every preset as a sweep over its methods; returns those that did not come to an end."""
     broken = []
     for number, preset in enumerate(rows, 1):
-        given = [word.replace("{data}", needs(preset)[0]) for word in words]
+        settings = [word.replace("{data}", needs(preset)[0]) for word in words]
         if not any(word.startswith("strategy=") for word in words):
-            given.append(f"strategy={','.join(methods_in(preset))}")
-        command = [sys.executable, "run.py", "-m", f"experiment={preset}", *given]
+            settings.append(f"strategy={','.join(methods_in(preset))}")
+        command = [sys.executable, "run.py", "-m", f"experiment={preset}", *settings]
         print(f"[{number}/{len(rows)}] {shlex.join(['python', *command[1:]])}", flush=True)
         code = subprocess.run(command, cwd=CONF.parent, check=False).returncode
         if code in (130, 143):
@@ -186,9 +186,9 @@ def main() -> int:
     parser.add_argument("words", nargs="*", help="with --run: settings for every row")
     parser.add_argument("--run", action="store_true", help="run the rows first")
     parser.add_argument("--results", type=Path, default=Path("results"))
-    given = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
     methods = papers.facts()
-    if given.paper is None:
+    if args.paper is None:
         body = []
         for method, fact in methods.items():
             rows = presets(method)
@@ -196,31 +196,31 @@ def main() -> int:
             body.append((method, paper, str(len(rows)), str(sum(map(len, rows.values())))))
         print(table(("method", "paper", "presets", "figures"), body))
         return 0
-    rows = presets(given.paper)
-    if not rows and given.paper in methods:
-        print(f"{heading(given.paper)}\nno row of it: {methods[given.paper]['no_rows']}")
+    rows = presets(args.paper)
+    if not rows and args.paper in methods:
+        print(f"{heading(args.paper)}\nno row of it: {methods[args.paper]['no_rows']}")
         return 0
     if not rows:
         every = [*methods, *papers.options("experiment")]
         print(
-            f"error: no preset of {given.paper}{suggest(given.paper, every)}\n"
+            f"error: no preset of {args.paper}{suggest(args.paper, every)}\n"
             f"methods: {', '.join(methods)}",
             file=sys.stderr,
         )
         return 2
-    if given.words and not given.run:
+    if args.words and not args.run:
         print("error: settings are for --run; without it nothing is run", file=sys.stderr)
         return 2
-    results = results_folder(given.words, given.results)
-    broken = run(rows, given.words) if given.run else []
-    found = measured(results)
-    print(heading(given.paper.split("/")[0]) + "\n")
-    print(listing(rows, found))
-    print("", *places(rows, found), sep="\n")
+    results = results_folder(args.words, args.results)
+    broken = run(rows, args.words) if args.run else []
+    runs_of = measured(results)
+    print(heading(args.paper.split("/")[0]) + "\n")
+    print(listing(rows, runs_of))
+    print("", *places(rows, runs_of), sep="\n")
     for preset in broken:
         print(f"not finished: {preset} (its report is above)", file=sys.stderr)
-    if not given.run:
-        print(f"run them: python scripts/paper.py {given.paper} --run data.root=/path/to/data")
+    if not args.run:
+        print(f"run them: python scripts/paper.py {args.paper} --run data.root=/path/to/data")
     return 1 if broken else 0
 
 

@@ -79,8 +79,8 @@ def report(
         write_text(out / "tables.csv", tab.statistics(runs).to_csv(index=False))
         write_text(out / "runs.csv", every.to_csv(index=False))
     sections = []
-    for title, some, wanted, found in places if figures or "html" in formats else []:
-        section = Section(title, found, [])
+    for title, some, wanted, drawing in places if figures or "html" in formats else []:
+        section = Section(title, drawing, [])
         for name, figure in plots.figures(some, wanted[0] if wanted else None).items():
             png = plots.encode(figure, "png", some)
             width = round(96 * figure.get_figwidth())
@@ -116,16 +116,16 @@ def main() -> int:
         metavar="KEY",
         help=f"settings that are repetitions, as seeds are (default: {' '.join(AVERAGE)})",
     )
-    given = parser.parse_args()
-    out = given.out or given.roots[0] / "report"
+    args = parser.parse_args()
+    out = args.out or args.roots[0] / "report"
     try:
         text = report(
-            given.roots,
+            args.roots,
             out,
-            metrics=given.metric,
-            formats=given.formats,
-            average=given.average,
-            figures=given.figures,
+            metrics=args.metric,
+            formats=args.formats,
+            average=args.average,
+            figures=args.figures,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -133,7 +133,7 @@ def main() -> int:
     except OSError as error:
         print(f"error: cannot write {out}: {error}; choose a folder with --out", file=sys.stderr)
         return 2
-    first = out / ("report.html" if "html" in given.formats else "")
+    first = out / ("report.html" if "html" in args.formats else "")
     print(f"{text}\n\nwrote {first}")
     return 0
 

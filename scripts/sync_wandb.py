@@ -24,13 +24,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, nargs="?", default=Path("results"))
     parser.add_argument("--upload", action="store_true")
-    given = parser.parse_args()
-    folders = unsynced(given.root)
+    args = parser.parse_args()
+    folders = unsynced(args.root)
     if not folders:
-        print(f"nothing to upload under {given.root}")
+        print(f"nothing to upload under {args.root}")
         return 0
     command = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
-    if not given.upload:
+    if not args.upload:
         print(f"{len(folders)} offline runs; upload them with --upload, or with\n")
         print(shlex.join(["wandb", *command[3:]]))
         return 0

@@ -111,14 +111,14 @@ def grid(space: list[Dimension]) -> list[Values]:
 
 def draws(space: list[Dimension], count: int, seed: int) -> list[Values]:
     """`count` different points, drawn one after the other."""
-    rng, found = random.Random(seed), []
+    rng, points = random.Random(seed), []
     for _ in range(100 * count):
         point = {d.key: d.draw(rng) for d in space}
-        if point not in found:
-            found.append(point)
-        if len(found) == count:
+        if point not in points:
+            points.append(point)
+        if len(points) == count:
             break
-    return found
+    return points
 
 
 # ------------------------------------------------------------------------------ runs
@@ -151,22 +151,22 @@ class Study:
             raise SystemExit(code)
         if not (sweep / "sweep.json").exists():
             raise UserError("the sweep could not start; its message is above")
-        found = outcomes(sweep)
-        for one in found:
+        rows = outcomes(sweep)
+        for one in rows:
             trial = next(o for o in one["overrides"] if o.lstrip("+").startswith("trial="))
             one["trial"] = trial.split("=", 1)[1]
-        return found
+        return rows
 
     def measure(self, names: list[str], words: list[str], metric: str | None) -> dict[str, float]:
         """Mean metric of each point over the runs on a stream; without those with a failed run."""
         runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for one in self.sweep(names, words):
             runs[one["trial"]].append(one)
-        found = {}
+        means = {}
         for name, several in runs.items():
             if all(one["state"] == "finished" for one in several):
-                found[name] = statistics.mean(value_of(one["run"], metric)[1] for one in several)
-        return found
+                means[name] = statistics.mean(value_of(one["run"], metric)[1] for one in several)
+        return means
 
 
 def value_of(folder: str, metric: str | None) -> tuple[str, float]:
@@ -211,10 +211,10 @@ def optuna_points(
 # ------------------------------------------------------------------------------ the protocol
 
 
-def tune(given: argparse.Namespace) -> int:
-    space = [Dimension(word) for word in given.search]
-    tune_on = shlex.split(given.tune_on)
-    evaluate_on = [shlex.split(text) for text in given.evaluate_on]
+def tune(args: argparse.Namespace) -> int:
+    space = [Dimension(word) for word in args.search]
+    tune_on = shlex.split(args.tune_on)
+    evaluate_on = [shlex.split(text) for text in args.evaluate_on]
     for words in evaluate_on:
         if sorted(words) == sorted(tune_on):
             raise UserError(
@@ -222,39 +222,39 @@ def tune(given: argparse.Namespace) -> int:
                 "there and reported there is no measurement. Evaluate on other data, or on another "
                 "class order or sequence of domains"
             )
-    asked = [given.words, given.search, tune_on, given.method, given.trials, given.seed]
-    name = given.name or hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
-    study = Study(results_folder(given.words) / ".tune" / name, given.words)
-    lower = (given.metric or "").startswith(LOWER)
+    asked = [args.words, args.search, tune_on, args.method, args.trials, args.seed]
+    name = args.name or hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    study = Study(results_folder(args.words) / ".tune" / name, args.words)
+    lower = (args.metric or "").startswith(LOWER)
     values: dict[str, float] = {}
 
     def measure(points: dict[str, Values]) -> dict[str, float]:
         for trial, point in points.items():
             study.write(trial, point)
-        new = study.measure(list(points), tune_on, given.metric)
+        new = study.measure(list(points), tune_on, args.metric)
         values.update(new)
         return new
 
-    if given.method == "optuna":
-        if given.metric is None:
+    if args.method == "optuna":
+        if args.metric is None:
             raise UserError("--method optuna: name the metric, --metric err_mean or acc_inc")
-        points = optuna_points(space, given.trials, given.seed, given.at_once, measure, lower)
+        points = optuna_points(space, args.trials, args.seed, args.at_once, measure, lower)
     else:
-        found = grid(space) if given.method == "grid" else draws(space, given.trials, given.seed)
+        found = grid(space) if args.method == "grid" else draws(space, args.trials, args.seed)
         points = {f"t{i}": point for i, point in enumerate(found)}
         measure(points)
     if not values:
         raise UserError("no point of the search finished; the reasons are above")
-    metric = given.metric or headline(study)
+    metric = args.metric or headline(study)
     lower = metric.startswith(LOWER)
     best = (min if lower else max)(values, key=lambda k: values[k])
     tuned = {
         "on": shlex.join(tune_on),
-        "search": given.search,
-        "method": given.method,
+        "search": args.search,
+        "method": args.method,
         "points": len(points),
         "finished": len(values),
-        "seed": given.seed,
+        "seed": args.seed,
         "metric": metric,
         "value": values[best],
         "chosen": {k: _plain(v) for k, v in points[best].items()},
@@ -275,7 +275,7 @@ def tune(given: argparse.Namespace) -> int:
         status = status or int(len(done) < len(runs))
         text = "-"
         if done:
-            numbers = [value_of(one["run"], given.metric) for one in done]
+            numbers = [value_of(one["run"], args.metric) for one in done]
             text = f"{numbers[0][0]} {statistics.mean(n for _, n in numbers):.2f}"
             if len(numbers) > 1:
                 text += f" ± {statistics.stdev(n for _, n in numbers):.2f}"
@@ -314,9 +314,9 @@ def main() -> int:
     parser.add_argument("--metric", help="default: err_mean, or acc_inc of a stream of tasks")
     parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--name", help="folder under <root>/.tune/; default: a hash of the search")
-    given = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
     try:
-        return tune(given)
+        return tune(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -189,5 +189,7 @@ def split_stream(
 
 def _few(pool: Rows, shots: int, rng: np.random.Generator) -> Rows:
     """At most `shots` images of each class, drawn without replacement, in the pool's order."""
-    kept = [rng.permutation(np.flatnonzero(pool.label == c))[:shots] for c in np.unique(pool.label)]
-    return pool.take(np.sort(np.concatenate(kept)))
+    chosen = [
+        rng.permutation(np.flatnonzero(pool.label == c))[:shots] for c in np.unique(pool.label)
+    ]
+    return pool.take(np.sort(np.concatenate(chosen)))

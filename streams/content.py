@@ -119,10 +119,10 @@ def _digests(
 
 def _stat(path: str) -> tuple[int, int, int, int]:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return (0, 0, 0, 0)
-    return found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _read(read: Callable[[str], bytes], path: str) -> bytes | None:

@@ -154,23 +154,23 @@ def imagenet_c(
             f"ImageNet-C is not under data.root={root} (looked for {root / 'ImageNet-C'} and "
             f"{root / corruptions[0]}). {expected('imagenet_c')}"
         )
-    found, missing = {}, []
+    sets, missing = {}, []
     for corruption in corruptions:
         for severity in severities:
             places = [base / corruption / str(severity)]
             places += [base / g / corruption / str(severity) for g in GROUPS]
             there = [p for p in places if p.is_dir()]
             if there:
-                found[corruption, severity] = there[0]
+                sets[corruption, severity] = there[0]
             else:
                 missing.append(f"{corruption}/{severity}")
     if missing:
         raise UserError(
-            f"{base} lacks {len(missing)} of {len(missing) + len(found)} corruption folders: "
+            f"{base} lacks {len(missing)} of {len(missing) + len(sets)} corruption folders: "
             f"{', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}. "
             f"{expected('imagenet_c')}"
         )
-    return found
+    return sets
 
 
 def published_list() -> list[str]:
@@ -262,7 +262,7 @@ def cifar_c(
     labels = np.load(base / "labels.npy")
     block = len(labels) // 5
     classes = [str(i) for i in range(10 if which == "cifar10" else 100)]
-    found: dict[tuple[str, int], ImageSet] = {}
+    sets: dict[tuple[str, int], ImageSet] = {}
     for corruption in corruptions:
         path = base / f"{corruption}.npy"
         shape = np.load(path, mmap_mode="r").shape
@@ -271,5 +271,5 @@ def cifar_c(
         for severity in severities:
             start = block * (severity - 1)
             rows = labels[start : start + block]
-            found[corruption, severity] = NpyRows(path, start, rows, classes)
-    return found
+            sets[corruption, severity] = NpyRows(path, start, rows, classes)
+    return sets

@@ -234,11 +234,11 @@ class Generated(Derived):
 
     def generate(self, levels: Tensor, rows: Sequence[int]) -> Tensor:
         """The images of `rows` from clean ones, uint8 [B, 3, H, W]; cached where the set caches."""
-        made = self._make(levels, rows)
+        generated = self._make(levels, rows)
         if self._memory is not None or self._folder is not None:
-            for row, pixels in zip(rows, channels_last(made), strict=True):
+            for row, pixels in zip(rows, channels_last(generated), strict=True):
                 self.keep(row, pixels)
-        return made
+        return generated
 
 
 def channels_last(levels: Tensor) -> np.ndarray:
@@ -257,11 +257,11 @@ def image_folder(root: Path, expected: str) -> Files:
     classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
     names, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(
+        files = sorted(
             e.name for e in os.scandir(root / name) if e.name.lower().endswith(EXTENSIONS)
         )
-        names += [f"{name}/{file}" for file in found]
-        labels += [label] * len(found)
+        names += [f"{name}/{file}" for file in files]
+        labels += [label] * len(files)
     if not names:
         raise UserError(f"{root} holds no images in class folders. {expected}")
     return Files(root, names, np.asarray(labels), classes)

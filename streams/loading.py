@@ -86,10 +86,10 @@ class _Items(Dataset):
         if clean:
             try:
                 levels, at = _stack([items[n] for n in clean])
-                made = channels_last(_generate(self.sets, self.rows, at, levels))
+                generated = channels_last(_generate(self.sets, self.rows, at, levels))
             except UserError as error:
                 return error  # raised by the main process, without a worker's traceback
-            for n, pixels in zip(clean, made, strict=True):
+            for n, pixels in zip(clean, generated, strict=True):
                 place = items[n].at
                 items[n] = _Item(place, self._changed(place, pixels))
         return items
@@ -121,8 +121,8 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).copy()  # uint8 [H, W, 3]
 
 
-def _as_is(found: list[_Item] | UserError) -> list[_Item] | UserError:
-    return found
+def _as_is(items: list[_Item] | UserError) -> list[_Item] | UserError:
+    return items
 
 
 def _stack(items: Sequence[_Item]) -> tuple[Tensor, np.ndarray]:
@@ -144,14 +144,14 @@ def _stack(items: Sequence[_Item]) -> tuple[Tensor, np.ndarray]:
 
 def _generate(sets: Sequence[ImageSet], rows: Rows, at: np.ndarray, levels: Tensor) -> Tensor:
     """What the sets make of clean images, uint8 [B, 3, H, W] at the positions `at`."""
-    made = torch.empty_like(levels)
+    generated = torch.empty_like(levels)
     for domain in np.unique(rows.domain[at]):
         images = sets[int(domain)]
         assert isinstance(images, Generated)
         here = np.flatnonzero(rows.domain[at] == domain)
         place = torch.from_numpy(here).to(levels.device)
-        made[place] = images.generate(levels[place], rows.row[at[here]].tolist())
-    return made
+        generated[place] = images.generate(levels[place], rows.row[at[here]].tolist())
+    return generated
 
 
 def _quiet(_: int) -> None:
@@ -264,11 +264,11 @@ class Reader:
                 levels[clean] = _generate(self.sets, rows, at[clean.cpu().numpy()], levels[clean])
             yield levels, at
 
-    def _readable(self, found: Sequence[_Item]) -> list[_Item]:
+    def _readable(self, items: Sequence[_Item]) -> list[_Item]:
         """The items with an image; the others are counted, or are an error."""
-        for message in (i.pixels for i in found if isinstance(i.pixels, str)):
+        for message in (i.pixels for i in items if isinstance(i.pixels, str)):
             if self.on_error == "raise":
                 raise ImageError(f"{message}. Repair it, or leave it out with data.on_error=skip.")
             if self.skipped.add(message):
                 warnings.warn(f"skipped: {message}", stacklevel=2)
-        return [item for item in found if not isinstance(item.pixels, str)]
+        return [item for item in items if not isinstance(item.pixels, str)]

@@ -182,11 +182,11 @@ def walk(grid: np.ndarray, baseline: float) -> Cells:
             down[i, j] = miss[0] < miss[1]
             total[i, j], cells[i, j] = (sums[0], counts[0]) if down[i, j] else (sums[1], counts[1])
     i = 1 + int(np.abs(total[1:, 0] / cells[1:, 0] - baseline).argmin())
-    j, found = 0, []
+    j, steps = 0, []
     while i > 0:
-        found.append((i, j))
+        steps.append((i, j))
         i, j = (i - 1, j) if down[i, j] else (i, j + 1)
-    return [*found, (0, j)]
+    return [*steps, (0, j)]
 
 
 def route(names: Sequence[str], seed: int) -> Iterator[Pair]:
@@ -271,14 +271,14 @@ def _make(
     numbers: np.ndarray,
     **settings: Any,
 ) -> Tensor:
-    made = torch.empty_like(levels)
+    corrupted = torch.empty_like(levels)
     cells, ids = quarters[list(rows)], numbers[list(rows)]
     for cell in np.unique(cells, axis=0):
         here = np.flatnonzero((cells == cell).all(1))
         at = torch.from_numpy(here).to(levels.device)
         severities = (int(cell[0]), int(cell[1]))
-        made[at] = corrupt_pair(levels[at], pair, severities, ids[here].tolist(), **settings)
-    return made
+        corrupted[at] = corrupt_pair(levels[at], pair, severities, ids[here].tolist(), **settings)
+    return corrupted
 
 
 @dataclass(frozen=True)
@@ -292,23 +292,23 @@ class _Dealt:
 
 def _deal(walks: Sequence[Cells], rows: np.ndarray, images: int, speed: int, seed: int) -> _Dealt:
     """`speed` images for each cell, drawn without replacement as long as there are enough."""
-    found: list[tuple[int, np.ndarray, tuple[int, int]]] = []
+    deals: list[tuple[int, np.ndarray, tuple[int, int]]] = []
     left = images
     for number, cells in enumerate(walks):
         for cell in cells:
-            rng = np.random.default_rng(derive(seed, "cell", len(found)))
+            rng = np.random.default_rng(derive(seed, "cell", len(deals)))
             count = min(speed, left)
             turns = -(-count // len(rows))
             drawn = np.concatenate([rng.permutation(rows) for _ in range(turns)])[:count]
-            found.append((number, drawn, cell))
+            deals.append((number, drawn, cell))
             left -= count
             if not left:
                 break
-    lengths = [len(drawn) for _, drawn, _ in found]
+    lengths = [len(drawn) for _, drawn, _ in deals]
     return _Dealt(
-        np.repeat([n for n, *_ in found], lengths),
-        np.concatenate([drawn for _, drawn, _ in found]),
-        np.repeat(np.asarray([cell for *_, cell in found], np.int64), lengths, axis=0),
+        np.repeat([n for n, *_ in deals], lengths),
+        np.concatenate([drawn for _, drawn, _ in deals]),
+        np.repeat(np.asarray([cell for *_, cell in deals], np.int64), lengths, axis=0),
     )
 
 

@@ -70,11 +70,11 @@ def interpolated(name: str, severity: float, preset: C.Preset) -> Any:
         return round(mixed(low, high))
     if not isinstance(low, tuple):
         return mixed(low, high)
-    found = [mixed(a, b) for a, b in zip(low, high, strict=True)]
+    values = [mixed(a, b) for a, b in zip(low, high, strict=True)]
     if name == "glass_blur":
-        return found[0], max(1, round(found[1])), max(1, round(found[2]))
+        return values[0], max(1, round(values[1])), max(1, round(values[2]))
     if name == "motion_blur":
-        return math.ceil(found[0]), found[1]
+        return math.ceil(values[0]), values[1]
     if name == "snow":
-        found[4] = math.ceil(found[4])
-    return tuple(found)
+        values[4] = math.ceil(values[4])
+    return tuple(values)

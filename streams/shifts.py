@@ -95,7 +95,7 @@ class Sources:
     notes: dict[str, object]
 
 
-def corruption_names(given: str | list[str]) -> list[str]:
+def corruption_names(corruptions: str | list[str]) -> list[str]:
     """`standard` (15), `extra` (4), `all` (19), a sequence of `streams.orders`, or a list.
 
     Raises:
@@ -103,9 +103,9 @@ def corruption_names(given: str | list[str]) -> list[str]:
     """
     groups = {"standard": C.STANDARD, "extra": C.EXTRA, "all": (*C.STANDARD, *C.EXTRA)}
     groups |= SEQUENCES
-    if isinstance(given, str) and given in groups:
-        return list(groups[given])
-    names = given if isinstance(given, list) else [given]
+    if isinstance(corruptions, str) and corruptions in groups:
+        return list(groups[corruptions])
+    names = corruptions if isinstance(corruptions, list) else [corruptions]
     for name in names:
         if name not in groups["all"]:
             known = [*groups, *groups["all"]]
@@ -598,28 +598,28 @@ def _embedded(request: Request, dataset: Dataset) -> Sources:
     )
 
 
-def chosen(names: Sequence[str], given: str, seed: int, root: Path) -> np.ndarray:
+def chosen(names: Sequence[str], image_list: str, seed: int, root: Path) -> np.ndarray:
     """Rows of `names` in stream order, by `image_list` (published | all | a file).
 
     Raises:
         UserError: if there is no such list, or an image of it is missing under `root`.
     """
-    if given == "all":
+    if image_list == "all":
         return np.random.default_rng(derive(seed, "subset")).permutation(len(names))
-    path = Path(given)
-    if given != "published" and not path.is_file():
+    path = Path(image_list)
+    if image_list != "published" and not path.is_file():
         raise UserError(
-            f"scenario.image_list={given}: no such file; give a text file with one "
+            f"scenario.image_list={image_list}: no such file; give a text file with one "
             "<wnid>/<file> a line, or `published` or `all`"
         )
-    listed = published_list() if given == "published" else path.read_text().split()
+    listed = published_list() if image_list == "published" else path.read_text().split()
     position = {Path(n).with_suffix("").as_posix(): i for i, n in enumerate(names)}
     rows = [position.get(Path(n).with_suffix("").as_posix(), -1) for n in listed]
     missing = [n for n, r in zip(listed, rows, strict=True) if r < 0]
     if missing:
         raise UserError(
             f"{root} lacks {len(missing)} of the {len(listed)} images of "
-            f"scenario.image_list={given} (first: {missing[0]}); complete the set, or set "
+            f"scenario.image_list={image_list} (first: {missing[0]}); complete the set, or set "
             "scenario.image_list=all to draw from the images that are there"
         )
     return np.asarray(rows)

@@ -51,10 +51,10 @@ class ImageStore:
         Args:
             key: names `change`, which must draw nothing; images are known by their content.
         """
-        kept = self._find(key, reader, rows, change)
-        if kept is None:
+        stored = self._find(key, reader, rows, change)
+        if stored is None:
             return None
-        return self._slices(kept, rows, np.arange(len(rows)), None, batch_size, 0)
+        return self._slices(stored, rows, np.arange(len(rows)), None, batch_size, 0)
 
     def shuffled(
         self,
@@ -76,11 +76,11 @@ class ImageStore:
             flip: each image is flipped with probability 1/2, by the draws of a
                 `RandomHorizontalFlip` under `Reader.batches(..., seed=flip)`. None: no flips.
         """
-        kept = self._find(key, reader, rows, change)
-        if kept is None:
+        stored = self._find(key, reader, rows, change)
+        if stored is None:
             return None
         flips = None if flip is None else self._flips(rows, flip)
-        return self._slices(kept, rows, order, flips, batch_size, start)
+        return self._slices(stored, rows, order, flips, batch_size, start)
 
     def _flips(self, rows: Rows, seed: int) -> Tensor:
         draws = torch.Generator()
@@ -130,19 +130,19 @@ class ImageStore:
 
     def _slices(
         self,
-        kept: Kept,
+        stored: Kept,
         rows: Rows,
         order: np.ndarray,
         flips: Tensor | None,
         batch_size: int,
         start: int,
     ) -> Iterator[Batch | None]:
-        place = torch.from_numpy(np.cumsum(kept.readable) - 1)  # of a row among those kept
+        place = torch.from_numpy(np.cumsum(stored.readable) - 1)  # of a row among those kept
         ordered = rows.take(order)
         columns = [torch.from_numpy(c) for c in (ordered.label, ordered.row, ordered.domain)]
         positions = torch.from_numpy(order)
         place, positions, *columns = (t.to(self.device) for t in (place, positions, *columns))
-        good = kept.readable[order]
+        good = stored.readable[order]
         for first in range(start * batch_size, len(rows), batch_size):
             inside = np.arange(first, min(first + batch_size, len(rows)))
             inside = inside[good[inside]]
@@ -150,7 +150,7 @@ class ImageStore:
                 yield None
                 continue
             at = torch.from_numpy(inside).to(self.device)
-            x = kept.pixels[place[positions[at]]]
+            x = stored.pixels[place[positions[at]]]
             if flips is not None:
                 x = torch.where(flips[positions[at], None, None, None], x.flip(3), x)
             y, index, domain = (c[at] for c in columns)

@@ -26,14 +26,14 @@ END = "<!-- end of methods -->"
 
 def recorded(patterns: list[str]) -> dict[str, int]:
     """Cases per reference repository with its commit; LAME's file holds several."""
-    found: dict[str, int] = {}
+    cases: dict[str, int] = {}
     for path in sorted(p for pattern in patterns for p in GOLDEN.glob(pattern)):
         case = json.loads(path.read_text())
         repository = case["official_repository"].removeprefix("github.com/")
         count = max(1, sum(name.endswith("_out") for name in case.get("outputs", ())))
         key = f"{repository} @ {case['commit'][:7]}"
-        found[key] = found.get(key, 0) + count
-    return found
+        cases[key] = cases.get(key, 0) + count
+    return cases
 
 
 def conformance(fact: papers.Facts) -> str:
@@ -105,7 +105,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
-    given = parser.parse_args()
+    args = parser.parse_args()
     old = []
     for page, docs in PAGES.items():
         text = page.read_text()
@@ -113,11 +113,11 @@ def main() -> int:
         if fresh == text:
             continue
         old.append(page.relative_to(ROOT).as_posix())
-        if not given.check:
+        if not args.check:
             part = page.with_name(page.name + ".tmp")
             part.write_text(fresh)
             part.replace(page)
-    if given.check and old:
+    if args.check and old:
         print(f"out of date: {', '.join(old)}; run python tools/methods_table.py")
         return 1
     return 0

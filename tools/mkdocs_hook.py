@@ -38,14 +38,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     sources = {uri: source for source, uri in OUTSIDE.items()}
     folder = posixpath.dirname(sources.get(here, f"docs/{here}"))
 
-    def relink(found: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(folder, found["path"]))
+    def relink(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(folder, match["path"]))
         if not (ROOT / target).exists():
-            return found[0]  # no link at all, or a broken one, which --strict reports
+            return match[0]  # no link at all, or a broken one, which --strict reports
         uri = OUTSIDE.get(target) or target.removeprefix("docs/")
         if files.get_file_from_path(uri) is None:
-            return found["text"][1:-1]
+            return match["text"][1:-1]
         path = posixpath.relpath(uri, posixpath.dirname(here) or ".")
-        return f"{found['text']}({path}{found['anchor'] or ''})"
+        return f"{match['text']}({path}{match['anchor'] or ''})"
 
     return LINK.sub(relink, markdown)

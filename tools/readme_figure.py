@@ -28,7 +28,7 @@ def read(results: Path) -> tuple[str, Runs]:
     Raises:
         SystemExit: if a strategy was not run there, or on several streams.
     """
-    found: dict[str, Runs] = {}
+    runs_of: dict[str, Runs] = {}
     for path in sorted(results.rglob("summary.json")):
         run = json.loads(path.read_text())["run"]
         if run["strategy"] not in ORDER or run.get("around"):
@@ -37,8 +37,8 @@ def read(results: Path) -> tuple[str, Runs]:
         rows = [json.loads(line) for line in lines]
         names = [row["name"].partition(":")[0].replace("_", " ") for row in rows]
         label = f"{run['scenario']}, {run['backbone']}"
-        found.setdefault(label, {})[run["strategy"]] = names, [row["err"] for row in rows]
-    complete = {label: runs for label, runs in found.items() if set(runs) == set(ORDER)}
+        runs_of.setdefault(label, {})[run["strategy"]] = names, [row["err"] for row in rows]
+    complete = {label: runs for label, runs in runs_of.items() if set(runs) == set(ORDER)}
     if len(complete) != 1:
         raise SystemExit(f"error: {results} needs one stream with runs of {', '.join(ORDER)}")
     return next(iter(complete.items()))
@@ -97,10 +97,10 @@ def main() -> int:
     )
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/result.svg"))
-    given = parser.parse_args()
-    part = given.out.with_name(given.out.name + ".tmp")
-    part.write_text(svg(*read(given.results)))
-    part.replace(given.out)
+    args = parser.parse_args()
+    part = args.out.with_name(args.out.name + ".tmp")
+    part.write_text(svg(*read(args.results)))
+    part.replace(args.out)
     return 0
 
 

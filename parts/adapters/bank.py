@@ -180,9 +180,9 @@ class AdapterBank(nn.Module):
     def train(self, mode: bool = True) -> AdapterBank:
         """Sets that train follow `mode`; frozen ones stay in evaluation mode."""
         self.training = mode
-        for made in self.sets.values():
-            learns = any(p.requires_grad for p in made.parameters())
-            made.train(mode and learns)
+        for modules in self.sets.values():
+            learns = any(p.requires_grad for p in modules.parameters())
+            modules.train(mode and learns)
         return self
 
     def adapters(self, name: str) -> dict[str, Adapter]:

@@ -117,15 +117,15 @@ def shot_noise(levels: Tensor, photons: float, draws: Draws, dtype: torch.dtype)
     uniform = _noise(draws, "uniform", levels).view(-1)
     values = _channels_last(levels)
     index = (uniform * _BINS).to(torch.int32).add_(values.reshape(-1).to(torch.int32).mul_(_BINS))
-    found = direct.index_select(0, index)
-    unsure = _indices(found < 0)
+    counts = direct.index_select(0, index)
+    unsure = _indices(counts < 0)
     target, position = uniform[unsure], guide[index[unsure]]
     beyond = cumulative[position] <= target
     while beyond.any():
         position += beyond
         beyond = cumulative[position] <= target
-    found[unsure] = result[position].to(torch.int16)
-    return _channels_first(found.to(torch.uint8).view(values.shape))
+    counts[unsure] = result[position].to(torch.int16)
+    return _channels_first(counts.to(torch.uint8).view(values.shape))
 
 
 def draw_impulse(params: Any, h: int, w: int, rng: Rng) -> dict[str, Array]:
