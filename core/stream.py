@@ -20,7 +20,9 @@ class Batch(NamedTuple):
     domain: Tensor  # int64 [B], position in the stream's list of domains (0 where there is one)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
+        """The same batch on `device`; itself if it is there."""
+        if self.x.device == self.y.device == device:
+            return self
         return Batch(*(t.to(device, non_blocking=True) for t in self))
 
 

@@ -164,7 +164,10 @@ def view_statistics(net: nn.Module, views: int) -> Iterator[None]:
     def batchwise(layer: _BatchNorm) -> bool:
         return layer.training or (layer.running_mean is None and layer.running_var is None)
 
-    layers = [layer for layer in batch_norms(net).values() if views > 1 and batchwise(layer)]
+    if views == 1:
+        yield
+        return
+    layers = [layer for layer in batch_norms(net).values() if batchwise(layer)]
     try:
         for layer in layers:
             vars(layer)["forward"] = apart(layer, layer.forward)

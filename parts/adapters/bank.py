@@ -211,14 +211,16 @@ class AdapterBank(nn.Module):
         """
         with self.using(use, context):
             out = self.backbone.features(x)
-            self._reach.verify({name: self.adapters(name) for name, _ in self._active})
+            if not dict(self._active).keys() <= self._reach.verified:
+                self._reach.verify({name: self.adapters(name) for name, _ in self._active})
         return out
 
     def logits(self, x: Tensor, use: Use = None, context: Tensor | None = None) -> Tensor:
         """[B, 3, H, W] -> [B, C], scores of the pretrained head, as `features`."""
         with self.using(use, context):
             out = self.backbone(x)
-            self._reach.verify({name: self.adapters(name) for name, _ in self._active})
+            if not dict(self._active).keys() <= self._reach.verified:
+                self._reach.verify({name: self.adapters(name) for name, _ in self._active})
         return out
 
     @distributed.shared(dim=1)
@@ -284,7 +286,10 @@ class AdapterBank(nn.Module):
             if name not in self.sets:
                 raise KeyError(f"there is no set {name!r}{suggest(name, self.sets)}")
         before, self._active = self._active, list(chosen.items())
-        readers = [a for name in chosen for a in self.adapters(name).values() if a.reads_context]
+        readers: list[Adapter] = []
+        if context is not None:
+            every = [a for name in chosen for a in self.adapters(name).values()]
+            readers = [a for a in every if a.reads_context]
         for reader in readers:
             reader.context = context
         try:
