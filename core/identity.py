@@ -55,6 +55,11 @@ def method_name(strategy: str, around: Sequence[str]) -> str:
     return f"{strategy} ({rules})" if (rules := typed_rules(around)) else strategy
 
 
+def method_folder(strategy: str, around: Sequence[str]) -> str:
+    """How a method is called in paths and in names of runs: `tent`, `tent+window+rollback`."""
+    return "+".join([strategy, *around])
+
+
 def typed_rules(around: Sequence[str]) -> str:
     """The rules around a method as they are typed, `around=window`; empty without one."""
     names = ",".join(around)

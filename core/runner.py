@@ -308,7 +308,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         score_adapting(-1)
     reset_peak_memory(run.device)
     total = sum(s.steps for s in stream.segments)
-    run.console.start(total, costs.steps, type(strategy).__name__)
+    run.console.start(total, costs.steps, type(strategy.method).__name__)
 
     for segment in stream.segments[at["segment"] :]:
         if at["batch"] == 0:

@@ -101,18 +101,29 @@ def make_strategy(
     geometry.size, geometry.interpolation = backbone.input_size, backbone.interpolation
     _check_labels(cfg, stream, backbone)
     weights = {"tag": backbone.tag, "hash": weights_hash(backbone.net.state_dict())}
-    strategy: Strategy = build(
-        cfg.strategy,
-        at="strategy",
-        backbone=backbone,
-        seed=cfg.seed,
-        num_classes=stream.num_classes,
+    strategy = build_strategy(
+        cfg.strategy, cfg.around, backbone, seed=cfg.seed, num_classes=stream.num_classes
     )
-    for name, rule in cfg.around.items():
-        strategy = build(rule, at=f"around.{name}", inner=strategy)
-    strategy = strategy.to(device)
     _check_needs(cfg, strategy, stream, backbone)
     return strategy, weights
+
+
+def build_strategy(
+    node: DictConfig, around: DictConfig, backbone: Backbone, *, seed: int, num_classes: int
+) -> Strategy:
+    """A strategy with its rules around a backbone, on the device of that.
+
+    Args:
+        node: settings of the strategy.
+        around: settings of the rules by name, from the inside out.
+    """
+    device = next(backbone.parameters()).device
+    strategy: Strategy = build(
+        node, at="strategy", backbone=backbone, seed=seed, num_classes=num_classes
+    )
+    for name, rule in around.items():
+        strategy = build(rule, at=f"around.{name}", inner=strategy)
+    return strategy.to(device)
 
 
 def _workers(cfg: DictConfig) -> int:

@@ -18,7 +18,7 @@ from driftline.core.build import nodes
 from driftline.core.checkpoint import Checkpointer, Signals, Stopped
 from driftline.core.console import Console
 from driftline.core.errors import UserError
-from driftline.core.identity import VOLATILE, identity, method_name
+from driftline.core.identity import VOLATILE, identity, method_folder, method_name
 from driftline.core.provenance import Code, code_of, git_state
 from driftline.core.record import NoRecords, RunLogger, environment
 from driftline.core.runner import Context, reference, run_shifts, run_tasks
@@ -83,7 +83,7 @@ def run_experiment(
         _checkpoint_hash(cfg),
         *_source_facts(cfg, kind, stream),
     )
-    method = "+".join([cfg.strategy.name, *cfg.around])
+    method = method_folder(cfg.strategy.name, list(cfg.around))
     place = Path(cfg.root) / stream.name / method / cfg.backbone.name
     name = f"s{cfg.seed}-{key}"
     code = code_of(*(node._target_ for node in (*nodes(cfg.strategy), *cfg.around.values())))
@@ -358,7 +358,11 @@ def _sinks(
 ) -> Sequence[Mirror]:
     """The mirrors that `logger` names, told what makes a sweep of such runs read well."""
     method = method_name(about["strategy"], about["around"])
-    names = [about["scenario"], "+".join([about["strategy"], *about["around"]]), about["key"]]
+    names = [
+        about["scenario"],
+        method_folder(about["strategy"], about["around"]),
+        about["key"],
+    ]
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     seedless = cfg.copy()
     seedless.seed = None

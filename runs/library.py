@@ -14,12 +14,12 @@ from torch import nn
 
 from driftline.backbones.backbone import Backbone
 from driftline.core import papers
-from driftline.core.build import build
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF, add_resolver
 from driftline.core.strategy import Strategy, TTAStrategy
 from driftline.core.stream import SINGLE_IMAGES
 from driftline.runs.command import check_words, explain, spelled_out
+from driftline.runs.compose import build_strategy
 from driftline.runs.execute import run_experiment
 
 if TYPE_CHECKING:
@@ -60,19 +60,13 @@ def make(
     rules = options.pop("around", [])
     names = [rules] if isinstance(rules, str) else list(rules)
     node = settings(strategy, **options)
-    around = _composed([f"strategy={strategy}", f"around=[{','.join(names)}]"]).around
+    words = [f"strategy={strategy}", f"around=[{','.join(names)}]"]
+    around = _composed(words).around if names else OmegaConf.create({})
     backbone = net if isinstance(net, Backbone) else Backbone(net.eval(), mean=mean, std=std)
-    device = next(backbone.parameters()).device
-    built: Strategy = build(
-        node,
-        at="strategy",
-        backbone=backbone.to(device),
-        seed=seed,
-        num_classes=num_classes or backbone.num_classes,
+    backbone.to(next(backbone.parameters()).device)  # its mean and std were made on the CPU
+    built = build_strategy(
+        node, around, backbone, seed=seed, num_classes=num_classes or backbone.num_classes
     )
-    for name, rule in around.items():
-        built = build(rule, at=f"around.{name}", inner=built)
-    built = built.to(device)
     if lacking := built.needs - backbone.provides - {SINGLE_IMAGES}:
         raise UserError(
             f"strategy={strategy} needs {', '.join(sorted(lacking))}, which this network lacks"

@@ -38,7 +38,8 @@ from driftline.core.stream import Skipped
 from driftline.streams import corruptions as C
 from driftline.streams.datasets import MANIFEST, cifar, existing_root, imagenet_clean
 from driftline.streams.images import Derived, Files, ImageSet, channels_last
-from driftline.streams.loading import Reader, Rows, as_stored
+from driftline.streams.loading import Reader, Rows
+from driftline.streams.pipelines import as_stored
 from driftline.streams.shifts import CROP, corrupted, corruption_names, crop, frost_source
 
 FOLDERS = {"imagenet_c": "ImageNet-C", "cifar10_c": "CIFAR-10-C", "cifar100_c": "CIFAR-100-C"}

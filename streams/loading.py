@@ -19,7 +19,7 @@ from driftline.core.exact import divide_
 from driftline.core.seed import derive
 from driftline.core.stream import Batch, Skipped
 from driftline.streams.images import Generated, ImageError, ImageSet, channels_last, fingerprint
-from driftline.streams.pipelines import Pipeline, seeded
+from driftline.streams.pipelines import Pipeline, as_stored, seeded
 
 CPU = torch.device("cpu")
 # Where the main process corrupts, on the device, what workers read. On a CPU the workers do it,
@@ -52,11 +52,6 @@ class Rows:
 
     def take(self, order: np.ndarray) -> Rows:
         return Rows(self.row[order], self.label[order], self.domain[order])
-
-
-def as_stored(image: Image.Image) -> Image.Image:
-    """The pipeline that changes nothing."""
-    return image
 
 
 class _Item(NamedTuple):

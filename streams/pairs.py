@@ -41,8 +41,8 @@ from driftline.streams import corruptions as C
 from driftline.streams.corruption_ops.common import jpeg
 from driftline.streams.datasets import cifar, existing_root, imagenet_clean
 from driftline.streams.images import Derived, Generated, ImageSet, fingerprint
-from driftline.streams.loading import Reader, Rows, as_stored
-from driftline.streams.pipelines import seeded
+from driftline.streams.loading import Reader, Rows
+from driftline.streams.pipelines import as_stored, seeded
 from driftline.streams.severities import HIGHEST, NAMES, STEP, interpolated
 from driftline.streams.shifts import (
     CROP,

@@ -48,9 +48,9 @@ from driftline.streams.datasets import (
     published_list,
 )
 from driftline.streams.images import Derived, Files, Generated, ImageSet, fingerprint, image_folder
-from driftline.streams.loading import Reader, Rows, as_stored
+from driftline.streams.loading import Reader, Rows
 from driftline.streams.orders import LABEL_ORDERS, SEQUENCES, Domain, Options, parse, plan
-from driftline.streams.pipelines import PHOTOMETRIC, Pipeline
+from driftline.streams.pipelines import PHOTOMETRIC, Pipeline, as_stored
 from driftline.streams.store import ImageStore
 
 Dataset = Literal["imagenet_c", "cifar10_c", "cifar100_c"]
