@@ -21,6 +21,7 @@ from driftline.core.stream import SINGLE_IMAGES
 from driftline.runs.command import check_words, explain, spelled_out
 from driftline.runs.compose import build_strategy
 from driftline.runs.execute import run_experiment
+from driftline.runs.schema import check_around
 
 if TYPE_CHECKING:
     import pandas
@@ -62,6 +63,8 @@ def make(
     node = settings(strategy, **options)
     words = [f"strategy={strategy}", f"around=[{','.join(names)}]"]
     around = _composed(words).around if names else OmegaConf.create({})
+    plain: Any = [OmegaConf.to_container(part) for part in (around, node)]
+    check_around(*plain)
     backbone = net if isinstance(net, Backbone) else Backbone(net.eval(), mean=mean, std=std)
     backbone.to(next(backbone.parameters()).device)  # its mean and std were made on the CPU
     built = build_strategy(

@@ -135,7 +135,7 @@ def check_settings(cfg: DictConfig) -> None:
     for place in ("scenario", "strategy"):
         check_value(plain[place].get("name"), PlainName, at=f"{place}.name")
     _check_strategy(plain["strategy"])
-    _check_around(plain["around"], plain["strategy"])
+    check_around(plain["around"], plain["strategy"])
     _check_scenario(plain["scenario"], real=not embedded(plain))
     name = plain["backbone"].get("name")
     if name == "auto":
@@ -162,7 +162,12 @@ def _check_strategy(node: Mapping[str, Any]) -> None:
     check(node, at="strategy", live=LIVE["strategy"])
 
 
-def _check_around(rules: Mapping[str, Any], strategy: Mapping[str, Any]) -> None:
+def check_around(rules: Mapping[str, Any], strategy: Mapping[str, Any]) -> None:
+    """That the rules exist, their settings are in range and the strategy adapts at test time.
+
+    Raises:
+        UserError: naming the rule, or the strategy that no rule goes around.
+    """
     names = [path.stem for path in (CONF / "around").glob("*.yaml")]
     for name, node in rules.items():
         at = f"around.{name}"

@@ -74,6 +74,18 @@ def test_a_mistake_is_one_clear_error(name, options, message):
         driftline.make(name, network(), **options)
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_rules_go_around_methods_of_adaptation_alone(name):
+    kind = locate(strategy_node(name)["_target_"])
+    net = network("test_vit" if getattr(kind, "prefers", "vit") == "vit" else "test_resnet")
+    if issubclass(kind, CLStrategy):
+        with pytest.raises(UserError, match=f"strategy={name} learns tasks"):
+            driftline.make(name, net, around="window")
+    else:
+        method = driftline.make(name, net, around=["reset_every", "record_nan"])
+        assert type(method.method) is kind and type(method).__name__ == "RecordNan"
+
+
 def test_a_run_gives_its_summary_and_is_found_again(tmp_path):
     words = ["strategy=bn_adapt", "scenario=cifar10_c", *SMALL, f"root={tmp_path}"]
     summary = driftline.run(words)
