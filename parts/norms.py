@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
 
 Kind = Literal["bn2d", "bn1d", "ln", "gn"]
@@ -71,6 +72,112 @@ def train_only(net: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     net.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
+
+
+Layers = Literal["bn", "norm", "name"]
+LAYERS: dict[Layers, Select] = {
+    "bn": by_kind("bn2d"),
+    "norm": by_kind("bn2d", "bn1d", "ln", "gn"),
+    "name": by_name("norm", "bn"),
+}
+HINTS: dict[Layers, str] = {
+    "bn": "has no BatchNorm2d; set strategy.layers=norm to train LayerNorm and GroupNorm as well",
+    "norm": "has no affine BatchNorm, LayerNorm or GroupNorm; set strategy.layers=name to train "
+    "every module with 'norm' or 'bn' in its name, or use strategy=source",
+    "name": "has no module with 'norm' or 'bn' in its name; set strategy.layers=norm",
+}
+
+
+def train_norms(
+    backbone: Backbone, layers: Layers, *, strategy: str, top: Top = "all"
+) -> dict[str, nn.Parameter]:
+    """Scales and shifts of normalisation layers learn, with batch statistics; the rest is frozen.
+
+    Args:
+        layers: `bn`: BatchNorm2d (official in Tent); `norm`: also BatchNorm1d, LayerNorm and
+            GroupNorm; `name`: every module with "norm" or "bn" in its name, which misses layers
+            inside unnamed stems and shortcuts.
+        strategy: name of the method, for the error.
+        top: whether the uppermost layers learn, see `below_top`.
+
+    Returns:
+        the parameters by name, in module order.
+
+    Raises:
+        UserError: for a network without such layers.
+    """
+    chosen, lower = LAYERS[layers], below_top(backbone.net, top)
+    trained = collect_parameters(backbone.net, lambda n, m: chosen(n, m) and lower(n, m))
+    if not trained:
+        raise UserError(
+            f"strategy={strategy} with layers={layers} has nothing to train: {backbone.tag} "
+            f"{HINTS[layers]}"
+        )
+    use_batch_statistics(backbone.net)
+    train_only(backbone, trained.values())
+    return trained
+
+
+Top = Literal["all", "names", "position"]
+TOP_NAMES = (
+    "layer4",
+    "blocks.9",
+    "blocks.10",
+    "blocks.11",
+    "norm.",
+)  # parts of names in SAR's code
+STACK = 8  # from so many blocks on, they are one stack of equal blocks and not stages
+
+
+def below_top(net: nn.Module, top: Top) -> Select:
+    """Selects modules below the uppermost layers, which SAR and its successors leave as they are.
+
+    Args:
+        top: `all`: every module learns. `names`: those of the official code (mr-eggplant/SAR @
+            20f6e24) do not, names with layer4, blocks.9, blocks.10, blocks.11 or "norm." in them
+            and `norm` itself, which fits ResNet-50 and timm's ViT-B. `position`: what these names
+            stand for does not, whatever it is called: the last stage of a network of stages, the
+            last quarter of a stack of eight or more blocks, and all that comes after.
+    """
+    if top == "all":
+        return lambda name, module: True
+    if top == "names":
+        return lambda name, module: name != "norm" and not any(part in name for part in TOP_NAMES)
+    stages = _stages(net)
+    first = len(stages) * 3 // 4 if len(stages) >= STACK else len(stages) - 1
+    below, above = set(), False
+    for name, _ in net.named_modules():
+        above = above or name == stages[first]
+        if not above:
+            below.add(name)
+    return lambda name, module: name in below
+
+
+def _stages(net: nn.Module) -> list[str]:
+    """Names of the blocks or stages that make up most of a network, from its input to its output.
+
+    Raises:
+        UserError: where there are none.
+    """
+    lists: list[list[str]] = []
+    for path, module in net.named_modules():
+        children = [name for name, _ in module.named_children()]
+        prefix = f"{path}." if path else ""
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            lists.append([prefix + name for name in children])
+        lists.append([prefix + name for name in children if name.rstrip("0123456789") == "layer"])
+    sizes = [sum(_size(net.get_submodule(name)) for name in names) for names in lists]
+    largest = max(zip(sizes, lists, strict=True), key=lambda pair: pair[0], default=(0, []))[1]
+    if len(largest) < 2:
+        raise UserError(
+            "strategy.top=position looks for stages or blocks, and this network has none; "
+            "set strategy.top=all"
+        )
+    return largest
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def batch_norms(net: nn.Module) -> dict[str, _BatchNorm]:
@@ -142,6 +249,33 @@ def mix_statistics(net: nn.Module, alpha: float) -> list[str]:
         layer.register_forward_pre_hook(mix)
         layer.register_forward_hook(put_back, always_call=True)
     return list(layers)
+
+
+def replace_batch_norms(
+    net: nn.Module, make: Callable[[str, nn.BatchNorm2d], nn.Module]
+) -> dict[str, nn.Module]:
+    """Put another layer in the place of every two-dimensional batch normalisation.
+
+    A layer of timm with an activation of its own (`BatchNormAct2d`) keeps it: the new layer comes
+    before it.
+
+    Args:
+        make: from the name and the layer to the one in its place.
+
+    Returns:
+        the new layers by name, in module order; empty for a network without BatchNorm2d.
+    """
+    select = by_kind("bn2d")
+    places = [(name, m) for name, m in net.named_modules() if select(name, m)]
+    new: dict[str, nn.Module] = {}
+    for name, layer in places:
+        assert isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm)
+        new[name] = make(name, layer)  # type: ignore[arg-type]
+        after = [getattr(layer, key) for key in ("drop", "act") if hasattr(layer, key)]
+        path, _, key = name.rpartition(".")
+        whole = nn.Sequential(new[name], *after) if after else new[name]
+        setattr(net.get_submodule(path), key, whole)
+    return new
 
 
 @contextmanager

@@ -51,6 +51,20 @@ class Case:
         x = np.load(FOLDER / "inputs.npz")["x"][: self.info["batches"], : self.info["batch_size"]]
         return list(torch.from_numpy(x.astype(np.float32) / np.float32(255)).to(self.dtype))
 
+    def source(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """The 32 recorded source images and their labels, in batches of `size`."""
+        data = np.load(FOLDER / "inputs.npz")
+        x = torch.from_numpy(data["x_src"].astype(np.float32) / np.float32(255)).to(self.dtype)
+        y = torch.from_numpy(data["y_src"]).long()
+        return list(zip(x.split(size), y.split(size), strict=True))
+
+    def view(self, x: Tensor, i: int) -> Tensor:
+        """Entry `i` of the recorded table of views, applied to `x` [B, 3, H, W]."""
+        shift = (int(self.data["view_dy"][i]), int(self.data["view_dx"][i]))
+        scale = torch.tensor(self.data["view_scale"][i]).to(x)
+        x = (x.roll(shift, (2, 3)) * scale).clamp(0, 1)
+        return x.flip(3) if self.data["view_flip"][i] else x
+
     def check(self, key: str, mine: Any) -> float:
         """Compare in this case's precision; returns deviation / tolerance, at most 1."""
         golden = self.data[key].astype(np.float64)

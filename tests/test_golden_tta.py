@@ -121,10 +121,7 @@ class Recorded(CoTTA):
             image = data["views"][self.turn, i].astype(np.float32) / np.float32(255)
             return torch.from_numpy(image).to(x)
         if "view_scale" in data:
-            shift = (int(data["view_dy"][i]), int(data["view_dx"][i]))
-            scale = torch.tensor(data["view_scale"][i]).to(x)
-            x = (x.roll(shift, (2, 3)) * scale).clamp(0, 1)
-            return x.flip(3) if data["view_flip"][i] else x
+            return self.case.view(x, i)
         assert "identity" in self.case.info["random_draws"]["augmentation"]
         return x
 

@@ -19,34 +19,15 @@ import torch
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.core.errors import UserError
 from driftline.core.ranges import Count
 from driftline.core.strategy import TTAStrategy
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.modes import evaluating
-from driftline.parts.norms import (
-    Select,
-    by_kind,
-    by_name,
-    collect_parameters,
-    train_only,
-    use_batch_statistics,
-)
+from driftline.parts.norms import Layers, train_norms, train_only
 from driftline.parts.objectives import entropy
 from driftline.parts.optim import Optim
 
 NAME = "tuned"  # of the one set of adapters
-LAYERS: dict[str, Select] = {
-    "bn": by_kind("bn2d"),
-    "norm": by_kind("bn2d", "bn1d", "ln", "gn"),
-    "name": by_name("norm", "bn"),
-}
-HINTS = {
-    "bn": "has no BatchNorm2d; set strategy.layers=norm to train LayerNorm and GroupNorm as well",
-    "norm": "has no affine BatchNorm, LayerNorm or GroupNorm; set strategy.layers=name to train "
-    "every module with 'norm' or 'bn' in its name, or use strategy=source",
-    "name": "has no module with 'norm' or 'bn' in its name; set strategy.layers=norm",
-}
 
 
 class Tent(TTAStrategy):
@@ -55,9 +36,7 @@ class Tent(TTAStrategy):
     Args:
         backbone: a network with normalisation layers.
         seed: of an adapter's initial values.
-        layers: trained modules. `bn`: BatchNorm2d (official); `norm`: also BatchNorm1d, LayerNorm
-            and GroupNorm; `name`: every module with "norm" or "bn" in its name, which misses
-            layers inside unnamed stems and shortcuts.
+        layers: which normalisation layers learn, see `parts/norms.py`; `bn` is official.
         mode: of the whole network while adapting; decides on dropout and stochastic depth only,
             batch normalisation uses batch statistics in both.
         optim: of the one group `trained`.
@@ -77,7 +56,7 @@ class Tent(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        layers: Literal["bn", "norm", "name"],
+        layers: Layers,
         mode: Literal["train", "eval"],
         optim: Optim,
         steps: Count,
@@ -88,15 +67,10 @@ class Tent(TTAStrategy):
         if adapter is not None and self.bank is not None:
             trained = adapter.add(self.bank, NAME, self.rng("init"))
             self.bank.train(mode == "train")
+            train_only(self.backbone, trained)
         else:
-            trained = list(collect_parameters(backbone.net, LAYERS[layers]).values())
-            use_batch_statistics(backbone.net)
-        if not trained:
-            raise UserError(
-                f"strategy=tent with layers={layers} has nothing to train: {backbone.tag} "
-                f"{HINTS[layers]}"
-            )
-        train_only(self.backbone.train(mode == "train"), trained)
+            trained = list(train_norms(backbone, layers, strategy="tent").values())
+        self.backbone.train(mode == "train")
         self.steps, self.optim = steps, optim
         second = [] if self.bank is None else self.bank.second_factors(NAME)
         self.optimizer = optim.optimizer({"trained": trained}, second)
