@@ -642,6 +642,11 @@ OF_KINDS = [  # properties that the kind of adapter can break
     batching_of_test_images_is_no_matter,
     kept_features_give_the_prediction,
 ]
+OF_RULES = [  # properties that a rule can break; all are tried on the methods of INSIDE
+    reset_and_the_same_stream_give_the_same,
+    modes_are_put_back,
+    a_killed_run_goes_on,
+]
 EXEMPT = {  # what a method breaks on purpose
     ("mos-official", "predict_changes_nothing"): "the released code pulls in every forward pass",
 }
@@ -654,8 +659,20 @@ def check(property_: Callable[..., None], case: Case, folder: Path) -> None:
         property_(case, **extra)
 
 
-@pytest.mark.parametrize("property_", PROPERTIES, ids=lambda p: p.__name__)
-@pytest.mark.parametrize("case", marked(CASES))
+def trials() -> list[Any]:
+    """Every case with every property that it is tried on; the quick tier takes plain methods."""
+    rows = []
+    for case in CASES:
+        part = case.rule and case.name.split("-")[0] not in INSIDE
+        marks = [pytest.mark.slow] if case.rule or case.name in VARIANTS else []
+        rows += [
+            pytest.param(case, p, id=f"{case.name}-{p.__name__}", marks=marks)
+            for p in (OF_RULES if part else PROPERTIES)
+        ]
+    return rows
+
+
+@pytest.mark.parametrize(("case", "property_"), trials())
 def test_contract(case, property_, tmp_path):
     if reason := EXEMPT.get((case.name, property_.__name__)):
         with pytest.raises(AssertionError):
