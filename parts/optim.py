@@ -37,7 +37,8 @@ class Optim:
         weight_decay: of everything that learns.
         rise: epochs in which the rate grows from 0 to its initial value, step by step.
         schedule: after that, by epoch. `constant`; `cosine`: (1 + cos(pi e / E)) / 2 of the initial
-            rate; `steps`: times `decay` at each of `milestones` (epochs).
+            rate; `steps`: times `decay` at each of `milestones` (epochs); `linear`: in equal steps
+            to `decay` times the initial rate, from the first of `milestones` to the last.
         clip: largest norm of the whole gradient; None does not clip.
         sam: radius rho of sharpness-aware minimisation (Foret et al., ICLR 2021, arXiv 2010.01412):
             the gradient is taken where the loss is highest within rho, which costs a second pass;
@@ -59,7 +60,7 @@ class Optim:
     betas: tuple[Below1, Below1] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0
     rise: CountOrZero = 0
-    schedule: Literal["constant", "cosine", "steps"] = "constant"
+    schedule: Literal["constant", "cosine", "steps", "linear"] = "constant"
     milestones: Sequence[CountOrZero] = ()
     decay: NonNegative = 0.1
     clip: Positive | None = None
@@ -70,6 +71,11 @@ class Optim:
     def __post_init__(self) -> None:
         if self.kind == "sgd" and self.nesterov and self.momentum <= 0:
             raise UserError("strategy.optim.nesterov=true needs strategy.optim.momentum above 0")
+        if self.schedule == "linear" and len(self.milestones) < 2:
+            raise UserError(
+                "strategy.optim.schedule=linear needs two epochs in strategy.optim.milestones: "
+                "those in which the change begins and ends"
+            )
         for key in self.later:
             if key not in vars(self) or key == "later":
                 near = suggest(key, vars(self))
@@ -136,6 +142,10 @@ class Optim:
             return (1 + math.cos(past)) / 2
         if self.schedule == "steps":
             return self.decay ** sum(epoch >= m for m in self.milestones)
+        if self.schedule == "linear":
+            begin, end = min(self.milestones), max(self.milestones)
+            share = min(1.0, max(0.0, (epoch - begin) / max(1, end - begin)))
+            return 1 + share * (self.decay - 1)
         return 1.0
 
     def set_rates(

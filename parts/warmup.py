@@ -45,6 +45,7 @@ class WarmUp:
         loss: Callable[[Batch], Tensor],
         source: SourceImages,
         progress: Progress,
+        after: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
     ) -> None:
         """Train the parameters of `module` that require gradients; goes on where it was cut.
 
@@ -52,6 +53,8 @@ class WarmUp:
             module: holds everything that the training changes (buffers too), in the mode to
                 train in; its state is what `progress` keeps.
             loss: of one batch on the module's device, 0-dim.
+            after: called after every update with the epoch (from 0), the updates in it so far, and
+                how many it has; may change the module's state.
 
         Raises:
             UserError: when the loss is not finite.
@@ -84,6 +87,7 @@ class WarmUp:
                 self.optim.update(optimizer)
                 total += value.detach()
                 step += 1
+                after(epoch, step, steps)
                 if step % self.every == 0:
                     progress.save(self._state(module, optimizer, epoch, step))
             progress.say(

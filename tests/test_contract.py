@@ -63,6 +63,7 @@ CLASSES = 10
 QUICK: dict[str, dict[str, Any]] = {
     "cotta": {"views": 2, "threshold": 2.0, "restore_prob": 0.1},
     "vida": {"views": 2, "rank_high": 8},
+    "petal": {"views": 2, "threshold": 2.0, "quantile": 0.1, "reg_weight": 1e-4},
     "lae": {"freeze_epochs": 1},
     "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
     "ease": {"rank": 4},
@@ -76,6 +77,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "tent-norm": ("tent", {"layers": "norm"}, "vit"),
     "cotta-adam": ("cotta", {"optim": {"kind": "adam"}, "loss": "ce", "gate": "sample"}, "vit"),
     "cotta-source": ("cotta", {"threshold": "source", "rng": "device"}, None),
+    "petal-random": (
+        "petal",
+        {"restore": "random", "restore_prob": 0.1, "threshold": "source", "loss": "ce"},
+        "vit",
+    ),
     "vida-restore": ("vida", {"optim": {"kind": "adam"}, "restore_prob": 0.1}, None),
     "vida-adapters": ("vida", {"train_base": False, "rng": "device"}, None),
     "ecotta-joint": ("ecotta", {"procedure": "joint", "optim": {"kind": "adam"}}, None),

@@ -253,6 +253,11 @@ def test_rates_follow_the_published_schedules():
     assert factors == pytest.approx([1, 1, 0.2, 0.04, 0.008])
     cosine = Optim(kind="sgd", lr=1.0, rise=1, schedule="cosine")
     assert [cosine.factor(e, 3, 0, 5) for e in (1, 2)] == pytest.approx([1.0, 0.5])
+    swa = Optim(kind="sgd", lr=8e-4, schedule="linear", milestones=(1, 4), decay=12.5)
+    rates = [8e-4 * swa.factor(e, 5) for e in range(5)]  # torch's SWALR within three epochs
+    assert rates == pytest.approx([8e-4, 8e-4, 8e-4 * 2 / 3 + 0.01 / 3, 0.02 / 3 + 8e-4 / 3, 0.01])
+    with pytest.raises(UserError, match="two epochs in strategy.optim.milestones"):
+        Optim(kind="sgd", lr=1.0, schedule="linear")
 
 
 def test_a_diverging_warm_up_stops_and_names_the_rate():

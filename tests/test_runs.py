@@ -16,6 +16,7 @@ from conftest import HANG, ROOT, strategy_node
 from omegaconf import OmegaConf
 
 from driftline.core import checkpoint
+from driftline.core.build import locate
 from driftline.core.errors import UserError
 from driftline.core.features import FeatureCache
 from driftline.core.record import Lock
@@ -47,6 +48,7 @@ QUICK = {  # what keeps a run of seconds
     "cotta": ["strategy.views=2", "strategy.threshold=2"],
     "vida": ["strategy.views=2", "strategy.rank_high=8", "scenario.source_images=40"],
     "ecotta": ["scenario.source_images=40"],
+    "petal": ["strategy.views=2", "scenario.source_images=40"],
 }
 
 
@@ -93,7 +95,10 @@ def test_run_records_stability_plasticity_and_cost(configure, strategy, capsys):
     folder = Path(summary["run"]["folder"])
     label = "imagenet_c[embedded]" if strategy in TTA else "split_cifar10[embedded]"
     assert folder.parts[-4] == label
-    assert ("prepared" in summary) == ("frozen" in summary) == (strategy in ("vida", "ecotta"))
+    node = strategy_node(strategy)
+    prepares = strategy in TTA and locate(node["_target_"]).uses_source(node)
+    assert ("prepared" in summary) == prepares
+    assert ("frozen" in summary) == (prepares and "update" in node)
     metrics, cost = summary["metrics"], summary["cost"]
     assert {"plasticity", "stability", "forgetting", "bwt"} <= set(metrics)
     assert cost["parameters_total"] > 0 and cost["peak_memory_mb"] > 0

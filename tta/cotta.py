@@ -176,19 +176,29 @@ class CoTTA(TTAStrategy):
     @torch.enable_grad()
     def _update(self, x: Tensor) -> Tensor:
         target = self.target(x)  # first: its memory is free again when the student needs much
-        logits = self.backbone(x)
-        loss = self.loss(logits, target)
-        if not torch.isfinite(loss):
-            raise Diverged(
-                f"strategy=cotta: the loss of batch {int(self.seen)} is {loss.item()}; the weights "
-                f"diverged, and restoring {self.restore_prob:.2%} of them per update cannot heal "
-                "that. Lower strategy.optim.lr, or reset between domains."
-            )
-        loss.backward()
+        self.backward(x, target)
         self.optim.update(self.optimizer, lambda: self.loss(self.backbone(x), target).backward())
         self.average_teacher()
         self.restore_weights()
         return target
+
+    def backward(self, x: Tensor, target: Tensor) -> Tensor:
+        """Leave the gradients of the loss; returns the student's logits [B, C].
+
+        Raises:
+            Diverged: when the loss is not finite.
+        """
+        logits = self.backbone(x)
+        loss = self.loss(logits, target)
+        if not torch.isfinite(loss):
+            name = type(self).__name__.lower()
+            raise Diverged(
+                f"strategy={name}: the loss of batch {int(self.seen)} is {loss.item()}; the "
+                "weights diverged, and restoring a part of them per update cannot heal that. Lower "
+                "strategy.optim.lr, or reset between domains."
+            )
+        loss.backward()
+        return logits.detach()
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of the student's `logits` [B, C] against the teacher's `target`."""

@@ -1,0 +1,232 @@
+"""PETAL and PSMT against recorded runs of the authors' code; teachers without code by formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import strategy_node
+from golden_case import Case, both, names, optim, record, weights
+from test_golden_tta import Recorded
+from torch import Tensor
+
+from driftline.backbones.backbone import Backbone
+from driftline.core.build import build
+from driftline.core.errors import UserError
+from driftline.core.stream import Batch, SourceImages
+from driftline.parts.warmup import WarmUp
+from driftline.tta import petal
+from driftline.tta.cotta import CoTTA
+from driftline.tta.petal import PETAL, quantile, smallest_gradients
+
+SGD = optim({"optimizer": "SGD", "lr": 0.1, "weight_decay": 0.0})
+WARMUP = WarmUp(epochs=2, batch_size=4, optim=SGD, augment="none", every=9)
+
+
+class Selects:
+    """Notes the thresholds of the squared gradients and how many lie below."""
+
+    below: list[int]
+
+    def smallest_gradients(self) -> list[Tensor]:
+        masks = super().smallest_gradients()  # type: ignore[misc]
+        self.below.append(sum(int(m.sum()) for m in masks))
+        return masks
+
+
+class RecordedPETAL(Selects, PETAL, Recorded):
+    """PETAL with recorded views and masks; `parts` are the two terms of its loss."""
+
+    parts: dict[str, list[float]]
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        self.parts["loss_entropy"].append(CoTTA.loss(self, logits, target).item())
+        return super().loss(logits, target)
+
+    def penalty(self) -> Tensor:
+        value = super().penalty()
+        self.parts["regulariser"].append(value.item())
+        return value
+
+
+@pytest.fixture
+def thresholds(monkeypatch) -> list[float]:
+    """The quantiles that were taken, in order."""
+    taken: list[float] = []
+    original = petal.quantile
+
+    def note(values: Tensor, share: float) -> Tensor:
+        taken.append((value := original(values, share)).item())
+        return value
+
+    monkeypatch.setattr(petal, "quantile", note)
+    return taken
+
+
+def posterior(net: torch.nn.Module) -> dict[str, Tensor]:
+    """What the recorded cases start from."""
+    start = dict(net.named_parameters())
+    return {f"mean.{n}": p.detach().clone() for n, p in start.items()} | {
+        f"variance.{n}": 1e-4 + 0.05 * p.detach().square() for n, p in start.items()
+    }
+
+
+SLOW = ("petal_fim_cifar_resnet_official", "petal_sres_cifar_resnet")  # 32 views a batch
+
+
+@both
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in names("petal_*")]
+)
+def test_petal(name: str, dtype: torch.dtype, thresholds: list[float]) -> None:
+    case = Case(name, dtype)
+    net, hyper = case.net(), case.hyper
+    method = RecordedPETAL(
+        Backbone(net),
+        seed=0,
+        loss="sce" if hyper["loss"].startswith("symmetric") else "ce",
+        threshold=hyper["ap"],
+        gate="batch",
+        views=hyper["n_aug"],
+        average="logits",
+        always_draw=False,
+        restore="fisher" if "fim" in name else "random",
+        quantile=hyper["perc"],
+        restore_prob=hyper.get("rst", 0.0),
+        reg_weight=hyper["spw"],
+        clamp_variance=False,
+        ema=hyper["mt"],
+        steps=hyper["steps"],
+        mode="train",
+        rng="reference",
+        view_chunk=1,
+        warmup=WARMUP,
+        averages=1,
+        averages_from=0,
+        checkpoint=None,
+        optim=optim(hyper),
+    )
+    method.use_prepared(posterior(net))
+    method.case, method.below = case, []
+    method.parts = {"loss_entropy": [], "regulariser": []}
+    student: list[Any] = []
+    method.backbone.register_forward_hook(lambda *a: student.append(a[2].detach().numpy()))
+    results: dict[str, Any] = {"logits": record(method, case)["logits"], "student_logits": student}
+    results |= method.parts
+    results |= {"fisher_threshold": thresholds, "n_below_threshold": method.below}
+    results |= weights("student", method.backbone.net, case.net(), case)
+    results |= weights("teacher", method.teacher.net, case.net(), case)
+    case.check_all(results)
+    views = hyper["n_aug"] if hyper["ap"] > 0.5 else 1  # in place of the teacher's clean pass
+    images = case.info["batches"] * case.info["batch_size"]
+    assert method.backbone.passes.forward == (2 + views) * images
+    assert method.backbone.passes.backward == images
+
+
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.03, 0.5, 1.0])
+@pytest.mark.parametrize("zeros", [0, 50])
+def test_the_quantile_is_between_two_values_and_ends_at_the_largest(share: float, zeros: int):
+    values = torch.rand(777, generator=torch.Generator().manual_seed(1))
+    values[:zeros] = 0
+    assert quantile(values, share).item() == pytest.approx(values.quantile(share).item(), abs=1e-7)
+    assert quantile(values[:1], share) == values[0]
+
+
+def test_nothing_returns_where_more_than_the_share_has_no_gradient():
+    a, b, c = (torch.nn.Parameter(torch.ones(n)) for n in (10, 2, 3))
+    a.grad, b.grad = torch.tensor([0.0] * 5 + [1, 2, 3, 4, 5]), torch.tensor([-6.0, 0.5])
+    assert not any(mask.any() for mask in smallest_gradients([a, b, c], 0.3))
+    masks = smallest_gradients([a, b, c], 0.5)
+    assert [int(m.sum()) for m in masks] == [5, 1, 0] and masks[1].tolist() == [False, True]
+
+
+def network(seed: int = 0) -> Backbone:
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 5),
+    )  # fmt: skip
+    net[1].running_mean.normal_(0, 0.1)
+    net[1].running_var.uniform_(0.5, 2)
+    return Backbone(net.eval())
+
+
+def make(backbone: Backbone, strategy: str = "petal", **options: Any) -> Any:
+    return build(strategy_node(strategy, **options), at="strategy", backbone=backbone, seed=0)
+
+
+def labelled(images: int = 8) -> SourceImages:
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.rand(images, 3, 8, 8, generator=g), torch.arange(images) % 5
+
+    def batches(size: int, *, epoch=None, start=0, augment="none"):
+        for i in range(start, -(-images // size)):
+            part = slice(i * size, (i + 1) * size)
+            yield Batch(x[part], y[part], y[part], y[part])
+
+    return SourceImages(images, "random images", "random", batches)
+
+
+class NoProgress:
+    say = staticmethod(lambda text: None)
+
+    def load(self) -> None:
+        return None
+
+    def save(self, state: Any) -> None:
+        pass
+
+
+def test_the_posterior_is_the_mean_and_variance_of_the_weights_on_the_way():
+    """Against a loop of plain steps in evaluation mode, averaged after epochs 1 and 2."""
+    plain, source = network(), labelled()
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    seen: list[dict[str, Tensor]] = []
+    for epoch in range(3):
+        for batch in source.batches(4, epoch=epoch):
+            loss = torch.nn.functional.cross_entropy(plain(batch.x), batch.y)
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+        seen.append({n: p.detach().clone() for n, p in plain.net.named_parameters()})
+    warmup = {"epochs": 3, "batch_size": 4, "optim": {"lr": 0.1, "weight_decay": 0.0}}
+    options = {"warmup": warmup, "averages": 1, "averages_from": 1, "reg_weight": 0.1}
+    artefact = make(network(), **options).prepare(source, NoProgress())
+    for name in seen[0]:
+        both_ = torch.stack([seen[1][name], seen[2][name]])
+        close = {"rtol": 1e-4, "atol": 5e-7}  # a difference of averages
+        torch.testing.assert_close(artefact[f"mean.{name}"], both_.mean(0), **close)
+        variance = both_.var(0, correction=0)
+        torch.testing.assert_close(artefact[f"variance.{name}"], variance, **close)
+    method = make(network(), **options)
+    method.use_prepared(artefact)
+    for copy in (method.backbone, method.teacher, method.anchor):
+        assert torch.equal(copy.net[5].weight, artefact["mean.5.weight"])
+    assert method.penalty() == 0
+
+
+def test_the_authors_files_are_read_and_negative_variances_can_be_cut(tmp_path):
+    net = network(1).net
+    state = net.state_dict()
+    torch.save(state, tmp_path / "Standard_swa.pt")
+    torch.save({k: v - v**2 for k, v in state.items()}, tmp_path / "Standard_cov.pt")
+    path = str(tmp_path / "Standard_swa.pt")
+    kept, cut = (make(network(), checkpoint=path, clamp_variance=c) for c in (False, True))
+    assert kept.preparation() is None and torch.equal(kept.anchor.net[0].weight, net[0].weight)
+    for (weight, _), one, other in zip(kept.restorable, kept.variances, cut.variances, strict=True):
+        torch.testing.assert_close(one.detach(), (weight - weight**2).detach())
+        assert torch.equal(other, one.clamp_min(0))
+    with pytest.raises(UserError, match="ends in _swa.pt"):
+        make(network(), checkpoint=str(tmp_path / "Standard_cov.pt"))
+    (tmp_path / "Standard_cov.pt").unlink()
+    with pytest.raises(UserError, match=r"strategy.checkpoint=.*Standard_cov.pt"):
+        make(network(), checkpoint=path)
+
+
+def test_a_penalty_without_a_posterior_is_refused():
+    with pytest.raises(UserError, match="there is none: set strategy.warmup"):
+        make(network(), warmup=None)
+    assert make(network(), warmup=None, reg_weight=0.0).preparation() is None
+    with pytest.raises(UserError, match="leaves no epoch to average in"):
+        make(network(), averages_from=2)
