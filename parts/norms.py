@@ -252,24 +252,27 @@ def mix_statistics(net: nn.Module, alpha: float) -> list[str]:
 
 
 def replace_batch_norms(
-    net: nn.Module, make: Callable[[str, nn.BatchNorm2d], nn.Module]
+    net: nn.Module,
+    make: Callable[[str, nn.BatchNorm2d], nn.Module],
+    kinds: tuple[Kind, ...] = ("bn2d",),
 ) -> dict[str, nn.Module]:
-    """Put another layer in the place of every two-dimensional batch normalisation.
+    """Put another layer in the place of every batch normalisation of some kinds.
 
     A layer of timm with an activation of its own (`BatchNormAct2d`) keeps it: the new layer comes
     before it.
 
     Args:
         make: from the name and the layer to the one in its place.
+        kinds: which layers; two-dimensional ones by default.
 
     Returns:
-        the new layers by name, in module order; empty for a network without BatchNorm2d.
+        the new layers by name, in module order; empty for a network without such layers.
     """
-    select = by_kind("bn2d")
+    select = by_kind(*kinds)
     places = [(name, m) for name, m in net.named_modules() if select(name, m)]
     new: dict[str, nn.Module] = {}
     for name, layer in places:
-        assert isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm)
+        assert isinstance(layer, _BatchNorm)
         new[name] = make(name, layer)  # type: ignore[arg-type]
         after = [getattr(layer, key) for key in ("drop", "act") if hasattr(layer, key)]
         path, _, key = name.rpartition(".")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
 import torch
+from conftest import strategy_node
+from golden_case import Case, both, names, optim, record, weights
 from torch import Tensor, nn
 
+from driftline.backbones.backbone import Backbone
+from driftline.core.build import build
+from driftline.core.errors import UserError
 from driftline.core.strategy import TTAStrategy
 from driftline.parts.memory import Memory, choose
+from driftline.parts.norms import use_batch_statistics
+from driftline.tta.rotta import RoTTA
 
 
 def image(value: float) -> Tensor:
@@ -81,3 +93,122 @@ def test_choices_are_the_callers() -> None:
     drawn = [choose([5, 6, 7], one) for _ in range(300)]
     assert drawn == [choose([5, 6, 7], other) for _ in range(300)]
     assert all(80 <= drawn.count(item) <= 120 for item in (5, 6, 7))
+
+
+# ------------------------------------------------------------------------------ RoTTA
+
+
+class RecordedRoTTA(RoTTA):
+    """RoTTA with the recorded views; keeps what its memory holds at each update."""
+
+    case: Case
+    held: list[list[int]]
+    ages: list[list[float]]
+
+    def augment(self, x: Tensor) -> Tensor:
+        turn, order = len(self.held), self.memory.by_class()
+        counts, capacity = self.memory.counts(), self.capacity
+        self.held.append([counts[label] for label in range(10)])
+        ages = [self.memory.ages[i] / capacity for i in order]
+        self.ages.append(ages + [np.nan] * (capacity - len(ages)))
+        return self.case.view(x, turn % 6)
+
+
+@both
+@pytest.mark.parametrize("name", names("rotta_*"))
+def test_rotta(name: str, dtype: torch.dtype) -> None:
+    case = Case(name, dtype)
+    method = RecordedRoTTA(
+        Backbone(case.net()),
+        seed=0,
+        layers="bn",
+        optim=optim(case.hyper),
+        capacity=case.hyper["memory_size"],
+        every=case.hyper["update_frequency"],
+        ema=1 - case.hyper["nu"],
+        alpha=case.hyper["alpha"],
+        age_weight=case.hyper["lambda_t"],
+        entropy_weight=case.hyper["lambda_u"],
+    )
+    method.case, method.held, method.ages = case, [], []
+    results: dict[str, Any] = record(method, case)
+    results["memory_age_over_capacity_at_update"] = method.ages
+    for role, network in (("student", method.backbone.net), ("teacher", method.teacher.net)):
+        results |= weights(role, network, case.net(), case)
+        buffers = {f"buffer/{role}.{k}": b.numpy() for k, b in network.named_buffers()}
+        results |= buffers
+    case.check_all(results)
+    assert np.array_equal(method.held, case.data["memory_per_class_at_update"])
+
+
+def network(kind: str = "test_resnet", **options: Any) -> Backbone:
+    """A tiny network of random weights, the statistics of its source included."""
+    torch.manual_seed(3)
+    net = timm.create_model(kind, num_classes=10, **options)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    nn.init.normal_(net.get_classifier().weight, std=0.3)
+    return Backbone(net, tag=kind)
+
+
+def build_method(name: str, backbone: Backbone, **options: Any) -> Any:
+    method = build(strategy_node(name, **options), at="strategy", backbone=backbone, seed=0)
+    method.begin_stream()
+    return method
+
+
+def random_images(n: int) -> Tensor:
+    return torch.rand(n, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+
+
+def test_rotta_counts_images_and_not_batches() -> None:
+    """The same images in other batches: the memory and the updates fall on the same ones."""
+    ends = []
+    for sizes in ((7,), (3, 1, 3)):
+        method = build_method("rotta", network(), capacity=4, every=8)
+        for x in random_images(7).split(sizes):
+            method.adapt(x)
+        ends.append((method.memory.labels, method.memory.ages, method.seen))
+        assert not method.optimizer.state
+        method.adapt(random_images(1))  # the eighth
+        assert method.optimizer.state
+        method.reset()
+        assert (len(method.memory), method.seen) == (0, 0)
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("offered", "left"),
+    [
+        ([(0, 1.0), (0, 0.5)], [(0, 0.5)]),  # one place a class: the less certain image leaves
+        ([(0, 0.5), (0, 1.0)], [(0, 0.5)]),  # or does not come
+        ([(0, 0.5), (1, 0.5), (2, 0.5)], [(1, 0.5), (2, 0.5)]),  # full, equals: the oldest leaves
+        ([(0, 0.5), (1, 9.0), (2, 0.9)], [(0, 0.5), (2, 0.9)]),
+    ],
+)
+def test_rotta_lets_images_in(
+    offered: list[tuple[int, float]], left: list[tuple[int, float]]
+) -> None:
+    method = build_method("rotta", network(), capacity=2, every=99)
+    for label, entropy in offered:
+        method.offer(image(0), label, entropy)
+    assert list(zip(method.memory.labels, method.memory.scores, strict=True)) == left
+
+
+def test_rotta_memory_without_weights_of_age_takes_the_surest() -> None:
+    method = build_method("rotta", network(), capacity=1, every=99, age_weight=0.0)
+    for entropy in (0.5, 0.4, 0.4, 0.6):
+        method.offer(image(0), 0, entropy)
+    assert (method.memory.scores, method.memory.ages) == ([0.4], [3])
+
+
+def test_rotta_needs_layers_to_train() -> None:
+    vit = network("test_vit", img_size=32)
+    with pytest.raises(UserError, match=r"has nothing to train.*use strategy\.layers=norm"):
+        build_method("rotta", vit, layers="bn")
+    bare = network()
+    use_batch_statistics(bare.net)
+    with pytest.raises(UserError, match="starts from the source's statistics, and conv1.1 keeps"):
+        build_method("rotta", bare)
