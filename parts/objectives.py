@@ -16,16 +16,21 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def consistency(logits: Tensor, target: Tensor, *, symmetric: bool) -> Tensor:
-    """Cross-entropy of student `logits` against teacher `target`, both [B, C]; 0-dim.
+    """Mean of `consistencies` over the batch; 0-dim."""
+    return consistencies(logits, target, symmetric=symmetric).mean(0)
+
+
+def consistencies(logits: Tensor, target: Tensor, *, symmetric: bool) -> Tensor:
+    """Cross-entropy [B] of student `logits` against teacher `target`, both [B, C].
 
     Args:
         symmetric: mean of both directions instead of H(target, logits) alone.
     """
     forward = (target.softmax(1) * logits.log_softmax(1)).sum(1)
     if not symmetric:
-        return -forward.mean(0)
+        return -forward
     backward = (logits.softmax(1) * target.log_softmax(1)).sum(1)
-    return (-0.5 * forward - 0.5 * backward).mean(0)
+    return -0.5 * forward - 0.5 * backward
 
 
 def scope_columns(scope: Scope, classes: range, seen: int, total: int) -> range:

@@ -4,6 +4,9 @@ Code: github.com/qinenergy/cotta @ c212a20 (`cifar/my_transforms.py`, after KATA
 2109.08191). One draw holds for the whole batch; only the noise differs between pixels. Drawing and
 applying are separate, so that random numbers can be consumed without paying for the transform.
 
+ROID and CMF (github.com/mariodoebler/test-time-adaptation @ 8b2ed63) take the stack without blur
+and noise (`draw(..., blurred=False)`) and mirror the canvas (`apply(..., padding="reflect")`).
+
 Deviation: image sides come from the batch (the code fixes 32 or 224).
 
 `apply` computes what the code computes, up to rounding, in less time: the colour operations run
@@ -15,7 +18,7 @@ division; a few images at a time stay in the cache of a CPU.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from torch.nn import functional as F
 NOISE_STD = 0.005  # in units of the [0, 1] image
 RADIUS = 2  # of the blur
 CACHE = 1 << 18  # values transformed at a time on a CPU
+Padding = Literal["edge", "reflect"]  # beyond the image: its edge pixels, or its mirror image
 GREY = (0.2989, 0.587, 0.114)
 COLOUR = (  # the position is what the drawn permutation refers to
     ("brightness", 0.6, 1.4),
@@ -41,13 +45,17 @@ class Draws(NamedTuple):
     angle: float  # degrees
     shift: tuple[int, int]  # pixels to the right and down
     scale: float
-    sigma: float  # of the blur, pixels
+    sigma: float  # of the blur, pixels; 0 without
     flip: bool
-    noise: Tensor  # standard normal [B, 3, H, W], float32
+    noise: Tensor | None  # standard normal [B, 3, H, W], float32
 
 
 def draw(
-    generator: torch.Generator, shape: torch.Size, noise: torch.Generator | None = None
+    generator: torch.Generator,
+    shape: torch.Size,
+    noise: torch.Generator | None = None,
+    *,
+    blurred: bool = True,
 ) -> Draws:
     """Random numbers for a batch of `shape` [B, 3, H, W], in the order of the reference code.
 
@@ -55,6 +63,7 @@ def draw(
         generator: on the CPU, for the factors.
         shape: of the batch to transform.
         noise: generator of the pixel noise, on any device; None uses `generator`.
+        blurred: with blur and noise; without them their numbers are not drawn.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -68,8 +77,10 @@ def draw(
     right = round(uniform(-width / 16, width / 16))
     down = round(uniform(-height / 16, height / 16))
     scale = uniform(0.9, 1.1)
-    sigma = uniform(0.001, 0.5)
+    sigma = uniform(0.001, 0.5) if blurred else 0.0
     flip = uniform(0, 1) < 0.5
+    if not blurred:
+        return Draws(colour, angle, (right, down), scale, sigma, flip, None)
     source = generator if noise is None else noise
     pixels = torch.randn(shape, generator=source, device=source.device, dtype=torch.float32)
     return Draws(colour, angle, (right, down), scale, sigma, flip, pixels)
@@ -120,6 +131,8 @@ def _colour(x: Tensor, name: str, factor: float) -> None:
 
 def _taps(sigma: float, like: Tensor) -> list[float]:
     """Weights of the blur at distance 0, 1, 2, without those that vanish in rounding."""
+    if sigma == 0:
+        return [1.0]
     weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(RADIUS + 1)]
     total = weights[0] + 2 * sum(weights[1:])
     least = torch.finfo(like.dtype).eps / 64
@@ -147,7 +160,7 @@ def _line(side: int, device: torch.device) -> Tensor:
     return rows - 0.5 * (canvas - 1)
 
 
-def _grid(x: Tensor, draws: Draws) -> tuple[Tensor, Tensor | None]:
+def _grid(x: Tensor, draws: Draws, padding: Padding = "edge") -> tuple[Tensor, Tensor | None]:
     """Where the window (crop plus blur margin) is sampled, and how much of the canvas it sees.
 
     Returns:
@@ -162,22 +175,35 @@ def _grid(x: Tensor, draws: Draws) -> tuple[Tensor, Tensor | None]:
     places, cover = [], None
     for side, a, b in ((width, cos, sin), (height, -sin, cos)):
         place = a * u + b * v - (a * right + b * down)  # pixels from the centre of the image
-        places.append(place * (2 / side))
         reach = abs(a) * (width / 2 + RADIUS) + abs(b) * (height / 2 + RADIUS)
         edge = side / 2 + side // 2 - 0.5  # outermost pixel of the canvas
         if reach + abs(a * right + b * down) > edge:
             inside = (edge + 1 - place.abs()).clamp(0, 1)
             cover = inside if cover is None else cover * inside
+            if padding == "reflect":  # the mirror goes on beyond the canvas, the canvas does not
+                place = place.clamp(-edge, edge)
+        # From the outer edges of the image, or from the centres of its outer pixels, the mirrors.
+        places.append(place * (2 / side if padding == "edge" else 2 / max(side - 1, 1)))
     # The zero fill of the reference multiplies by the coverage that the samples already have.
     return torch.stack(places, -1)[None], None if cover is None else cover * cover
 
 
-def _apply(x: Tensor, draws: Draws, grid: Tensor, cover: Tensor | None, out: Tensor) -> None:
+def _apply(
+    x: Tensor,
+    draws: Draws,
+    padding: Padding,
+    grid: Tensor,
+    cover: Tensor | None,
+    out: Tensor,
+) -> None:
     image = x.clamp(0, 1).contiguous()
     for name, factor in draws.colour:
         _colour(image, name, factor)
     grid = grid.expand(len(image), -1, -1, -1)
-    image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+    if padding == "edge":
+        image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+    else:
+        image = F.grid_sample(image, grid, padding_mode="reflection", align_corners=True)
     if cover is not None:
         image.mul_(cover)
     taps = _taps(draws.sigma, image)
@@ -187,13 +213,15 @@ def _apply(x: Tensor, draws: Draws, grid: Tensor, cover: Tensor | None, out: Ten
     out.copy_(image)
 
 
-def apply(x: Tensor, draws: Draws) -> Tensor:
+def apply(x: Tensor, draws: Draws, padding: Padding = "edge") -> Tensor:
     """Transformed images, float [B, 3, H, W] in [0, 1] and in memory like `x`."""
     out = torch.empty_like(x)
-    grid, cover = _grid(x, draws)
+    grid, cover = _grid(x, draws, padding)
     size = x[0].numel()
     step = max(1, CACHE // size) if x.device.type == "cpu" else len(x)
     for start in range(0, len(x), step):
         part = slice(start, start + step)
-        _apply(x[part], draws, grid, cover, out[part])
-    return out.add_(draws.noise.to(out), alpha=NOISE_STD).clamp_(0, 1)
+        _apply(x[part], draws, padding, grid, cover, out[part])
+    if draws.noise is not None:
+        out.add_(draws.noise.to(out), alpha=NOISE_STD)
+    return out.clamp_(0, 1)

@@ -13,54 +13,63 @@ from driftline.parts import views
 SHAPES = [(3, 3, 64, 64), (2, 3, 32, 32), (2, 3, 17, 40), (1, 3, 9, 8), (2, 3, 31, 4)]
 
 
-def reference(x: Tensor, draws: views.Draws) -> Tensor:
+def reference(x: Tensor, draws: views.Draws, padding: views.Padding = "edge") -> Tensor:
     """The transform as the code writes it: everything on a canvas of twice the size."""
     height, width = x.shape[-2:]
     out = x.clamp(0, 1)
     for name, factor in draws.colour:
         out = out.clamp(1e-8, 1.0) if name == "gamma" else out
         out = getattr(F, f"adjust_{name}")(out, factor)
-    out = F.pad(out, [width // 2, height // 2], padding_mode="edge")
+    out = F.pad(out, [width // 2, height // 2], padding_mode=padding)
     shift, mode = list(draws.shift), InterpolationMode.BILINEAR
     out = F.affine(
         out, draws.angle, shift, draws.scale, [0.0, 0.0], interpolation=mode, fill=[0.0] * 3
     )
-    out = F.gaussian_blur(out, [5, 5], [draws.sigma, draws.sigma])
+    if draws.sigma:
+        out = F.gaussian_blur(out, [5, 5], [draws.sigma, draws.sigma])
     out = F.center_crop(out, [height, width])
     out = F.hflip(out) if draws.flip else out
+    if draws.noise is None:
+        return out.clamp(0, 1)
     return (out + draws.noise.to(out) * views.NOISE_STD).clamp(0, 1)
 
 
+@pytest.mark.parametrize("padding", ["edge", "reflect"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_torchvision(shape, dtype):
+def test_equals_torchvision(shape, dtype, padding):
+    """`reflect` without blur and noise, as ROID takes it."""
     g = torch.Generator().manual_seed(1)
     tolerance = 2e-5 if dtype == torch.float32 else 3e-6  # torchvision's hue is always float32
     flips = set()
     for _ in range(12):
         x = torch.rand(shape, generator=g, dtype=dtype) * 1.2 - 0.1
-        before, draws = x.clone(), views.draw(g, x.shape)
-        mine = views.apply(x, draws)
+        before, draws = x.clone(), views.draw(g, x.shape, blurred=padding == "edge")
+        mine = views.apply(x, draws, padding)
         assert mine.dtype == dtype and torch.equal(x, before)
-        torch.testing.assert_close(mine, reference(x, draws), rtol=0, atol=tolerance)
+        torch.testing.assert_close(mine, reference(x, draws, padding), rtol=0, atol=tolerance)
         flips.add(draws.flip)
     assert len(flips) == 2
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 9, 8), (2, 3, 31, 4), (2, 3, 24, 24), (2, 3, 64, 20)])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_a_window_beyond_the_canvas_is_filled_with_zero(shape, sign):
+@pytest.mark.parametrize("padding", ["edge", "reflect"])
+def test_a_window_beyond_the_canvas_is_filled_with_zero(shape, sign, padding):
     """Small or narrow images at the ends of the ranges; `sigma` reaches the outermost taps."""
     g = torch.Generator().manual_seed(2)
     x = torch.rand(shape, generator=g) / 2 + 0.5
     shift = (-sign * round(shape[3] / 8), sign * round(shape[2] / 8))
     draws = views.Draws([], sign * 15.0, shift, 0.9, 0.5, False, torch.zeros(shape))
-    expected = reference(x, draws)
+    expected = reference(x, draws, padding)
     beyond = views._grid(x, draws)[1] is not None
     assert beyond == (min(shape[2:]) < 20 or shape[2] > 2 * shape[3])
-    torch.testing.assert_close(views.apply(x, draws), expected, rtol=0, atol=5e-6)
+    torch.testing.assert_close(views.apply(x, draws, padding), expected, rtol=0, atol=5e-6)
     if shape == (2, 3, 31, 4):
         assert expected.min() < 0.1  # zeros have come in
+    plain = draws._replace(sigma=0.0, noise=None)
+    expected = reference(x, plain, padding)
+    torch.testing.assert_close(views.apply(x, plain, padding), expected, rtol=0, atol=5e-6)
 
 
 def test_hue_at_the_corners_of_the_colour_cube():
