@@ -154,7 +154,7 @@ def check_value(value: Any, kind: Any, *, at: str, live: Collection[str] = ()) -
     """
     options = [bare(one)[0] for one in alternatives(kind)]
     if names := _later(kind):
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or "_target_" not in value:
             raise UserError(f"{at} must be settings with a {at}._target_, got {value!r}")
         check(value, at=at, live=names)
         classes = [one for o in options for one in alternatives(typing.get_args(o)[1])]
@@ -224,23 +224,28 @@ def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     options = {str(k): v for k, v in typing.cast(dict[Any, Any], plain).items()}
     check(options, at=at, live=live)
-    target = locate(options.pop("_target_"), at)
+    return _call(options, at, live)()
+
+
+def _call(node: Mapping[str, Any], at: str, live: Mapping[str, Any]) -> partial[Any]:
+    """The target of a checked node with its options; without the arguments known later alone."""
+    target = locate(node["_target_"], at)
     hints = _hints(target)
     parameters = inspect.signature(target).parameters
+    options = {k: v for k, v in node.items() if k != "_target_"}
     if "name" not in parameters:
         options.pop("name", None)
     for key, value in options.items():
         kind, _ = bare(hints.get(key, Any))
         if _later(hints.get(key, Any)):
-            call = {k: v for k, v in value.items() if k != "_target_"}
-            options[key] = partial(locate(value["_target_"]), **call)
+            options[key] = _call(value, f"{at}.{key}", {})
         elif isinstance(value, dict) and "_target_" in value:
             options[key] = build(value, at=f"{at}.{key}", **live)
         elif kind is float:
             options[key] = float(value)
         elif typing.get_origin(kind) is tuple:
             options[key] = tuple(value)
-    return target(**{k: v for k, v in live.items() if k in parameters}, **options)
+    return partial(target, **{k: v for k, v in live.items() if k in parameters}, **options)
 
 
 def nodes(node: DictConfig) -> Iterator[DictConfig]:

@@ -124,6 +124,8 @@ def _is(value: Any, plain: Any, rules: Sequence[Any]) -> bool:
     if target is tuple and Ellipsis not in args and args:
         row = isinstance(value, list | tuple) and len(value) == len(args)
         return row and all(map(fits, value, args))
+    if target is collections.abc.Callable:
+        return callable(value)
     if target in (tuple, list) or target.__module__ == "collections.abc":
         return isinstance(value, list | tuple) and all(fits(v, args[0]) for v in value if args)
     if typing.is_typeddict(plain):
@@ -173,6 +175,8 @@ def _words(plain: Any, rules: Sequence[Any]) -> str:
     if plain is str:
         return tests[0] if tests else "text that is not empty"
     target = origin or plain
+    if target is collections.abc.Callable:
+        return f"something that makes {describe(args[1])}"
     if target is tuple and Ellipsis not in args and args:
         return f"a list of {len(args)}: " + ", then ".join(map(describe, args))
     if target in (tuple, list) or getattr(target, "__module__", "") == "collections.abc":
@@ -187,8 +191,6 @@ def _words(plain: Any, rules: Sequence[Any]) -> str:
         filled = "" if least is None else f"{least or 'one or more '}"
         each = f" of {filled}({describe(args[0])})" if args else ""
         return ", ".join([f"a list{each}", *tests])
-    if target is collections.abc.Callable:
-        return f"something that makes {describe(args[1])}"
     if target is dict or typing.is_typeddict(plain):
         return "settings as {key: value}"
     return getattr(plain, "__name__", str(plain))

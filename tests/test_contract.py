@@ -98,6 +98,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "lae-prefix": ("lae", {"adapter": "lae_prefix", "freeze_epochs": 1, "length": 3}, None),
     "aper-finetune": ("aper", {"adapter": None}, "resnet"),
     "ewc-each": ("ewc", {"theta_star": "each", "gamma": 1.0}, "resnet"),
+    "unmix_tns-tent": ("unmix_tns", {"inner": strategy_node("tent")}, None),
+    "unmix_tns-cotta": ("unmix_tns", {"inner": strategy_node("cotta", **QUICK["cotta"])}, None),
     "olora-merged": ("olora", {"evaluation": "branches", "lambda2": 0.1}, None),
 }
 
