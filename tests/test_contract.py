@@ -65,6 +65,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "vida": {"views": 2, "rank_high": 8},
     "petal": {"views": 2, "threshold": 2.0, "quantile": 0.1, "reg_weight": 1e-4},
     "rotta": {"capacity": 5, "every": 3},
+    "psmt": {"quantile": 0.1, "fisher_images": 6, "fisher_batch": 4},
     "lae": {"freeze_epochs": 1},
     "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
     "ease": {"rank": 4},
@@ -81,6 +82,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "petal-random": (
         "petal",
         {"restore": "random", "restore_prob": 0.1, "threshold": "source", "loss": "ce"},
+        "vit",
+    ),
+    "psmt-augmented": (
+        "psmt",
+        {"augmented": True, "views": 2, "threshold": 2.0, "mode": "train", "rng": "device"},
         "vit",
     ),
     "vida-restore": ("vida", {"optim": {"kind": "adam"}, "restore_prob": 0.1}, None),

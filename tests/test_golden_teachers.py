@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import strategy_node
 from golden_case import Case, both, names, optim, record, weights
@@ -15,10 +16,12 @@ from driftline.backbones.backbone import Backbone
 from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.core.stream import Batch, SourceImages
+from driftline.parts.norms import collect_parameters
 from driftline.parts.warmup import WarmUp
 from driftline.tta import petal
 from driftline.tta.cotta import CoTTA
 from driftline.tta.petal import PETAL, quantile, smallest_gradients
+from driftline.tta.psmt import PSMT
 
 SGD = optim({"optimizer": "SGD", "lr": 0.1, "weight_decay": 0.0})
 WARMUP = WarmUp(epochs=2, batch_size=4, optim=SGD, augment="none", every=9)
@@ -122,6 +125,56 @@ def test_petal(name: str, dtype: torch.dtype, thresholds: list[float]) -> None:
     images = case.info["batches"] * case.info["batch_size"]
     assert method.backbone.passes.forward == (2 + views) * images
     assert method.backbone.passes.backward == images
+
+
+class RecordedPSMT(Selects, PSMT):
+    """PSMT whose source images are the recorded ones, in their order."""
+
+
+@both
+@pytest.mark.parametrize("name", names("psmt_*"))
+def test_psmt(name: str, dtype: torch.dtype, thresholds: list[float]) -> None:
+    case = Case(name, dtype)
+    net, hyper = case.net(), case.hyper
+    size = case.info["batch_size"]
+    method = RecordedPSMT(
+        Backbone(net),
+        seed=0,
+        augmented=False,
+        threshold=hyper["ap"],
+        views=hyper["n_augmentations"],
+        quantile=hyper["perc"],
+        fisher_weight=hyper["fisher_alpha"],
+        fisher_images=10_000,
+        fisher_batch=size,
+        ema=hyper["m_teacher"],
+        steps=hyper["steps"],
+        mode="eval",
+        rng="reference",
+        view_chunk=1,
+        optim=optim(hyper),
+    )
+
+    def batches(size: int, *, epoch=None, start=0, augment="none"):
+        for x, y in case.source(size)[start:]:
+            yield Batch(x, y, y, y)
+
+    artefact = method.prepare(SourceImages(32, "recorded", "recorded", batches), NoProgress())
+    method.use_prepared(artefact)
+    passes = method.backbone.passes
+    assert (passes.forward, passes.backward) == (32, 32)
+    method.below = []
+    student: list[Any] = []
+    method.backbone.register_forward_hook(lambda *a: student.append(a[2].detach().numpy()))
+    results: dict[str, Any] = record(method, case)
+    results |= {"student_logits": student, "threshold": thresholds}
+    results["n_below_threshold"] = method.below
+    results["fisher_l2"] = [f.double().norm().item() for f in method.fisher]
+    results |= weights("student", method.backbone.net, case.net(), case)
+    results |= weights("teacher", method.teacher.net, case.net(), case)
+    case.check_all(results)
+    images = case.info["batches"] * size
+    assert passes.forward - 32 == 2 * images and passes.backward - 32 == images
 
 
 @pytest.mark.parametrize("share", [0.0, 0.003, 0.03, 0.5, 1.0])
@@ -230,3 +283,106 @@ def test_a_penalty_without_a_posterior_is_refused():
     assert make(network(), warmup=None, reg_weight=0.0).preparation() is None
     with pytest.raises(UserError, match="leaves no epoch to average in"):
         make(network(), averages_from=2)
+
+
+def test_psmt_with_views_learns_from_one_and_averages_many():
+    """`augmented=true`, by the formulas of the comments in the code; not checked against a run."""
+    method = make(network(3), "psmt", augmented=True, threshold=2.0, views=2, fisher_images=6)
+    turns = iter((1, 2, 3))  # two for the target, one for the student
+    method.augment = lambda x: x.flip(3) * 0.5 ** next(turns)
+    artefact = method.prepare(labelled(), NoProgress())
+    method.use_prepared(artefact)
+    method.begin_stream()
+    (x, *_) = next(labelled().batches(8))
+    plain = network(3)
+    with torch.no_grad():  # batch statistics
+        plain.net[1].train()
+        target = (plain(x.flip(3) * 0.5) + plain(x.flip(3) * 0.25)) / 2
+        student, view = plain(x), plain(x.flip(3) * 0.125)
+
+    def sce(z: Tensor) -> Tensor:
+        there = -(target.softmax(1) * z.log_softmax(1)).sum(1)
+        return (there - (z.softmax(1) * target.log_softmax(1)).sum(1)).mean() / 2
+
+    losses: list[Tensor] = []
+    original = method.loss
+    method.loss = lambda *a: losses.append(original(*a)) or losses[-1]
+    torch.testing.assert_close(method.adapt(x), target + student)
+    torch.testing.assert_close(losses[0].detach(), (sce(student) + sce(view)) / 2)
+
+
+def test_psmt_measures_at_most_so_many_source_images_and_pairs_masks_by_name():
+    method = make(network(3), "psmt", fisher_images=6, fisher_batch=4)
+    sizes = [len(x) for x in method._fisher_images(labelled(8))]
+    assert sizes == [4, 2]
+    net = timm.create_model("test_vit", num_classes=5, img_size=32)
+    torch.nn.init.normal_(net.cls_token)
+    method = make(Backbone(net), "psmt", quantile=0.3, ema=0.5, fisher_weight=0.0)
+    start = {n: p.clone() for n, p in method.teacher.net.named_parameters()}
+    method.adapt(torch.rand(4, 3, 32, 32))
+    student = dict(method.backbone.net.named_parameters())
+    masks = dict(zip(collect_parameters(method.backbone.net), method._small, strict=True))
+    for name, after in method.teacher.net.named_parameters():
+        if name not in masks:
+            assert torch.equal(after, start[name])
+        elif masks[name].any():
+            small = masks[name]
+            assert torch.equal(after[small], start[name][small])  # the source, by the student
+            assert torch.equal(student[name][small], start[name][small])
+
+
+# ------------------------------------------------------------------------------ VDP, by formula
+
+
+def test_vdp_is_the_two_prompts_the_teacher_and_the_penalty():
+    """Two batches with a jump of the confidence between them, against the formulas written out."""
+    backbone = network(2)
+    backbone.input_size = 8
+    method = make(backbone, "vdp", jump=0.0, reg_weight=3.0, ema=0.9, share=0.5,
+                  optim={"kind": "sgd", "lr": 0.5, "rates": {"agnostic": 0.25}})  # fmt: skip
+    method.augment = lambda x: x.flip(3)
+    method.begin_stream()
+    (a, _, _, _), (b, _, _, _) = labelled().batches(4)
+    specific, agnostic = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+    teacher_, begin, sensitivity = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+    net = network(2)
+
+    def scores(x: Tensor, prompt: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, :, 2:6, 2:6] = x[:, :, 2:6, 2:6] + prompt
+        return net(x)
+
+    for step, x in enumerate((a, b)):
+        if step:  # a new domain: where the agnostic prompt went in the first one
+            sensitivity, begin = agnostic**2, agnostic.clone()
+        specific.requires_grad_(), agnostic.requires_grad_()
+        logits = scores(x, specific + agnostic)
+        target = scores(x.flip(3), teacher_).detach()
+        loss = -(target.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+        loss = loss + 3.0 * (sensitivity * (agnostic - begin) ** 2).sum()
+        to_specific, to_agnostic = torch.autograd.grad(loss, (specific, agnostic))
+        mine = method.adapt(x)
+        torch.testing.assert_close(mine, logits.detach(), rtol=1e-5, atol=1e-6)
+        specific = (specific - 0.5 * to_specific).detach()
+        agnostic = (agnostic - 0.25 * to_agnostic).detach()
+        teacher_ = 0.9 * teacher_ + 0.1 * (specific + agnostic)
+        close = {"rtol": 1e-4, "atol": 1e-7}
+        torch.testing.assert_close(method.prompts["specific"].detach(), specific, **close)
+        torch.testing.assert_close(method.prompts["agnostic"].detach(), agnostic, **close)
+        torch.testing.assert_close(sum(method.averaged.values()).detach(), teacher_, **close)
+    assert method.report() == {"domains_noticed": 2.0} and method.sensitivity.abs().sum() > 0
+    method.reset()
+    assert method.report() == {"domains_noticed": 1.0} and not method.prompts["agnostic"].any()
+
+
+def test_vdp_starts_the_specific_prompt_anew_and_refuses_other_sizes():
+    backbone = network(2)
+    backbone.input_size = 8
+    method = make(backbone, "vdp", jump=0.2, forget_specific=True)
+    for confidence, domains in ((0.5, 1), (0.6, 1), (0.9, 2), (0.8, 2)):
+        method.prompts["specific"].data.fill_(1.0)
+        method.notice(torch.tensor(confidence))
+        assert int(method.domains) == domains
+        assert bool(method.prompts["specific"].any()) == (confidence != 0.9)
+    with pytest.raises(UserError, match="prompts for images of 8 pixels"):
+        method.predict(torch.rand(2, 3, 9, 8))

@@ -79,6 +79,35 @@ def smallest_gradients(parameters: Sequence[Tensor], share: float) -> list[Tenso
     ]
 
 
+class LeastImportant(CoTTA):
+    """CoTTA that puts back the weights with the smallest squared gradients, not random ones."""
+
+    backbone: Any  # a Backbone; the parent promises less
+    quantile: float  # share of the weights that return
+    by_fisher = True
+    _small: Sequence[Tensor] = ()  # of the last gradients, like the optimised weights
+
+    def backward(self, x: Tensor, target: Tensor) -> Tensor:
+        """As CoTTA's; also notes which weights have the smallest gradients."""
+        logits = super().backward(x, target)
+        if self.by_fisher:
+            self._small = self.smallest_gradients()
+        return logits
+
+    def smallest_gradients(self) -> list[Tensor]:
+        """Boolean, shaped like each optimised weight: True where it returns to the source."""
+        return smallest_gradients([p for p, _ in self.restorable], self.quantile)
+
+    @torch.no_grad()
+    def restore_weights(self) -> None:
+        """Put weights back to the source; the optimiser's moments stay."""
+        if not self.by_fisher:
+            super().restore_weights()
+            return
+        for (parameter, source), small in zip(self.restorable, self._small, strict=True):
+            torch.where(small, source, parameter, out=parameter)
+
+
 class Averages(nn.Module):
     """A network in training, and running means of its weights and of their squares."""
 
@@ -102,7 +131,7 @@ class Averages(nn.Module):
             square += (p.square() - square) / self.count
 
 
-class PETAL(CoTTA):
+class PETAL(LeastImportant):
     """CoTTA whose student is drawn to the mean of the source posterior and partly put back to it.
 
     Args:
@@ -130,8 +159,6 @@ class PETAL(CoTTA):
         UserError: for a penalty without a posterior, a fine-tuning that averages nothing, or a
             file that cannot be read or does not fit.
     """
-
-    backbone: Any  # a Backbone; the parent promises less
 
     def __init__(
         self,
@@ -197,7 +224,6 @@ class PETAL(CoTTA):
         self.checkpoint = checkpoint
         ones = [torch.ones_like(source) for _, source in self.restorable] if reg_weight else []
         self.variances = nn.ParameterList(nn.Parameter(v, requires_grad=False) for v in ones)
-        self._small: list[Tensor] = []  # between the gradients and the restoration
         if checkpoint is not None:
             self._use_posterior(load_posterior(backbone.net, checkpoint))
 
@@ -275,27 +301,6 @@ class PETAL(CoTTA):
         pairs = zip(self.restorable, self.variances, strict=True)
         each = [((p - mean).square() / (v + DAMP)).sum() for (p, mean), v in pairs]
         return 0.5 * torch.stack(each).sum()
-
-    def backward(self, x: Tensor, target: Tensor) -> Tensor:
-        """As CoTTA's; also notes which weights have the smallest gradients."""
-        logits = super().backward(x, target)
-        if self.by_fisher:
-            self._small = self.smallest_gradients()
-        return logits
-
-    def smallest_gradients(self) -> list[Tensor]:
-        """Boolean, shaped like each optimised weight: True where it returns to the source."""
-        return smallest_gradients([p for p, _ in self.restorable], self.quantile)
-
-    @torch.no_grad()
-    def restore_weights(self) -> None:
-        """Put weights back to the source; the optimiser's moments stay."""
-        if not self.by_fisher:
-            super().restore_weights()
-            return
-        for (parameter, source), small in zip(self.restorable, self._small, strict=True):
-            torch.where(small, source, parameter, out=parameter)
-        self._small = []
 
 
 def load_posterior(net: nn.Module, path: str) -> dict[str, Tensor]:
