@@ -89,7 +89,12 @@ HINTS: dict[Layers, str] = {
 
 
 def train_norms(
-    backbone: Backbone, layers: Layers, *, strategy: str, top: Top = "all"
+    backbone: Backbone,
+    layers: Layers,
+    *,
+    strategy: str,
+    top: Top = "all",
+    batch_statistics: bool = True,
 ) -> dict[str, nn.Parameter]:
     """Scales and shifts of normalisation layers learn, with batch statistics; the rest is frozen.
 
@@ -99,6 +104,7 @@ def train_norms(
             inside unnamed stems and shortcuts.
         strategy: name of the method, for the error.
         top: whether the uppermost layers learn, see `below_top`.
+        batch_statistics: false leaves the running statistics of batch normalisation.
 
     Returns:
         the parameters by name, in module order.
@@ -113,7 +119,8 @@ def train_norms(
             f"strategy={strategy} with layers={layers} has nothing to train: {backbone.tag} "
             f"{HINTS[layers]}"
         )
-    use_batch_statistics(backbone.net)
+    if batch_statistics:
+        use_batch_statistics(backbone.net)
     train_only(backbone, trained.values())
     return trained
 
@@ -185,7 +192,12 @@ def batch_norms(net: nn.Module) -> dict[str, _BatchNorm]:
     return {n: m for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
 
 
-def _enough_values(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def enough_values(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Before a forward with batch statistics.
+
+    Raises:
+        UserError: for a single value per channel.
+    """
     x = inputs[0]
     if x.numel() // x.size(1) < 2:
         raise UserError(
@@ -211,7 +223,7 @@ def use_batch_statistics(net: nn.Module) -> list[str]:
     for layer in layers.values():
         layer.track_running_stats = False
         layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-        layer.register_forward_pre_hook(_enough_values)
+        layer.register_forward_pre_hook(enough_values)
     return list(layers)
 
 
@@ -230,7 +242,7 @@ def mix_statistics(net: nn.Module, alpha: float) -> list[str]:
     source: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def mix(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        _enough_values(layer, inputs)
+        enough_values(layer, inputs)
         x, buffers = inputs[0], layer._buffers
         var, mean = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1])
         old_mean, old_var = buffers["running_mean"], buffers["running_var"]
@@ -293,7 +305,7 @@ def view_statistics(net: nn.Module, views: int) -> Iterator[None]:
     def apart(layer: _BatchNorm, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def each(x: Tensor) -> Tensor:
             parts = x.chunk(views)
-            _enough_values(layer, (parts[0],))
+            enough_values(layer, (parts[0],))
             return torch.cat([forward(part) for part in parts])
 
         return each

@@ -212,3 +212,82 @@ def test_rotta_needs_layers_to_train() -> None:
     use_batch_statistics(bare.net)
     with pytest.raises(UserError, match="starts from the source's statistics, and conv1.1 keeps"):
         build_method("rotta", bare)
+
+
+# ------------------------------------------------------------------------------ SoTTA
+
+
+def sotta_by_hand(net: nn.Module, images: Tensor, every: int) -> tuple[Tensor, nn.Module]:
+    """Scores and network after a stream of which every image enters the memory."""
+    norms = {n: m for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for module in norms.values():
+        module.momentum = 0.3
+    learned = [p for n, m in norms.items() if "layer4" not in n for p in m.parameters()]
+    adam = torch.optim.Adam(learned, lr=0.01, weight_decay=0.02)
+    scores = []
+    for end in range(every, len(images) + 1, every):
+        net.eval()
+        scores.append(net(images[end - every : end]).detach())
+        net.train()
+        gradients, start = [], [p.detach().clone() for p in learned]
+        for _ in range(2):
+            p = net(images[:end]).softmax(1)
+            loss = -(p * torch.log(p + 1e-6)).sum() / p.numel()
+            gradients = torch.autograd.grad(loss, learned)
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            with torch.no_grad():
+                for q, g in zip(learned, gradients, strict=True):
+                    q += 0.05 * g / norm
+        for q, value, g in zip(learned, start, gradients, strict=True):
+            q.data, q.grad = value, g
+        adam.step()
+    return torch.cat(scores), net.eval()
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (9,), (1, 4, 2, 2)])
+def test_sotta_is_what_its_code_does(sizes: tuple[int, ...]) -> None:
+    images = random_images(9).double()
+    want, net = sotta_by_hand(network().double().net, images, 3)
+    method = build_method(
+        "sotta",
+        network().double(),
+        every=3,
+        threshold=0.0,
+        momentum=0.3,
+        optim={"lr": 0.01, "weight_decay": 0.02},
+    )
+    got = torch.cat([method.adapt(x) for x in images.split(sizes)])
+    assert (got - want).abs().max() < 1e-9
+    for key, value in net.state_dict().items():
+        assert (method.backbone.net.state_dict()[key] - value).abs().max() < 1e-9, key
+
+
+def test_sotta_without_confident_images_changes_nothing() -> None:
+    method = build_method("sotta", network(), every=2, threshold=1.0)
+    before = {k: v.clone() for k, v in method.backbone.state_dict().items()}
+    method.adapt(random_images(4))
+    assert len(method.memory) == 0 and not method.optimizer.state
+    assert all(torch.equal(v, before[k]) for k, v in method.backbone.state_dict().items())
+
+
+def test_sotta_keeps_classes_equal() -> None:
+    """A full memory loses one of a largest class, which is the newcomer's own if that is one."""
+    method = build_method("sotta", network(), capacity=4, threshold=0.5)
+    for label in (0, 0, 0, 1):
+        method.offer(image(0), label, 0.9)
+    method.offer(image(0), 2, 0.4)
+    assert sorted(method.memory.labels) == [0, 0, 0, 1]
+    for label, left in ((2, [0, 0, 1, 2]), (2, [0, 1, 2, 2]), (2, [0, 1, 2, 2])):
+        method.offer(image(0), label, 0.5)
+        assert sorted(method.memory.labels) == left
+    assert method.memory.scores[-1] == 0.5
+
+
+def test_sotta_needs_values_to_average() -> None:
+    method = build_method("sotta", network(), every=1, threshold=0.0)
+    with pytest.raises(UserError, match="two values per channel"):
+        method.adapt(random_images(1)[..., :32, :32])  # whose last maps have one pixel
+    bare = network()
+    use_batch_statistics(bare.net)
+    with pytest.raises(UserError, match="predicts with running statistics, and conv1.1 keeps"):
+        build_method("sotta", bare)
