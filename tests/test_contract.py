@@ -61,6 +61,7 @@ CLASSES = 10
 # Settings that keep a strategy quick or make it do what it is for on eight random images. One that
 # is not listed runs as its YAML says, with `epochs` at 2.
 QUICK: dict[str, dict[str, Any]] = {
+    "note": {"capacity": 5, "every": 3},
     "cotta": {"views": 2, "threshold": 2.0, "restore_prob": 0.1},
     "vida": {"views": 2, "rank_high": 8},
     "petal": {"views": 2, "threshold": 2.0, "quantile": 0.1, "reg_weight": 1e-4},
@@ -105,6 +106,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "lae-prefix": ("lae", {"adapter": "lae_prefix", "freeze_epochs": 1, "length": 3}, None),
     "aper-finetune": ("aper", {"adapter": None}, "resnet"),
     "ewc-each": ("ewc", {"theta_star": "each", "gamma": 1.0}, "resnet"),
+    "note-batch": ("note", {"statistics": "batch", "memory": "fifo", "epochs": 2}, None),
     "unmix_tns-tent": ("unmix_tns", {"inner": strategy_node("tent")}, None),
     "unmix_tns-cotta": ("unmix_tns", {"inner": strategy_node("cotta", **QUICK["cotta"])}, None),
     "olora-merged": ("olora", {"evaluation": "branches", "lambda2": 0.1}, None),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
-from driftline.parts.norms import replace_batch_norms
+from driftline.parts.norms import replace_batch_norms, use_batch_statistics
+from driftline.tta.note import NOTE
 from driftline.tta.source import Source
 from driftline.tta.tent import Tent
 from driftline.tta.unmix_tns import UnMixTNS
@@ -134,3 +135,91 @@ def test_a_layer_in_place_of_a_fused_one_keeps_its_activation() -> None:
     assert list(new) == fused
     torch.testing.assert_close(net(x), before)
     assert not list(replace_batch_norms(nn.Sequential(nn.LayerNorm(3)), lambda n, m: m))
+
+
+class RecordedNOTE(NOTE):
+    """NOTE with the recorded draws; notes what is in the memory at each update."""
+
+    case: Case
+    stream: Tensor  # of the case, image by image
+    held: list[list[int]]
+
+    def draw(self, what: str) -> float:
+        image = sum(self.seen) - 1
+        return float(self.case.data["memory_draws"][image, ("class", "place", "stay").index(what)])
+
+    def _update(self) -> None:
+        images = self.memory.images(self.memory.by_class() if self.balanced else None)
+        self.held.append([int((self.stream == x).all((1, 2, 3)).nonzero()) for x in images])
+        super()._update()
+
+
+def note(case: Case, net: nn.Module) -> RecordedNOTE:
+    hyper = case.hyper
+    method = RecordedNOTE(
+        Backbone(net),
+        seed=0,
+        optim=optim(hyper),
+        k=hyper["k"],
+        statistics="running" if hyper["use_learned_stats"] else "batch",
+        momentum=hyper["bn_momentum"],
+        memory=hyper["memory_type"].lower(),
+        capacity=hyper["memory_size"],
+        every=hyper["update_every_x"],
+        epochs=hyper["epoch"],
+        temperature=hyper["temperature"],
+        mean_over="classes",
+    )
+    method.case, method.held = case, []
+    case.info["batches"], case.info["batch_size"] = 5, 16
+    method.stream = torch.cat(case.batches())
+    return method
+
+
+@both
+@pytest.mark.parametrize("name", names("note_*"))
+def test_note(name: str, dtype: torch.dtype) -> None:
+    """In batches of 16, which updates every 10 images cut across."""
+    case = Case(name, dtype)
+    net = case.net()
+    method = note(case, net)
+    results: dict[str, Any] = record(method, case) | {"memory_samples": method.held}
+    held = case.data["memory_samples"]
+    assert [row + [-1] * (held.shape[1] - len(row)) for row in method.held] == held.tolist()
+    moved = {k: v.numpy() for k, v in net.named_buffers() if v is not None}
+    results |= {f"buffer/{k.replace('running_', '')}": v for k, v in moved.items()}
+    results |= weights("p", net, case.net(), case)
+    case.check_all(results)
+
+
+def test_note_forwards_every_image_once_and_as_well_alone() -> None:
+    case = Case("note_resnet_official", torch.float64)
+    one, other = note(case, case.net()), note(case, case.net())
+    together = torch.cat([one.adapt(x) for x in case.batches()])
+    alone = torch.cat([other.adapt(x[None]) for x in other.stream])
+    torch.testing.assert_close(alone, together)
+    assert one.held == other.held
+    passes = one.backbone.passes
+    assert (passes.forward, passes.backward) == (80 + 5 * 16, 5 * 16)
+
+
+def test_the_loss_of_note_is_a_mean_over_images_and_classes_unless_told_otherwise() -> None:
+    case = Case("note_resnet_official")
+    method, logits = note(case, case.net()), torch.randn(6, 10)
+    p = logits.softmax(1)
+    total = -(p * (p + 1e-6).log()).sum()
+    torch.testing.assert_close(method.loss(logits), total / 60)
+    method.mean_over = "images"
+    torch.testing.assert_close(method.loss(logits), total / 6)
+
+
+def test_note_needs_running_statistics_unless_it_takes_those_of_the_batch() -> None:
+    case = Case("note_resnet_official")
+    net = case.net()
+    use_batch_statistics(net)
+    with pytest.raises(UserError, match="set strategy.statistics=batch"):
+        note(case, net)
+    case.hyper |= {"use_learned_stats": False, "update_every_x": 1, "memory_type": "FIFO"}
+    method = note(case, case.net())
+    with pytest.raises(UserError, match="two values per channel"):
+        method.adapt(torch.rand(1, 3, 32, 32))  # its last maps have one pixel
