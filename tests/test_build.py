@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Annotated
+
 import pytest
 from omegaconf import OmegaConf
 
 from driftline.core.build import build, locate
 from driftline.core.errors import UserError
+from driftline.core.ranges import Later
 
 TENT = {"_target_": "tests.test_build.Thing", "name": "thing"}
 
@@ -73,3 +77,25 @@ def test_a_nested_node_is_built_first():
     wrong = warmup | {"optim": warmup["optim"] | {"schedule": "cosin"}}
     with pytest.raises(UserError, match=r"strategy\.warmup\.optim\.schedule must be one of"):
         build(wrong, at="strategy.warmup")
+
+
+class Owner:
+    def __init__(
+        self, *, inner: Annotated[Callable[..., Thing], Later(("backbone", "steps"))]
+    ) -> None:
+        self.inner = inner
+
+
+def test_what_its_owner_calls_is_like_any_other_node():
+    """Converted, without its name, with nodes of its own; but for what the call gives."""
+    inner = {**TENT, "lr": 1, "mode": None}
+    made = build({"_target_": "tests.test_build.Owner", "inner": inner}, at="strategy")
+    live = object()
+    thing = made.inner(backbone=live, steps=3)
+    assert thing.backbone is live and thing.steps == 3 and isinstance(thing.lr, float)
+    other = {"_target_": "tests.test_build.Owner", "inner": inner}
+    for wrong, said in (("tent", "_target_, got"), ({"lr": 1}, "_target_, got"), (other, "Thing")):
+        with pytest.raises(UserError, match=f"strategy.inner must be .*{said}"):
+            build({"_target_": "tests.test_build.Owner", "inner": wrong}, at="strategy")
+    with pytest.raises(UserError, match="strategy.inner has no option .lrr."):
+        build({"_target_": "tests.test_build.Owner", "inner": inner | {"lrr": 1}}, at="strategy")
