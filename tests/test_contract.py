@@ -86,6 +86,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"restore": "random", "restore_prob": 0.1, "threshold": "source", "loss": "ce"},
         "vit",
     ),
+    "lsa-cotta": ("lsa", {"inner": strategy_node("cotta", **QUICK["cotta"])}, None),
     "psmt-augmented": (
         "psmt",
         {"augmented": True, "views": 2, "threshold": 2.0, "mode": "train", "rng": "device"},

@@ -386,3 +386,80 @@ def test_vdp_starts_the_specific_prompt_anew_and_refuses_other_sizes():
         assert bool(method.prompts["specific"].any()) == (confidence != 0.9)
     with pytest.raises(UserError, match="prompts for images of 8 pixels"):
         method.predict(torch.rand(2, 3, 9, 8))
+
+
+# ------------------------------------------------------------------------------ LSA, by formula
+
+
+def long_tailed(classes: int = 5, images: int = 200) -> SourceImages:
+    """Images of one colour per class; twice as many of each class as of the next."""
+    g = torch.Generator().manual_seed(3)
+    p = 0.5 ** torch.arange(classes)
+    y = torch.multinomial(p, images, replacement=True, generator=g)
+    colours = torch.rand(classes, 3, 1, 1, generator=g)
+    x = colours[y] + 0.3 * torch.randn(images, 3, 8, 8, generator=g)
+
+    def batches(size: int, *, epoch=None, start=0, augment="none"):
+        for i in range(start, -(-images // size)):
+            part = slice(i * size, (i + 1) * size)
+            yield Batch(x[part], y[part], y[part], y[part])
+
+    return SourceImages(images, "coloured", "coloured", batches)
+
+
+def made(strategy: str, backbone: Backbone, **options: Any) -> Any:
+    node = strategy_node(strategy, **options)
+    return build(node, at="strategy", backbone=backbone, seed=0, num_classes=5)
+
+
+def test_lsa_reads_the_degree_and_shifts_every_network_of_the_method_inside():
+    method = made("lsa", network(), inner=strategy_node("cotta", views=1, threshold=0.0), ema=0.75)
+    prior = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
+    method.log_prior.copy_(prior.log())
+    for degree in (-1.0, -0.3, 0.0, 0.8, 1.0):
+        of_degree = prior**degree / (prior**degree).sum()
+        assert method.imbalance(of_degree).item() == pytest.approx(degree, abs=1e-5)
+    assert method.imbalance(prior**3 / (prior**3).sum()) == 1
+    method.begin_stream()
+    (x, *_) = next(long_tailed().batches(8))
+    plain = network().net
+    plain[1].train()
+    expected = plain(x).detach()  # the adapter starts without effect
+    torch.testing.assert_close(method.adapt(x), expected)
+    estimate = 0.75 * torch.full((5,), 0.2) + 0.25 * expected.softmax(1).mean(0)
+    torch.testing.assert_close(method.estimate, estimate)
+    logs, axis = estimate.log(), prior.log() - prior.log().mean()
+    slope = (axis * (logs - logs.mean())).sum() / (axis**2).sum()
+    torch.testing.assert_close(method.shift.degree, slope)
+    with torch.no_grad():
+        method.shift.out.bias[-5:] = torch.arange(5.0)
+    shifted = method.inner.teacher(x) - method.inner.anchor(x)
+    assert method.inner.teacher.net[5] is not method.backbone.net[5]
+    with torch.no_grad():
+        method.shift.out.bias[-5:] = 0
+    torch.testing.assert_close(method.inner.teacher(x) - method.inner.anchor(x), shifted)
+
+
+def test_lsa_learns_the_classifier_of_each_label_distribution():
+    """Scores follow the degree: more of the frequent classes at 1 than at -1."""
+    backbone, source = network(), long_tailed()
+    options = {"warmup": {"epochs": 60, "batch_size": 50, "optim": {"lr": 0.01}}}
+    method = made("lsa", backbone, inner=strategy_node("source"), **options)
+    weights_ = {k: v.clone() for k, v in backbone.net.state_dict().items()}
+    artefact = method.prepare(source, NoProgress())
+    assert all(torch.equal(v, weights_[k]) for k, v in backbone.net.state_dict().items())
+    method.use_prepared(artefact)
+    counts = torch.bincount(next(source.batches(200)).y, minlength=5) + 1.0
+    torch.testing.assert_close(method.log_prior, (counts / counts.sum()).log())
+    (x, *_) = next(source.batches(200))
+    frequent = []
+    for degree in (-1.0, 0.0, 1.0):
+        method.shift.degree.fill_(degree)
+        frequent.append(method.predict(x).softmax(1)[:, 0].mean().item())
+    assert frequent[0] < frequent[1] < frequent[2]
+    assert frequent[2] == pytest.approx(counts[0].item() / counts.sum().item(), abs=0.1)
+
+
+def test_lsa_on_a_balanced_source_shifts_nothing():
+    method = made("lsa", network())
+    assert method.imbalance(torch.tensor([0.9, 0.1, 0.0, 0.0, 0.0])) == 0
