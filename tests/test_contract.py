@@ -68,6 +68,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "psmt": {"quantile": 0.1, "fisher_images": 6, "fisher_batch": 4},
     "rotta": {"capacity": 25, "every": 3},
     "sotta": {"capacity": 5, "every": 3, "threshold": 0.16},
+    "adacontrast": {"queue_size": 9, "refine_from": 8, "neighbours": 2},
     "lae": {"freeze_epochs": 1},
     "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
     "ease": {"rank": 4},
