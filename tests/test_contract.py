@@ -65,6 +65,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "cotta": {"views": 2, "threshold": 2.0, "restore_prob": 0.1},
     "vida": {"views": 2, "rank_high": 8},
     "petal": {"views": 2, "threshold": 2.0, "quantile": 0.1, "reg_weight": 1e-4},
+    "becotta": {"blocks": 1, "restore_prob": 0.1, "optim": {"lr": 1e-3}},
     "psmt": {"quantile": 0.1, "fisher_images": 6, "fisher_batch": 4},
     "rotta": {"capacity": 25, "every": 3},
     "sotta": {"capacity": 5, "every": 3, "threshold": 0.16},
@@ -87,6 +88,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"restore": "random", "restore_prob": 0.1, "threshold": "source", "loss": "ce"},
         "vit",
     ),
+    "becotta-legacy": ("becotta", {"router": "legacy", "noise": False, "blocks": 2}, None),
     "lsa-cotta": ("lsa", {"inner": strategy_node("cotta", **QUICK["cotta"])}, None),
     "psmt-augmented": (
         "psmt",
