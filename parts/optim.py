@@ -207,6 +207,7 @@ class Optim:
             if again is None:
                 raise UserError("strategy.optim.sam: this method has no second pass; leave it null")
             before = ascend(optimizer, self.sam)
+            optimizer.zero_grad()  # the first gradient is no part of the second
             again()
             descend(before)
         if self.clip is not None:

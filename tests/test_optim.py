@@ -87,6 +87,15 @@ def test_sam_takes_the_gradient_where_the_loss_is_highest():
         optim.step(optim.optimizer({"a": [a]}), loss())
 
 
+def test_the_gradient_of_the_first_pass_is_no_part_of_the_second():
+    (a, _), optim = pair(), Optim(kind="sgd", lr=0.5, sam=0.1)
+    optimizer, loss = optim.optimizer({"a": [a]}), lambda: (a * a).sum() / 2
+    loss().backward()
+    optim.update(optimizer, lambda: loss().backward())
+    want = torch.tensor([3.0, 4.0]) * (1 - 0.5 * (1 + 0.1 / 5))
+    torch.testing.assert_close(a.detach(), want)
+
+
 def test_a_loss_that_is_not_finite_changes_nothing():
     (a, _), optim = pair(), Optim(**SGD)
     optimizer = optim.optimizer({"a": [a]})
