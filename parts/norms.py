@@ -168,11 +168,14 @@ def _stages(net: nn.Module) -> list[str]:
     """
     lists: list[list[str]] = []
     for path, module in net.named_modules():
-        children = [name for name, _ in module.named_children()]
         prefix = f"{path}." if path else ""
         if isinstance(module, nn.Sequential | nn.ModuleList):
-            lists.append([prefix + name for name in children])
-        lists.append([prefix + name for name in children if name.rstrip("0123456789") == "layer"])
+            lists.append([prefix + name for name, _ in module.named_children()])
+        numbered: dict[tuple[str, type], list[str]] = {}  # layer1, layer2, ... of one class
+        for name, child in module.named_children():
+            if stem := name.rstrip("0123456789"):
+                numbered.setdefault((stem, type(child)), []).append(prefix + name)
+        lists += [names for names in numbered.values() if len(names) > 1]
     sizes = [sum(_size(net.get_submodule(name)) for name in names) for names in lists]
     largest = max(zip(sizes, lists, strict=True), key=lambda pair: pair[0], default=(0, []))[1]
     if len(largest) < 2:

@@ -7,18 +7,23 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import copied, equal, strategy_node
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, LayerNorm2d, RmsNorm
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
+from driftline.backbones.resnext_cifar import CifarResNeXt
+from driftline.backbones.wide_resnet import WideResNet
 from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.core.seed import generator
 from driftline.core.strategy import TTAStrategy
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import (
+    Top,
     batch_norms,
+    below_top,
     by_kind,
     by_name,
     collect_parameters,
@@ -279,3 +284,55 @@ def test_selection_by_name_and_own_name():
     tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     tied[1].weight = tied[0].weight
     assert list(collect_parameters(tied)) == ["0.weight", "0.bias", "1.bias"]
+
+
+# Of each network: norm layers below the uppermost ones, those above, and the first of these.
+UPPERMOST = {
+    "torchvision/resnet50": (43, 10, "layer4.0.bn1"),
+    "resnet50": (43, 10, "layer4.0.bn1"),
+    "test_resnet": (12, 3, "layer4.0.bn1"),
+    "regnety_004": (34, 19, "s4.b1.conv1.bn"),
+    "vit_base_patch16_224": (18, 7, "blocks.9.norm1"),
+    "test_vit": (10, 3, "blocks.5.norm1"),  # six blocks count as stages
+    "torchvision/vit_b_16": (18, 7, "encoder.layers.encoder_layer_9.ln_1"),
+    "torchvision/swin_b": (47, 6, "features.6.norm"),
+    "torchvision/convnext_tiny": (18, 5, "features.6.0"),
+    "convnext_tiny": (18, 5, "stages.3.downsample.0"),
+    "wrn": (16, 9, "block3.layer.0.bn1"),
+    "resnext": (21, 10, "stage_3.0.bn_reduce"),
+}
+
+
+def split_by_top(net: nn.Module, top: Top) -> tuple[list[str], list[str]]:
+    """Names of norm layers below the uppermost ones, and of those above."""
+    norm, lower = by_kind("bn2d", "bn1d", "ln", "gn"), below_top(net, top)
+    rows = [(name, lower(name, m)) for name, m in net.named_modules() if norm(name, m)]
+    return [n for n, low in rows if low], [n for n, low in rows if not low]
+
+
+@pytest.mark.parametrize("name", UPPERMOST)
+def test_uppermost_layers_by_position(name):
+    with torch.device("meta"):
+        if name == "wrn":
+            net: nn.Module = WideResNet(depth=28, widen=1, num_classes=10)
+        elif name == "resnext":
+            net = CifarResNeXt(depth=29, cardinality=4, base_width=32, num_classes=10)
+        elif name.startswith("torchvision/"):
+            net = torchvision.models.get_model(name.partition("/")[2])
+        else:
+            net = timm.create_model(name)
+    below, above = split_by_top(net, "position")
+    assert (len(below), len(above), above[0]) == UPPERMOST[name]
+    if name in ("torchvision/resnet50", "resnet50", "vit_base_patch16_224"):
+        assert split_by_top(net, "names") == (below, above)  # what the names were made for
+    assert split_by_top(net, "all") == (
+        [n for n, _ in net.named_modules() if n in below + above],
+        [],
+    )
+
+
+def test_a_network_without_stages_has_no_uppermost_layers():
+    net = nn.Module()
+    net.norm, net.head = nn.LayerNorm(4), nn.Linear(4, 2)
+    with pytest.raises(UserError, match="set strategy.top=all"):
+        below_top(net, "position")
