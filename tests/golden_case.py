@@ -76,7 +76,7 @@ class Case:
             tolerance = self.data[f"tol/{key}"].astype(np.float64)
             tolerance = tolerance.reshape(tolerance.shape + (1,) * (golden.ndim - tolerance.ndim))
         assert np.array_equal(np.isnan(mine), np.isnan(golden)), key
-        worst = float(np.nanmax(np.abs(mine - golden) / tolerance))
+        worst = float(np.nanmax(np.abs(mine - golden) / tolerance, initial=0))
         assert worst <= 1, f"{self.name} {self.dtype} {key}: {worst:.3g} times the tolerance"
         return worst
 

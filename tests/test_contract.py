@@ -65,11 +65,14 @@ QUICK: dict[str, dict[str, Any]] = {
     "cotta": {"views": 2, "threshold": 2.0, "restore_prob": 0.1},
     "vida": {"views": 2, "rank_high": 8},
     "petal": {"views": 2, "threshold": 2.0, "quantile": 0.1, "reg_weight": 1e-4},
-    "becotta": {"blocks": 1, "restore_prob": 0.1, "optim": {"lr": 1e-3}},
     "psmt": {"quantile": 0.1, "fisher_images": 6, "fisher_batch": 4},
     "rotta": {"capacity": 25, "every": 3},
     "sotta": {"capacity": 5, "every": 3, "threshold": 0.16},
-    "adacontrast": {"queue_size": 9, "refine_from": 8, "neighbours": 2},
+    "eta": {"margin": 0.9, "similarity": 2.0},
+    "eata": {"margin": 0.9, "similarity": 2.0, "fisher_batch": 3},
+    "sar": {"margin": 0.9},
+    "come_eata": {"margin": 0.9, "similarity": 2.0, "fisher_batch": 3},
+    "come_sar": {"margin": 0.9},
     "lae": {"freeze_epochs": 1},
     "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
     "ease": {"rank": 4},
@@ -88,8 +91,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"restore": "random", "restore_prob": 0.1, "threshold": "source", "loss": "ce"},
         "vit",
     ),
-    "becotta-legacy": ("becotta", {"router": "legacy", "noise": False, "blocks": 2}, None),
-    "lsa-cotta": ("lsa", {"inner": strategy_node("cotta", **QUICK["cotta"])}, None),
     "psmt-augmented": (
         "psmt",
         {"augmented": True, "views": 2, "threshold": 2.0, "mode": "train", "rng": "device"},
@@ -99,6 +100,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "vida-adapters": ("vida", {"train_base": False, "rng": "device"}, None),
     "rotta-norm": ("rotta", {"layers": "norm", "optim": {"kind": "sgd"}}, "vit"),
     "ecotta-joint": ("ecotta", {"procedure": "joint", "optim": {"kind": "adam"}}, None),
+    "eata-norm": (
+        "eata",
+        {"layers": "norm", "optim": {"kind": "adam"}, "steps": 2},
+        "vit",
+    ),
+    "sar-recovers": (
+        "sar",
+        {"recover_below": 3.0, "keep_average_on_recovery": True, "top": "position"},
+        None,
+    ),
     "finetune-resnet": ("finetune", {"loss_scope": "seen"}, "resnet"),
     "ease-adam": ("ease", {"use_init_ptm": True, "optim": {"kind": "adam"}}, None),
     "mos-official": ("mos", {"mode": "official", "statistics": "variance"}, None),
@@ -130,7 +141,8 @@ QUICK_RULES: dict[str, dict[str, Any]] = {
 }
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
 HEAD_ALONE = "linear_probe"
-PENALTIES = ("l2", "ewc", "lwf")  # around finetune, which is tried with every kind
+# On finetune and on Tent, which are tried with every kind.
+DERIVED = ("l2", "ewc", "lwf", "come")
 REFUSED = {("olora", kind) for kind in ("dora", "prefix", "prompt", "scale_shift")}
 if find_spec("peft"):
     REFUSED.add(("olora", "peft/vera"))
@@ -197,7 +209,7 @@ def with_other_kinds(cases: list[Case]) -> list[Case]:
             node = settings(case.name, quick | {"adapter": kind})
             if (case.name, kind) in REFUSED or case.name == HEAD_ALONE:
                 continue
-            if kind == "lora" or case.name not in PENALTIES:
+            if kind == "lora" or case.name not in DERIVED:
                 many.append(replace(case, name=f"{case.name}+{kind}", node=node, network="vit"))
     return many
 

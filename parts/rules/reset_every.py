@@ -1,7 +1,8 @@
 """The method is put back to its start every n batches.
 
 Paper: "RDumb: A simple approach that questions our progress in continual test-time adaptation"
-(Press et al., NeurIPS 2023, arXiv 2306.05401), whose method is this rule around ETA with n = 1000.
+(Press et al., NeurIPS 2023, arXiv 2306.05401), whose method is this rule around ETA with n = 1000
+(`strategy=eta around=reset_every`). Batches count whether the method learned from them or not.
 """
 
 from __future__ import annotations
