@@ -86,14 +86,16 @@ def draw(
     return Draws(colour, angle, (right, down), scale, sigma, flip, pixels)
 
 
-def _grey(x: Tensor, factor: float) -> Tensor:
+def grey(x: Tensor, factor: float) -> Tensor:
     """`factor` times the grey value of x [n, 3, ...], as [n, 1, ...]."""
     red, green, blue = (factor * part for part in GREY)
     return (x[:, :1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:], alpha=blue)
 
 
-def _hue(x: Tensor, turn: float) -> None:
+def hue(x: Tensor, turn: float | Tensor) -> None:
     """Rotate the hue of x [n, 3, ...] in place by less than a sixth of the circle.
+
+    `turn` may be a tensor that broadcasts with [n, ...], for images that turn differently.
 
     Largest and smallest channel of a pixel keep their values. In between, a channel is linear in
     the hue with slope 6 * (largest - smallest), up or down depending on the order of the other
@@ -113,16 +115,16 @@ def _hue(x: Tensor, turn: float) -> None:
 def _colour(x: Tensor, name: str, factor: float) -> None:
     """One colour operation on x [n, 3, H, W] with values in [0, 1], in place."""
     if name == "hue":
-        _hue(x, factor)
+        hue(x, factor)
         return
     if name == "gamma":  # zero has no finite slope under a power below one
         x.clamp_(min=1e-8).pow_(factor)
         return
     other = None
     if name == "contrast":
-        other = _grey(x.mean((2, 3)), 1 - factor)[..., None, None]
+        other = grey(x.mean((2, 3)), 1 - factor)[..., None, None]
     elif name == "saturation":
-        other = _grey(x, 1 - factor)
+        other = grey(x, 1 - factor)
     x.mul_(factor)
     if other is not None:
         x.add_(other)

@@ -168,6 +168,8 @@ def with_options(node: dict[str, Any], **options: Any) -> dict[str, Any]:
         places = [part for part in (node, *parts) if key in part]
         assert places, f"{node['name']} has no option {key}"
         nested = isinstance(value, dict) and isinstance(places[0][key], dict) and key != "options"
+        if nested and value.get("_target_") not in (None, places[0][key].get("_target_")):
+            nested = False  # another method or part, with options of its own
         places[0][key] = merged(places[0][key], value) if nested else value
     return node
 
@@ -187,6 +189,8 @@ def rule_node(name: str, **options: Any) -> dict[str, Any]:
 
 
 def _option(group: str, choice: str) -> dict[str, Any]:
+    if group == "strategy":  # has options by default itself
+        return strategy_node(choice)
     plain: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
     return plain
 

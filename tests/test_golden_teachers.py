@@ -19,6 +19,7 @@ from driftline.core.stream import Batch, SourceImages
 from driftline.parts.norms import collect_parameters
 from driftline.parts.warmup import WarmUp
 from driftline.tta import petal
+from driftline.tta.becotta import Mixture, information
 from driftline.tta.cotta import CoTTA
 from driftline.tta.petal import PETAL, quantile, smallest_gradients
 from driftline.tta.psmt import PSMT
@@ -209,9 +210,9 @@ def make(backbone: Backbone, strategy: str = "petal", **options: Any) -> Any:
     return build(strategy_node(strategy, **options), at="strategy", backbone=backbone, seed=0)
 
 
-def labelled(images: int = 8) -> SourceImages:
+def labelled(images: int = 8, side: int = 8) -> SourceImages:
     g = torch.Generator().manual_seed(3)
-    x, y = torch.rand(images, 3, 8, 8, generator=g), torch.arange(images) % 5
+    x, y = torch.rand(images, 3, side, side, generator=g), torch.arange(images) % 5
 
     def batches(size: int, *, epoch=None, start=0, augment="none"):
         for i in range(start, -(-images // size)):
@@ -386,3 +387,145 @@ def test_vdp_starts_the_specific_prompt_anew_and_refuses_other_sizes():
         assert bool(method.prompts["specific"].any()) == (confidence != 0.9)
     with pytest.raises(UserError, match="prompts for images of 8 pixels"):
         method.predict(torch.rand(2, 3, 9, 8))
+
+
+# ------------------------------------------------------------------------------ LSA, by formula
+
+
+def long_tailed(classes: int = 5, images: int = 200) -> SourceImages:
+    """Images of one colour per class; twice as many of each class as of the next."""
+    g = torch.Generator().manual_seed(3)
+    p = 0.5 ** torch.arange(classes)
+    y = torch.multinomial(p, images, replacement=True, generator=g)
+    colours = torch.rand(classes, 3, 1, 1, generator=g)
+    x = colours[y] + 0.3 * torch.randn(images, 3, 8, 8, generator=g)
+
+    def batches(size: int, *, epoch=None, start=0, augment="none"):
+        for i in range(start, -(-images // size)):
+            part = slice(i * size, (i + 1) * size)
+            yield Batch(x[part], y[part], y[part], y[part])
+
+    return SourceImages(images, "coloured", "coloured", batches)
+
+
+def made(strategy: str, backbone: Backbone, **options: Any) -> Any:
+    node = strategy_node(strategy, **options)
+    return build(node, at="strategy", backbone=backbone, seed=0, num_classes=5)
+
+
+def test_lsa_reads_the_degree_and_shifts_every_network_of_the_method_inside():
+    method = made("lsa", network(), inner=strategy_node("cotta", views=1, threshold=0.0), ema=0.75)
+    prior = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
+    method.log_prior.copy_(prior.log())
+    for degree in (-1.0, -0.3, 0.0, 0.8, 1.0):
+        of_degree = prior**degree / (prior**degree).sum()
+        assert method.imbalance(of_degree).item() == pytest.approx(degree, abs=1e-5)
+    assert method.imbalance(prior**3 / (prior**3).sum()) == 1
+    method.begin_stream()
+    (x, *_) = next(long_tailed().batches(8))
+    plain = network().net
+    plain[1].train()
+    expected = plain(x).detach()  # the adapter starts without effect
+    torch.testing.assert_close(method.adapt(x), expected)
+    estimate = 0.75 * torch.full((5,), 0.2) + 0.25 * expected.softmax(1).mean(0)
+    torch.testing.assert_close(method.estimate, estimate)
+    logs, axis = estimate.log(), prior.log() - prior.log().mean()
+    slope = (axis * (logs - logs.mean())).sum() / (axis**2).sum()
+    torch.testing.assert_close(method.shift.degree, slope)
+    with torch.no_grad():
+        method.shift.out.bias[-5:] = torch.arange(5.0)
+    shifted = method.inner.teacher(x) - method.inner.anchor(x)
+    assert method.inner.teacher.net[5] is not method.backbone.net[5]
+    with torch.no_grad():
+        method.shift.out.bias[-5:] = 0
+    torch.testing.assert_close(method.inner.teacher(x) - method.inner.anchor(x), shifted)
+
+
+def test_lsa_learns_the_classifier_of_each_label_distribution():
+    """Scores follow the degree: more of the frequent classes at 1 than at -1."""
+    backbone, source = network(), long_tailed()
+    options = {"warmup": {"epochs": 60, "batch_size": 50, "optim": {"lr": 0.01}}}
+    method = made("lsa", backbone, inner=strategy_node("source"), **options)
+    weights_ = {k: v.clone() for k, v in backbone.net.state_dict().items()}
+    artefact = method.prepare(source, NoProgress())
+    assert all(torch.equal(v, weights_[k]) for k, v in backbone.net.state_dict().items())
+    method.use_prepared(artefact)
+    counts = torch.bincount(next(source.batches(200)).y, minlength=5) + 1.0
+    torch.testing.assert_close(method.log_prior, (counts / counts.sum()).log())
+    (x, *_) = next(source.batches(200))
+    frequent = []
+    for degree in (-1.0, 0.0, 1.0):
+        method.shift.degree.fill_(degree)
+        frequent.append(method.predict(x).softmax(1)[:, 0].mean().item())
+    assert frequent[0] < frequent[1] < frequent[2]
+    assert frequent[2] == pytest.approx(counts[0].item() / counts.sum().item(), abs=0.1)
+
+
+def test_lsa_on_a_balanced_source_shifts_nothing():
+    method = made("lsa", network())
+    assert method.imbalance(torch.tensor([0.9, 0.1, 0.0, 0.0, 0.0])) == 0
+
+
+# ------------------------------------------------------------------------------ BECoTTA, by formula
+
+
+def vit() -> Backbone:
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit", num_classes=5, img_size=32).eval()
+    torch.nn.init.normal_(net.head.weight, std=0.3)
+    return Backbone(net)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_experts_are_mixed_by_the_router_of_the_domain(legacy: bool):
+    """Image by image and expert by expert."""
+    g = torch.Generator().manual_seed(1)
+    mixture = Mixture(8, 4, 2, 3, legacy=legacy, numbers=g)
+    for p in mixture.parameters():
+        torch.nn.init.normal_(p, generator=g)
+    x, domain = torch.randn(3, 5, 8, generator=g), torch.tensor([0, 3, 1])
+    gates = mixture.gates(x, domain, None)
+    mixed = mixture(x, gates)
+    sums = [(x[i] @ mixture.routers[d][:4].T).sum(0) for i, d in enumerate(domain)]
+    best = torch.stack([s.topk(2).values for s in sums])
+    for i, s in enumerate(sums):
+        index, shares = s.topk(2).indices.tolist(), best[i].softmax(0)
+        if legacy:
+            index, shares = [0, 1], ((best - best.min()) / (best.max() - best.min()))[0].softmax(0)
+        out = x[i].clone()
+        for e, share in zip(index, shares, strict=True):
+            inner = torch.nn.functional.gelu(x[i] @ mixture.down[e].T + mixture.down_bias[e])
+            out = out + share * (inner @ mixture.up[e].T + mixture.up_bias[e])
+        torch.testing.assert_close(mixed[i], out, rtol=1e-4, atol=1e-4)
+    (slope,) = torch.autograd.grad(mixed.sum(), mixture.routers, allow_unused=True)
+    assert (slope is None) == legacy
+
+
+def test_information_is_that_of_domain_and_expert():
+    domain = torch.tensor([0, 0, 1, 1])
+    apart = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    assert information(apart, domain).item() == pytest.approx(0.6931472)
+    assert information(torch.full((4, 2), 0.5), domain).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_becotta_learns_from_own_labels_where_it_is_sure_and_from_the_frozen_network_else():
+    method = made("becotta", vit(), blocks=2, noise=False, optim={"lr": 0.01}, restore_prob=0.5,
+                  confidence=0.5, warmup={"epochs": 2, "batch_size": 8})  # fmt: skip
+    method.use_prepared(method.prepare(labelled(side=32), NoProgress()))
+    method.begin_stream()
+    (x, *_) = next(labelled(side=32).batches(8))
+    frozen = vit()(x).softmax(1)
+    torch.testing.assert_close(method.scores(x, on=False).softmax(1), frozen)
+    own, mirrored = method.predict(x).softmax(1), method.predict(x.flip(3)).softmax(1)
+    keeps = (own.amax(1) > 0.5) & (own.amax(1) >= frozen.amax(1))
+    assert keeps.any() and not keeps.all()
+    target = torch.where(keeps[:, None], (own + mirrored) / 2, frozen)
+    torch.testing.assert_close(method.target(x), target.detach())
+    before = method.backbone.passes.forward
+    method.adapt(x)
+    assert method.backbone.passes.forward - before == 4 * 8
+    back = [torch.isclose(p, s).float().mean() for p, s in zip(method.mixtures.parameters(),
+            method.start, strict=True)]  # fmt: skip
+    assert 0.3 < torch.stack(back).mean() < 0.9
+    with pytest.raises(UserError, match="more than strategy.experts"):
+        made("becotta", vit(), experts=2, selected=3)

@@ -48,6 +48,8 @@ QUICK = {  # what keeps a run of seconds
     "cotta": ["strategy.views=2", "strategy.threshold=2"],
     "vida": ["strategy.views=2", "strategy.rank_high=8", "scenario.source_images=40"],
     "ecotta": ["scenario.source_images=40"],
+    "becotta": ["strategy.blocks=1", "scenario.source_images=40"],
+    "lsa": ["scenario.source_images=40"],
     "psmt": ["scenario.source_images=40"],
     "eata": ["scenario.source_images=40"],
     "come_eata": ["scenario.source_images=40"],
