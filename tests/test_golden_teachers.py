@@ -109,6 +109,7 @@ def test_petal(name: str, dtype: torch.dtype, thresholds: list[float]) -> None:
         averages=1,
         averages_from=0,
         checkpoint=None,
+        update=True,
         optim=optim(hyper),
     )
     method.use_prepared(posterior(net))
@@ -258,6 +259,11 @@ def test_the_posterior_is_the_mean_and_variance_of_the_weights_on_the_way():
     for copy in (method.backbone, method.teacher, method.anchor):
         assert torch.equal(copy.net[5].weight, artefact["mean.5.weight"])
     assert method.penalty() == 0
+    still = make(network(), **options, update=False)
+    still.use_prepared(artefact)
+    (x, *_) = next(source.batches(4))
+    assert torch.equal(still.adapt(x), method.predict(x)) and not still.updated_parameters()
+    assert torch.equal(still.predict(x), method.predict(x))
 
 
 def test_the_authors_files_are_read_and_negative_variances_can_be_cut(tmp_path):

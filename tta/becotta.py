@@ -145,6 +145,7 @@ class BECoTTA(TTAStrategy):
         domain_weight, information_weight: of the discriminator's loss and of the mutual
             information in it.
         optim: of the one group `experts`: routers too, but not the discriminator.
+        update: false only predicts: what the source phase alone is worth.
 
     One image and a short last batch adapt like any other batch; with nothing confident, the frozen
     network teaches.
@@ -173,6 +174,7 @@ class BECoTTA(TTAStrategy):
         domain_weight: NonNegative,
         information_weight: NonNegative,
         optim: Optim,
+        update: bool,
     ) -> None:
         super().__init__(backbone, seed=seed)
         if selected > experts:
@@ -183,7 +185,7 @@ class BECoTTA(TTAStrategy):
         backbone.eval().requires_grad_(False)
         self.batch_dependent = router == "legacy"  # type: ignore[misc]
         self.noise, self.confidence, self.restore_prob = noise, confidence, restore_prob
-        self.warmup, self.optim = warmup, optim
+        self.warmup, self.optim, self.update = warmup, optim, update
         self.domain_weight, self.information_weight = domain_weight, information_weight
         self.settings = {"experts": experts, "selected": selected, "rank": rank, "router": router}
         dim, places = backbone.dim, list(backbone.net.blocks)[-blocks:]
@@ -207,7 +209,9 @@ class BECoTTA(TTAStrategy):
         backbone.net.blocks[0].register_forward_pre_hook(self._enter)
         for k, block in enumerate(places):
             block.register_forward_hook(lambda m, x, out, k=k: self._leave(k, out))
-        self.optimizer = optim.optimizer({"experts": self.mixtures.parameters()})
+        self.mixtures.requires_grad_(update)
+        if update:
+            self.optimizer = optim.optimizer({"experts": self.mixtures.parameters()})
         self.rng("noise"), self.rng("restore")
 
     # ------------------------------------------------------------------ the network
@@ -300,6 +304,8 @@ class BECoTTA(TTAStrategy):
         Raises:
             Diverged: when the loss is not finite; nothing is updated then.
         """
+        if not self.update:
+            return self.predict(x)
         target = self.target(x)
         logits = self.scores(x, noisy=self.noise)
 

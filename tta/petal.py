@@ -27,7 +27,7 @@ whose gradients are added, are one of twice the images, with twice the rate and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -143,14 +143,15 @@ class PETAL(LeastImportant):
         quantile: share of the weights that return under `fisher`.
         reg_weight: factor on half the squared distance from the mean, each weight's divided by its
             variance plus 1e-6.
-        clamp_variance: take negative variances as 0; the code leaves them, and a penalty below
-            -1e-6 pushes the weight away.
+        clamp_variance: take negative variances as 0; the code leaves them, and one below -1e-6
+            pushes its weight away from the mean.
         warmup: fine-tuning on labelled source images that gives the posterior; null: there is none,
             which asks for `reg_weight=0`.
         averages: times an epoch that the weights are averaged, evenly and at its end.
         averages_from: epoch of the fine-tuning, from 0, in which that begins.
         checkpoint: file of the authors' scripts with the mean, `*_swa.pt`; the variance lies beside
             it as `*_cov.pt`. Replaces `warmup`.
+        update: false only predicts with the posterior's mean: what the source phase alone is worth.
 
     One image and a short last batch adapt like any other batch; networks without batch
     normalisation too; only a map of a single pixel for a single image raises a UserError.
@@ -186,6 +187,7 @@ class PETAL(LeastImportant):
         averages: Count,
         averages_from: CountOrZero,
         checkpoint: str | None,
+        update: bool,
     ) -> None:
         if reg_weight and warmup is None and checkpoint is None:
             raise UserError(
@@ -221,7 +223,7 @@ class PETAL(LeastImportant):
         self.by_fisher, self.quantile = restore == "fisher", quantile
         self.reg_weight, self.clamp_variance = reg_weight, clamp_variance
         self.warmup, self.averages, self.averages_from = warmup, averages, averages_from
-        self.checkpoint = checkpoint
+        self.checkpoint, self.update = checkpoint, update
         ones = [torch.ones_like(source) for _, source in self.restorable] if reg_weight else []
         self.variances = nn.ParameterList(nn.Parameter(v, requires_grad=False) for v in ones)
         if checkpoint is not None:
@@ -290,6 +292,13 @@ class PETAL(LeastImportant):
         return super().frozen() | {f"variances.{i}" for i in range(len(self.variances))}
 
     # ------------------------------------------------------------------ adaptation
+
+    def updated_parameters(self) -> Iterable[Tensor]:
+        return super().updated_parameters() if self.update else []
+
+    def adapt(self, x: Tensor) -> Tensor:
+        """As CoTTA's."""
+        return super().adapt(x) if self.update else self.predict(x)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """CoTTA's loss and the weighted penalty."""
