@@ -344,7 +344,8 @@ class TTAStrategy(Strategy):
 
     A method that needs the source defines `uses_source`, `preparation`, `prepare` and
     `use_prepared`. `prepare` runs on an instance of its own, which is then thrown away: what it
-    returns is all that reaches the run, from memory or from the cache alike.
+    returns is all that reaches the run, from memory or from the cache alike. One that goes on
+    reading source images during the stream defines `replays_source` and `use_source`.
     """
 
     @classmethod
@@ -371,6 +372,20 @@ class TTAStrategy(Strategy):
     def use_prepared(self, artefact: Mapping[str, Tensor]) -> None:
         """Start from `artefact` (on the CPU), the return value of an earlier `prepare`."""
         raise NotImplementedError
+
+    @classmethod
+    def replays_source(cls, options: Mapping[str, Any]) -> bool:
+        """Whether the method with these settings reads source images during the stream."""
+        return False
+
+    def use_source(self, source: SourceImages) -> None:
+        """Labelled source images to read during the stream, see `parts/replay.py`.
+
+        Called on every object of a method that replays the source, after `use_prepared` and before
+        the first batch. The images are no state.
+        """
+        for one in self._inner_methods():
+            one.use_source(source)
 
     @property
     def method(self) -> TTAStrategy:

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from driftline.backbones.backbone import Backbone, weights_hash
-from driftline.core.build import build, locate
+from driftline.core.build import build, locate, nodes
 from driftline.core.errors import UserError
 from driftline.core.identity import method_name
 from driftline.core.paths import CONF, expand_paths
@@ -124,6 +124,16 @@ def build_strategy(
     for name, rule in around.items():
         strategy = build(rule, at=f"around.{name}", inner=strategy)
     return strategy.to(device)
+
+
+def replays_source(cfg: DictConfig) -> bool:
+    """Whether the method, or one inside it, reads source images during the stream."""
+    kinds = [(locate(node._target_), node) for node in nodes(cfg.strategy)]
+    return any(
+        kind.replays_source(node)
+        for kind, node in kinds
+        if isinstance(kind, type) and issubclass(kind, TTAStrategy)
+    )
 
 
 def _workers(cfg: DictConfig) -> int:

@@ -34,6 +34,7 @@ from driftline.runs.compose import (
     load_option,
     make_strategy,
     make_stream,
+    replays_source,
 )
 from driftline.runs.folder import choose_folder, describe, framework_notes, hold
 from driftline.runs.machine import set_up
@@ -159,6 +160,7 @@ def _execute(
     prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
     if prepared is not None:
         seed_all(cfg.seed)  # whether the artefact was cached changes nothing
+    replayed = _hand_source(cfg, strategy, stream)
 
     git, patch = git_state()
     about = {
@@ -228,6 +230,8 @@ def _execute(
         }
     if prepared is not None:
         summary["prepared"] = prepared
+    if replayed is not None:
+        summary["replayed"] = replayed
     if frozen is not None:
         summary["frozen"] = {
             "folder": frozen["run"]["folder"],
@@ -278,6 +282,25 @@ def _prepare(
         raise
 
 
+def _hand_source(cfg: DictConfig, strategy: Strategy, stream: Stream) -> dict[str, Any] | None:
+    """Give the source images to a method that reads them during the stream; says which.
+
+    Raises:
+        UserError: where there are none.
+    """
+    if not replays_source(cfg):
+        return None
+    assert isinstance(strategy, TTAStrategy) and isinstance(stream, ShiftStream)
+    if stream.source is None:
+        raise UserError(
+            f"strategy={cfg.strategy.name} with these settings reads labelled source images during "
+            "the stream, and this scenario has none"
+        )
+    source = stream.source()
+    strategy.use_source(source)
+    return {"source_images": source.images, "source": source.description}
+
+
 def _prepare_only(
     cfg: DictConfig, stream: Stream, geometry: Geometry, device: torch.device, console: Console
 ) -> dict[str, Any]:
@@ -315,7 +338,9 @@ def _checkpoint_hash(cfg: DictConfig) -> str:
 
 def _source_facts(cfg: DictConfig, kind: type[Strategy], stream: Stream) -> list[str]:
     """What identifies the source images, for methods that use them."""
-    if not issubclass(kind, TTAStrategy) or not kind.uses_source(cfg.strategy):
+    if not issubclass(kind, TTAStrategy):
+        return []
+    if not kind.uses_source(cfg.strategy) and not replays_source(cfg):
         return []
     assert isinstance(stream, ShiftStream)
     try:

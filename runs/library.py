@@ -40,8 +40,10 @@ def make(
     """A strategy with the settings of conf/strategy/NAME.yaml around a network.
 
     An adaptation method is ready: call `adapt` on every batch. One that is prepared on source
-    images (`preparation()` is not None) has to be given the result of its `prepare` first. A
-    continual method takes `begin_task`, `observe` and `end_task`, see `core/strategy.py`.
+    images (`preparation()` is not None) has to be given the result of its `prepare` first, and one
+    that reads source images during the stream gets them by `use_source`; without, `adapt` says so
+    (docs/library.md). A continual method takes `begin_task`, `observe` and `end_task`, see
+    `core/strategy.py`.
 
     Args:
         strategy: name of a file in conf/strategy.

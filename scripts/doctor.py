@@ -392,6 +392,7 @@ def command(report: Report, cfg: DictConfig) -> None:
     from driftline.core.strategy import CLStrategy, TTAStrategy
     from driftline.core.stream import TaskStream
     from driftline.kernels import dispatch
+    from driftline.runs.compose import replays_source
     from driftline.runs.execute import check_kind, complete, make_strategy, make_stream, set_up
     from driftline.streams.pipelines import Geometry
 
@@ -429,6 +430,8 @@ def command(report: Report, cfg: DictConfig) -> None:
                 "prepares on labelled source images first, which the estimate leaves out; alone: "
                 "the same command with stage=prepare"
             )
+        if replays_source(cfg) and stream.source is not None:
+            strategy.use_source(stream.source())
         strategy.begin_stream()
         batches, act = stream.segments[0].batches(), lambda b: strategy.adapt(b.x)
         total = sum(s.steps for s in stream.segments)
@@ -442,8 +445,12 @@ def command(report: Report, cfg: DictConfig) -> None:
         last = batch.to(where)
         waits.append(time.perf_counter() - started)
         if trained:
-            with costs.step(len(last.y)):
-                act(last)
+            try:
+                with costs.step(len(last.y)):
+                    act(last)
+            except UserError as error:  # it cannot do without its preparation
+                report.note(f"no estimate: {error}")
+                return
             steps.append(costs.seconds)
         started = time.perf_counter()
         if len(waits) == PROBE:

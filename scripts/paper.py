@@ -146,7 +146,8 @@ def heading(method: str) -> str:
     fact = papers.facts()[method]
     parts = [fact.get("title", fact.get("about"))]
     if "paper" in fact:
-        parts.append(f"{fact['paper']} {fact['year']}, arXiv {fact['arxiv']}")
+        where = fact.get("url") or f"arXiv {fact['arxiv']}"
+        parts.append(f"{fact['paper']} {fact['year']}, {where}")
     if fact.get("code"):
         parts.append(f"code: {', '.join(fact['code'])}")
     return f"{method}: {'; '.join(parts)}"

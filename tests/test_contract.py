@@ -75,6 +75,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "sar": {"margin": 0.9},
     "come_eata": {"margin": 0.9, "similarity": 2.0, "fisher_batch": 3},
     "come_sar": {"margin": 0.9},
+    "rmt": {"warmup_images": 128},
     "lae": {"freeze_epochs": 1},
     "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
     "ease": {"rank": 4},
@@ -100,6 +101,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"augmented": True, "views": 2, "threshold": 2.0, "mode": "train", "rng": "device"},
         "vit",
     ),
+    "rmt-sourcefree": (
+        "rmt",
+        {"replay_weight": 0.0, "warmup_images": 0, "optim": {"kind": "adam"}},
+        "vit",
+    ),
+    "gtta-skip": ("gtta", {"on_empty": "skip", "steps": 2, "source_batch": 3}, "vit"),
     "vida-restore": ("vida", {"optim": {"kind": "adam"}, "restore_prob": 0.1}, None),
     "vida-adapters": ("vida", {"train_base": False, "rng": "device"}, None),
     "rotta-norm": ("rotta", {"layers": "norm", "optim": {"kind": "sgd"}}, "vit"),
@@ -294,8 +301,7 @@ def construct(case: Case, **options: Any) -> Strategy:
 
 
 @cache
-def artefact(name: str) -> dict[str, Tensor]:
-    case = next(c for c in KNOWN if c.name == name)
+def artefact(case: Case) -> dict[str, Tensor]:
     strategy = construct(case)
     assert isinstance(strategy, TTAStrategy)
     prepared = strategy.prepare(source_images(case), NoProgress())
@@ -313,7 +319,9 @@ def make(case: Case, **options: Any) -> Any:
     strategy = construct(case, **options)
     if isinstance(strategy, TTAStrategy):
         if strategy.preparation() is not None:
-            strategy.use_prepared(artefact(case.name))
+            strategy.use_prepared(artefact(case))
+        if strategy.method.replays_source(case.node):
+            strategy.use_source(source_images(case))
         strategy.begin_stream()
     torch.manual_seed(1)
     return strategy

@@ -53,6 +53,7 @@ QUICK = {  # what keeps a run of seconds
     "psmt": ["scenario.source_images=40"],
     "eata": ["scenario.source_images=40"],
     "come_eata": ["scenario.source_images=40"],
+    "rmt": ["strategy.warmup_images=128", "scenario.source_images=40"],
     "petal": ["strategy.views=2", "scenario.source_images=40"],
 }
 
@@ -103,6 +104,8 @@ def test_run_records_stability_plasticity_and_cost(configure, strategy, capsys):
     node = strategy_node(strategy)
     prepares = strategy in TTA and locate(node["_target_"]).uses_source(node)
     assert ("prepared" in summary) == prepares
+    replays = strategy in TTA and locate(node["_target_"]).replays_source(node)
+    assert ("replayed" in summary) == replays
     assert ("frozen" in summary) == (prepares and "update" in node)
     metrics, cost = summary["metrics"], summary["cost"]
     assert {"plasticity", "stability", "forgetting", "bwt"} <= set(metrics)
@@ -122,7 +125,9 @@ def test_run_records_stability_plasticity_and_cost(configure, strategy, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "batches"), [("ecotta", 5), ("aper", 3), ("ease", 9)])
+@pytest.mark.parametrize(
+    ("strategy", "batches"), [("ecotta", 5), ("gtta", 5), ("aper", 3), ("ease", 9)]
+)
 def test_a_killed_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     """In test_contract.py every strategy is killed; here with folder, records and companions."""
     whole = run_experiment(configure(*settings(strategy)), [])

@@ -55,7 +55,8 @@ def publication(fact: papers.Facts) -> str:
     """`Wang et al., CVPR 2022` with a link."""
     if "paper" not in fact:
         return fact["about"]
-    link = f"[{fact['paper']} {fact['year']}](https://arxiv.org/abs/{fact['arxiv']})"
+    url = fact.get("url") or f"https://arxiv.org/abs/{fact['arxiv']}"
+    link = f"[{fact['paper']} {fact['year']}]({url})"
     before = f"{fact['about']} " if "about" in fact else ""
     after = f"; {fact['note']}" if "note" in fact else ""
     return before + link + after
