@@ -56,6 +56,7 @@ from driftline.parts.heads import PrototypeHead
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.objectives import scoped_cross_entropy
 from driftline.parts.optim import Optim
+from driftline.parts.statistics import covariance as unbiased_covariance
 
 CURRENT = "current"  # the working set; stored ones are task0, task1, ...
 TEMPERATURE = 0.8  # of the self-similarity term
@@ -71,10 +72,8 @@ def self_similarity(features: Tensor) -> Tensor:
 
 
 def covariance(features: Tensor) -> Tensor:
-    """Unbiased covariance [D, D] of features [N, D], N > 1, plus `RIDGE` on the diagonal."""
-    features = features.double()
-    centred = features - features.mean(0)
-    spread = centred.T @ centred / (len(features) - 1)
+    """Covariance [D, D] of features [N, D], N > 1, plus `RIDGE` on the diagonal."""
+    spread = unbiased_covariance(features)
     return spread + RIDGE * torch.eye(len(spread), dtype=spread.dtype, device=spread.device)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.core.errors import Diverged
+from driftline.parts.statistics import ClassMeans
 
 
 class ExpandingLinear(nn.Module):
@@ -78,56 +78,19 @@ class CosineHead(nn.Module):
         return self.sigma * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
 
 
-class PrototypeHead(nn.Module):
+class PrototypeHead(ClassMeans):
     """Cosine similarity with class means; nothing is trained.
 
-    Sums (float64) and counts are kept, so that further images of a known class update its mean
-    exactly. A class without images has a zero row and scores 0.
+    A class without images has a zero row and scores 0.
 
     Args:
         dim: length D of a feature vector.
     """
 
-    sums: Tensor
-    counts: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("sums", torch.zeros(0, dim, dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
-
-    @property
-    def classes(self) -> int:
-        return len(self.counts)
-
     @property
     def weight(self) -> Tensor:
         """Class means, float32 [C, D]."""
-        return (self.sums / self.counts.clamp_min(1)[:, None]).float()
-
-    def grow(self, classes: int) -> None:
-        """Append zero rows up to `classes` in all."""
-        added = max(0, classes - self.classes)
-        self.sums = F.pad(self.sums, (0, 0, 0, added))
-        self.counts = F.pad(self.counts, (0, added))
-
-    @torch.no_grad()
-    def update(self, features: Tensor, y: Tensor) -> None:
-        """Add images to their classes: features float [B, D], y int64 [B] below C.
-
-        Raises:
-            Diverged: for a NaN or an infinity, naming the class.
-        """
-        bad = ~features.isfinite().all(1)
-        if bad.any():
-            raise Diverged(
-                f"non-finite feature of an image of class {int(y[bad][0])}: look for images or "
-                "weights that are not finite numbers"
-            )
-        # A product, not index_add: sums on a GPU then do not depend on the order of its threads.
-        member = y[:, None] == torch.arange(self.classes, device=y.device)
-        self.sums += member.double().T @ features.double()
-        self.counts += member.sum(0)
+        return self.means.float()
 
     def forward(self, features: Tensor) -> Tensor:
         """Cosines float [B, C] of features [B, D]."""
