@@ -96,12 +96,14 @@ class Contrast(nn.Module):
         self, dim: int, width: int | None, temperature: float, numbers: torch.Generator
     ) -> None:
         super().__init__()
-        self.temperature, self.projector = temperature, nn.Sequential()
+        self.temperature = temperature
+        layers: list[nn.Module] = []
         for inputs in () if width is None else (dim, width):
             layer = nn.utils.skip_init(nn.Linear, inputs, width)
             for p in layer.parameters():
                 p.data.uniform_(-(inputs**-0.5), inputs**-0.5, generator=numbers)
-            self.projector += nn.Sequential(*[nn.ReLU()][: len(self.projector)], layer)
+            layers += [layer, nn.ReLU()]
+        self.projector = nn.Sequential(*layers[:-1])
         self.register_buffer("prototypes", None)
 
     @torch.no_grad()
