@@ -73,6 +73,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "eta": {"margin": 0.9, "similarity": 2.0},
     "eata": {"margin": 0.9, "similarity": 2.0, "fisher_batch": 3},
     "sar": {"margin": 0.9},
+    "deyo": {"margin": 0.9, "drop": 0.0},
+    "recap": {"margin": 9.0, "drop": 0.0, "recover_below": 0.0},
     "come_eata": {"margin": 0.9, "similarity": 2.0, "fisher_batch": 3},
     "come_sar": {"margin": 0.9},
     "rmt": {"warmup_images": 128},
@@ -116,6 +118,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"layers": "norm", "optim": {"kind": "adam"}, "steps": 2},
         "vit",
     ),
+    "deyo-pixel": ("deyo", {"margin": None, "destroy": "pixel", "weight_entropy": None}, "vit"),
+    "recap-all": ("recap", {"selection": "all", "recover_below": 2.0}, "vit"),
     "sar-recovers": (
         "sar",
         {"recover_below": 3.0, "keep_average_on_recovery": True, "top": "position"},
