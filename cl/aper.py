@@ -25,7 +25,6 @@ from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
 from driftline.cl.first_task import PLAIN, TUNED, FirstTask
-from driftline.core.errors import Diverged
 from driftline.core.ranges import Count
 from driftline.core.stream import Task
 from driftline.parts.adapters.plan import Plan
@@ -67,12 +66,9 @@ class APER(FirstTask):
             Diverged: for a feature that is not finite.
         """
         for features, y in self.measured(task):
-            try:
-                self.head.update(torch.cat(features, 1), y)
-            except Diverged as error:
-                raise Diverged(
-                    f"{error}; or lower strategy.optim.lr (now {self.optim.lr:g})"
-                ) from error
+            both = torch.cat(features, 1)
+            self.check(both, y)
+            self.head.update(both, y)
 
     def classify(self, features: Mapping[str, Tensor]) -> Tensor:
         """Cosines [B, C_seen]."""

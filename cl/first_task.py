@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.core.errors import Diverged
 from driftline.core.ranges import CountOrZero
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
@@ -20,6 +21,7 @@ from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import CosineHead, freeze_pretrained_head
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.optim import Optim
+from driftline.parts.statistics import check_finite
 
 PLAIN, TUNED = "plain", "tuned"  # the network as it is, and with what the first task tuned
 
@@ -128,6 +130,36 @@ class FirstTask(CLStrategy):
         for batch in task.fit():
             batch = batch.to(self.device)
             yield list(self.embed(batch.x, self.reads)), batch.y
+
+    def collected(self, task: Task) -> tuple[Tensor, Tensor]:
+        """All that `measured` gives for the first of `reads`: features [N, D], labels [N].
+
+        Raises:
+            Diverged: for a feature that is not finite, naming the class.
+        """
+        dim = cast(Backbone, self.backbone).dim
+        rows = [torch.zeros(0, dim, device=self.device)]
+        labels = [torch.zeros(0, dtype=torch.int64, device=self.device)]
+        for features, y in self.measured(task):
+            self.check(features[0], y)
+            rows.append(features[0])
+            labels.append(y)
+        return torch.cat(rows), torch.cat(labels)
+
+    def check(self, features: Tensor, y: Tensor) -> None:
+        """Whether features [B, D] of images of the classes y [B] are finite.
+
+        Raises:
+            Diverged: if not, naming the class and, where something was tuned, the rate.
+        """
+        try:
+            check_finite(features, y)
+        except Diverged as error:
+            if not self.tuning_epochs:
+                raise
+            raise Diverged(
+                f"{error}; or lower strategy.optim.lr (now {self.optim.lr:g})"
+            ) from error
 
     def _freeze(self) -> None:
         if self.bank is not None:

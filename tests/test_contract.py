@@ -82,6 +82,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
     "ease": {"rank": 4},
     "aper": {"rank": 4},
+    "ranpac": {"rank": 4, "projection": 32},
 }
 # Further settings with a state of their own: case -> strategy, options, network.
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -134,6 +135,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         None,
     ),
     "lae-prefix": ("lae", {"adapter": "lae_prefix", "freeze_epochs": 1, "length": 3}, None),
+    "ranpac-cosine": (
+        "ranpac",
+        {"adapter": None, "score": "cosine", "projection": 0, "epochs": 1},
+        "resnet",
+    ),
     "aper-finetune": ("aper", {"adapter": None}, "resnet"),
     "ewc-each": ("ewc", {"theta_star": "each", "gamma": 1.0}, "resnet"),
     "note-batch": ("note", {"statistics": "batch", "memory": "fifo", "epochs": 2}, None),
