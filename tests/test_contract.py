@@ -83,6 +83,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "ease": {"rank": 4},
     "aper": {"rank": 4},
     "ranpac": {"rank": 4, "projection": 32},
+    "fecam": {"rank": 4},
 }
 # Further settings with a state of their own: case -> strategy, options, network.
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -140,6 +141,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"adapter": None, "score": "cosine", "projection": 0, "epochs": 1},
         "resnet",
     ),
+    "fecam-cnn": (
+        "fecam",
+        {"adapter": None, "unit_length": "after", "power": 0.5, "first_scores": "head"},
+        "resnet",
+    ),
+    "fecam-common": ("fecam", {"epochs": 0, "spread": "common", "adapter": None}, None),
     "aper-finetune": ("aper", {"adapter": None}, "resnet"),
     "ewc-each": ("ewc", {"theta_star": "each", "gamma": 1.0}, "resnet"),
     "note-batch": ("note", {"statistics": "batch", "memory": "fifo", "epochs": 2}, None),

@@ -13,11 +13,13 @@ from golden_cl_case import ClCase, backbone, images
 from test_aper import parameters
 from torch import Tensor
 
+from driftline.cl.fecam import FeCAM
 from driftline.cl.first_task import FirstTask
 from driftline.cl.ranpac import RIDGES, RanPAC, held_out_errors
 from driftline.core.build import build
+from driftline.core.errors import UserError
 from driftline.core.stream import Batch, Task
-from driftline.parts.statistics import ridge_solve
+from driftline.parts.statistics import covariance, ridge_solve
 
 
 def make(name: str, net=None, **options):
@@ -206,3 +208,147 @@ def test_a_matrix_that_rounding_left_indefinite_is_solved_all_the_same():
     matrix = v @ torch.diag(torch.tensor([-1e-3, 0.0, 1, 2, 3, 4]).double()) @ v.T
     got = ridge_solve(matrix, v[:, 2:3], 1e-6)
     torch.testing.assert_close(got, v[:, 2:3] / (1 + 1e-6))
+
+
+# ------------------------------------------------------------------------------ FeCAM
+
+
+class Watched(FeCAM):
+    """Keeps what the recordings call prototypes and covariances of the new classes."""
+
+    def mean_of(self, features: Tensor) -> Tensor:
+        self.raw = [*getattr(self, "raw", []), features.mean(0)]
+        return super().mean_of(features)
+
+    def matrix_of(self, features: Tensor) -> Tensor:
+        matrix = super().matrix_of(features)
+        self.spreads = [*getattr(self, "spreads", []), covariance(self.transformed(features))]
+        self.matrices = [*getattr(self, "matrices", []), matrix]
+        return matrix
+
+
+def fecam(**options) -> Watched:
+    node = strategy_node("fecam", **options) | {"_target_": f"{__name__}.Watched"}
+    return build(node, at="strategy", backbone=backbone(), seed=3)
+
+
+CNN = {"unit_length": "after", "power": 0.5, "shrinkages": 2, "alpha2": 1.0}
+PORT = {"unit_length": "after", "shrinkage": "fixed", "alpha1": 100.0, "scaling": "rows"}
+
+
+def test_fecam_of_the_vit_script_reproduces_a_recorded_run():
+    case = ClCase("fecam/fecam_vit")
+    strategy = fecam()
+    for index in range(3):
+        task = case.task(index, case.hyper["task_sizes"])
+        strategy.begin_task(task)
+        strategy.end_task(task)
+        at, new = f"task{index}", slice(task.classes.start, task.classes.stop)
+        case.close(f"{at}/class_means_new", strategy.means[new])
+        case.close(f"{at}/covariances_new", torch.stack(strategy.spreads[new]))
+        case.close(f"{at}/normalised_covariances_new", torch.stack(strategy.matrices[new]))
+        x = images("test", case.data[f"{at}/test_indices"]).x
+        (features,) = strategy.embed(x, strategy.reads)
+        case.close(f"{at}/test_features_normalised", strategy.transformed(features))
+        case.close(f"{at}/test_distances", -strategy.predict(x))
+        compared(case, index, strategy.predict(x))
+    print(f"fecam_vit: {case.worst:.3f} of the tolerance")
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("per_class", CNN),
+        ("per_class_no_tukey", CNN | {"power": None, "alpha1": 10.0, "alpha2": 10.0}),
+        ("diagonal", CNN | {"spread": "diagonal"}),
+    ],
+)
+def test_fecam_of_the_cnn_trainer_reproduces_recorded_statistics(variant, options):
+    case = ClCase("fecam/fecam_statistics")
+    strategy, y = fecam(**options), images("train", range(120)).y
+    strategy.collected = lambda task: (case["train_features"], y)
+    task = replace(case.task(0, [5]), index=1)
+    strategy.grow(task)
+    strategy.end_task(task)
+    shrunk = [strategy.shrunk(s, 2) for s in strategy.spreads]
+    case.close(f"{variant}/covariance_shrunk_twice", torch.stack(shrunk))
+    case.close(f"{variant}/matrix_used", torch.stack(strategy.matrices))
+    case.close(f"{variant}/prototypes", torch.stack(strategy.raw))
+    queries = case["test_features"][case["test_indices"]]
+    case.close(f"{variant}/test_distances", strategy.distances(queries))
+    print(f"fecam_statistics {variant}: {case.worst:.3f} of the tolerance")
+
+
+@pytest.mark.usefixtures("gradients_stay")
+def test_fecam_of_the_port_reproduces_a_recorded_run():
+    case = ClCase("fecam/fecam_pilot_run")
+    hyper = case.hyper
+    strategy = fecam(
+        **PORT,
+        epochs=hyper["tuned_epoch"],
+        lr=hyper["init_lr"],
+        weight_decay=hyper["weight_decay"],
+        rank=hyper["ffn_num"],
+        dropout=0.0,
+    )
+    for index in range(3):
+        task = in_order(case, case.task(index, hyper["task_sizes"]))
+        strategy.begin_task(task)
+        if index == 0:
+            tuned_as_recorded(case, strategy, task, adapters_and_head(strategy, "backbone"))
+        strategy.end_task(task)
+        at, new = f"task{index}", slice(task.classes.start, task.classes.stop)
+        case.close(f"{at}/prototypes", torch.stack(strategy.raw))
+        matrices = torch.stack(strategy.matrices[new]).float()
+        case.close(f"{at}/normalised_covariances_new", matrices)
+        x = images("test", case.data[f"{at}/test_indices"]).x
+        (features,) = strategy.embed(x, strategy.reads)
+        case.close(f"{at}/test_features", features)
+        case.close(f"{at}/test_distances", -strategy.predict(x))
+        compared(case, index, strategy.predict(x))
+    print(f"fecam_pilot_run: {case.worst:.3f} of the tolerance")
+
+
+def test_distances_are_the_quadratic_forms_of_every_pair():
+    for options in (CNN | {"power": None}, PORT, {"spread": "diagonal"}, {"spread": "common"}):
+        strategy = learned(fecam(**options), whole((4, 3, 3)))
+        x = F.normalize(features_of("test")[0], dim=1)
+        want = torch.zeros(len(x), 10)
+        for c in range(10):
+            inverse = strategy.inverses[0 if options.get("spread") == "common" else c]
+            inverse = inverse.diag() if inverse.ndim == 1 else inverse
+            for i, one in enumerate(x):
+                gap = one - strategy.means[c]
+                want[i, c] = gap @ inverse @ gap
+        got = -strategy.predict(images("test", range(40)).x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_common_covariance_is_weighted_by_classes():
+    strategy = learned(fecam(spread="common", unit_length="after"), whole((4, 3, 3)))
+    features, y = features_of()
+    first, second, third = (
+        covariance(features[(y >= a) & (y < b)]) for a, b in ((0, 4), (4, 7), (7, 10))
+    )
+    joint = 4 / 7 * first + 3 / 7 * strategy.shrunk(second, 1)
+    joint = 7 / 10 * joint + 3 / 10 * strategy.shrunk(third, 1)
+    torch.testing.assert_close(strategy.common, joint, rtol=1e-5, atol=1e-8)
+
+
+def test_classes_of_one_image_get_euclidean_distances_with_a_warning():
+    strategy = fecam()
+    task = replace(whole((4, 3, 3))[0], fit=lambda: iter([images("train", [0, 12, 13, 24])]))
+    strategy.begin_task(task)
+    with pytest.warns(UserWarning, match=r"no covariance from the images of class 0, 2"):
+        strategy.end_task(task)
+    assert torch.equal(strategy.inverses[0], torch.eye(32))
+    scores = strategy.predict(images("test", range(3)).x)
+    assert (scores[:, 3] == -1e6).all() and scores.isfinite().all()  # no image of class 3
+
+
+def test_a_power_needs_features_that_are_not_negative():
+    strategy = fecam(power=0.5)
+    with pytest.raises(UserError, match=r"features of at least 0.*strategy\.power=null"):
+        learned(strategy, whole((4, 3, 3))[:1])
+    with pytest.raises(UserError, match=r"strategy\.first_scores=head needs.*strategy\.epochs"):
+        fecam(first_scores="head")
