@@ -84,6 +84,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "aper": {"rank": 4},
     "ranpac": {"rank": 4, "projection": 32},
     "fecam": {"rank": 4},
+    "fsa": {"lr": 0.001},
 }
 # Further settings with a state of their own: case -> strategy, options, network.
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -139,6 +140,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "ranpac-cosine": (
         "ranpac",
         {"adapter": None, "score": "cosine", "projection": 0, "epochs": 1},
+        "resnet",
+    ),
+    "fsa-film": (
+        "fsa",
+        {"adapter": "fsa_film", "at": ["bn1:out", "layer*.*.bn*:out"], "epochs": 1},
         "resnet",
     ),
     "fecam-cnn": (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import strategy_node
@@ -13,8 +15,10 @@ from golden_cl_case import ClCase, backbone, images
 from test_aper import parameters
 from torch import Tensor
 
+from driftline.backbones.backbone import Backbone
 from driftline.cl.fecam import FeCAM
 from driftline.cl.first_task import FirstTask
+from driftline.cl.fsa import TotalLDA
 from driftline.cl.ranpac import RIDGES, RanPAC, held_out_errors
 from driftline.core.build import build
 from driftline.core.errors import UserError
@@ -44,9 +48,16 @@ def accuracies(case: ClCase) -> list[float]:
 
 def tuned_as_recorded(case: ClCase, strategy: FirstTask, task: Task, mine: dict[str, Tensor]):
     """The first task from recorded initial values on recorded batches, step by step."""
+
+    def compare(at: str, of=lambda p: p) -> None:
+        keys = [n for n in mine if f"{at}/{n}" in case.data]
+        assert len(keys) == sum(k.startswith(f"{at}/") for k in case.data)
+        for name in keys:
+            case.close(f"{at}/{name}", of(mine[name]))
+
     with torch.no_grad():
-        for name, p in mine.items():
-            p.copy_(case[f"task0/before_training/{name}"])
+        for key in [k for k in case.data if k.startswith("task0/before_training/")]:
+            mine[key.removeprefix("task0/before_training/")].copy_(case[key])
     losses, rates = [], []
     for epoch, (_, rows) in enumerate(case.passes("train/train")):
         strategy.begin_epoch(task, epoch)
@@ -54,13 +65,12 @@ def tuned_as_recorded(case: ClCase, strategy: FirstTask, task: Task, mine: dict[
             step = len(losses)
             rates.append([strategy.optimizer.param_groups[0]["lr"]])
             losses.append(strategy.observe(images("train", chosen))["loss"].item())
-            for name, p in mine.items() if step < 2 else ():
-                case.close(f"task0/train/step{step}/grad/{name}", p.grad)
-                case.close(f"task0/train/step{step}/param/{name}", p)
+            if step < 2:
+                compare(f"task0/train/step{step}/grad", lambda p: p.grad)
+                compare(f"task0/train/step{step}/param")
     case.close("task0/train/loss_per_step", losses)
     case.close("task0/train/lr_per_step", rates)
-    for name, p in mine.items():
-        case.close(f"task0/after_training/{name}", p)
+    compare("task0/after_training")
 
 
 def adapters_and_head(strategy: FirstTask, prefix: str) -> dict[str, Tensor]:
@@ -352,3 +362,88 @@ def test_a_power_needs_features_that_are_not_negative():
         learned(strategy, whole((4, 3, 3))[:1])
     with pytest.raises(UserError, match=r"strategy\.first_scores=head needs.*strategy\.epochs"):
         fecam(first_scores="head")
+
+
+# ------------------------------------------------------------------------------ FSA
+
+
+@pytest.mark.usefixtures("gradients_stay")
+def test_fsa_reproduces_a_recorded_run(monkeypatch):
+    case = ClCase("fsa/fsa_run")
+    hyper = case.hyper
+    strategy = make("fsa", epochs=hyper["epochs"], lr=hyper["lr"])
+    assert strategy.optim.kind == "adam" and strategy.optim.weight_decay == 0
+    masks = iter(case["task0/train/dropout_masks"])
+
+    def drop(features: Tensor, rate: float) -> Tensor:
+        return features * torch.stack([next(masks) for _ in features]) / (1 - rate)
+
+    monkeypatch.setattr("driftline.cl.fsa.dropout", drop)
+    for index in range(3):
+        task = case.task(index, hyper["task_sizes"])
+        strategy.begin_task(task)
+        if index == 0:
+            mine = {f"extractor.{n}": p for n, p in strategy.copy.net.named_parameters()}
+            head = strategy.tuning_head
+            mine |= {"linear_head.weight": head.weight, "linear_head.bias": head.bias}
+            tuned_as_recorded(case, strategy, task, mine)
+            assert next(masks, None) is None
+        strategy.end_task(task)
+        at = f"task{index}"
+        seen = images("train", range(12 * task.classes.stop))
+        case.close(f"{at}/train_features", strategy.embed(seen.x, strategy.reads)[0])
+        case.close(f"{at}/lda_coefficients", strategy.head.weight.T)
+        case.close(f"{at}/lda_bias", strategy.head.bias)
+        test = images("test", case.data[f"{at}/test_indices"])
+        scores = strategy.predict(test.x)
+        case.close(f"{at}/test_logits", scores)
+        ((_, rows),) = case.passes(f"test/test/classes0-{task.classes.stop - 1}")
+        theirs = F.pad(scores, (0, 10 - scores.shape[1]))  # future classes score 0 and may win
+        right = (theirs.argmax(1) == test.y).double()
+        batches = torch.stack([right[r].mean() for r in rows])  # theirs is a mean over batches
+        assert 100 * float(batches.mean()) == pytest.approx(accuracies(case)[index])
+    print(f"fsa_run: {case.worst:.3f} of the tolerance")
+
+
+def test_the_head_of_fsa_reproduces_recorded_numbers():
+    case = ClCase("fsa/fsa_head")
+    head = TotalLDA(7, ridge=1.0)
+    head.grow(5)
+    for features, y in zip(case["features"].split(4), case["labels"].split(4), strict=True):
+        head.update(features, y)
+    head.solve()
+    case.close("covariance_plus_identity", head.covariance() + torch.eye(7))
+    case.close("coefficients", head.weight.T)
+    case.close("bias", head.bias)
+    assert not head(case["features"])[:, 2].any()  # a class without images
+    single = TotalLDA(7, ridge=1.0)
+    single.grow(1)
+    single.update(case["features"][:1], torch.zeros(1, dtype=torch.int64))
+    case.close("covariance_single_sample", single.covariance())
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
+def test_film_is_a_factor_and_a_summand_between_norm_and_activation(name):
+    torch.manual_seed(0)
+    net = Backbone(timm.create_model(name, num_classes=0).eval(), input_size=32)
+    options = {} if name == "test_efficientnet" else {"at": ["bn1:out", "layer*.*.bn*:out"]}
+    strategy = make("fsa", net, adapter="fsa_film", epochs=1, **options)
+    strategy.begin_task(whole((4, 3, 3))[0])
+    x, draws = images("train", range(8)).x, torch.Generator().manual_seed(1)
+    torch.testing.assert_close(strategy.features(x, "tuned"), net.features(x))  # starts at (1, 0)
+    twin = deepcopy(net)
+    with torch.no_grad():
+        for point, film in strategy.bank.adapters("tuned").items():
+            for p in (film.gamma, film.beta):
+                p.add_(0.3 * torch.randn(p.shape, generator=draws))
+            norm = twin.net.get_submodule(point.removesuffix(":out"))
+            norm.weight.mul_(film.gamma)
+            norm.bias.mul_(film.gamma).add_(film.beta)
+    torch.testing.assert_close(strategy.features(x, "tuned"), twin.features(x))
+    assert len(strategy.bank.parameters_of("tuned")) == 2 * len(strategy.bank.adapters("tuned"))
+
+
+def test_film_behind_something_else_than_batchnorm_is_refused():
+    strategy = make("fsa", adapter="fsa_film", epochs=1, at=["norm:out"])
+    with pytest.raises(UserError, match=r"FiLM acts behind BatchNorm, not LayerNorm"):
+        strategy.begin_task(whole((4, 3, 3))[0])
