@@ -21,12 +21,14 @@ from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Task
 from driftline.parts.heads import PrototypeHead
 from driftline.parts.modes import evaluation_mode
+from driftline.parts.statistics import ClassMeans
 
 
 class SimpleCIL(CLStrategy):
     """Nearest class mean by cosine, over training images seen through the test pipeline."""
 
     needs = frozenset({"features"})
+    head: ClassMeans  # that gives scores
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)

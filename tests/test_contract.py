@@ -85,6 +85,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "ranpac": {"rank": 4, "projection": 32},
     "fecam": {"rank": 4},
     "fsa": {"lr": 0.001},
+    "acil": {"lr": 0.01, "rise": 0, "projection": 32},
 }
 # Further settings with a state of their own: case -> strategy, options, network.
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -142,6 +143,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"adapter": None, "score": "cosine", "projection": 0, "epochs": 1},
         "resnet",
     ),
+    "slda-stream": ("slda", {"base": "stream", "first_image": "skipped"}, None),
     "fsa-film": (
         "fsa",
         {"adapter": "fsa_film", "at": ["bn1:out", "layer*.*.bn*:out"], "epochs": 1},

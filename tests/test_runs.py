@@ -49,6 +49,7 @@ QUICK = {  # what keeps a run of seconds
     "vida": ["strategy.views=2", "strategy.rank_high=8", "scenario.source_images=40"],
     "ecotta": ["scenario.source_images=40"],
     "ranpac": ["strategy.projection=32"],
+    "acil": ["strategy.projection=32", "strategy.optim.lr=0.01"],
     "becotta": ["strategy.blocks=1", "scenario.source_images=40"],
     "lsa": ["scenario.source_images=40"],
     "psmt": ["scenario.source_images=40"],

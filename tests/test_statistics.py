@@ -447,3 +447,92 @@ def test_film_behind_something_else_than_batchnorm_is_refused():
     strategy = make("fsa", adapter="fsa_film", epochs=1, at=["norm:out"])
     with pytest.raises(UserError, match=r"FiLM acts behind BatchNorm, not LayerNorm"):
         strategy.begin_task(whole((4, 3, 3))[0])
+
+
+# ------------------------------------------------------------------------------ streaming LDA
+
+
+def by_hand(tasks: list[Task], strategy, skip: bool) -> tuple[Tensor, Tensor]:
+    """Means and covariance, image after image, as the paper writes them."""
+    means, counts = torch.zeros(10, 32).double(), torch.zeros(10)
+    spread, t = torch.zeros(32, 32).double(), 0
+    for task in tasks:
+        for batch in task.fit():
+            for x, y in zip(strategy.embed(batch.x, ["plain"])[0].double(), batch.y, strict=True):
+                gap = x - means[y]
+                if skip and counts[y] == 0:
+                    gap = torch.zeros(32).double()
+                spread = (t * spread + t / (t + 1) * torch.outer(gap, gap)) / (t + 1)
+                means[y] += (x - means[y]) / (counts[y] + 1)
+                counts[y], t = counts[y] + 1, t + 1
+    return means, spread
+
+
+def mixed(tasks: list[Task], size: int) -> list[Task]:
+    """The same tasks with their images shuffled, in batches of another size."""
+    rows = [torch.cat([b.index for b in t.fit()]) for t in tasks]
+    draws = torch.Generator().manual_seed(0)
+    rows = [r[torch.randperm(len(r), generator=draws)] for r in rows]
+    return [
+        replace(t, fit=lambda r=r: (images("train", part.numpy()) for part in r.split(size)))
+        for t, r in zip(tasks, rows, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_batches_of_streaming_lda_are_the_recursion_over_single_images(skip):
+    tasks = mixed(whole((4, 3, 3)), 7)
+    options = {"base": "stream", "first_image": "skipped" if skip else "counts"}
+    strategy = learned(make("slda", **options), tasks)
+    means, spread = by_hand(tasks, strategy, skip)
+    torch.testing.assert_close(strategy.head.means, means)
+    torch.testing.assert_close(strategy.head.spread, spread)
+    inverse = torch.linalg.pinv((1 - 1e-4) * spread + 1e-4 * torch.eye(32))
+    x = features_of("test")[0].double()
+    want = torch.stack([x @ inverse @ m - m @ inverse @ m / 2 for m in means], 1).float()
+    got = strategy.predict(images("test", range(40)).x)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+    assert torch.equal(got.argmax(1), want.argmax(1))
+
+
+def test_the_first_task_of_streaming_lda_starts_from_a_shrunk_covariance():
+    strategy = learned(make("slda", covariance="static"), whole((4, 3, 3)))
+    features, y = (part[:48] for part in features_of())
+    centred = (features - torch.stack([features[y == c].mean(0) for c in range(4)])[y]).double()
+    spread = centred.T @ centred / 48
+    trace, square = spread.trace(), (spread @ spread).trace()
+    share = min(1.0, float((square + trace**2) / (49 * (square - trace**2 / 32))))
+    want = (1 - share) * spread + share * trace / 32 * torch.eye(32)
+    torch.testing.assert_close(strategy.head.spread, want, rtol=1e-5, atol=1e-7)
+    assert strategy.head.counts.tolist() == [12] * 10
+    with pytest.raises(UserError, match=r"strategy\.covariance=static keeps.*strategy\.base=oas"):
+        make("slda", covariance="static", base="stream")
+
+
+# ------------------------------------------------------------------------------ ACIL
+
+
+def test_acil_is_the_recursion_on_the_inverse():
+    strategy = learned(make("acil", projection=48), whole((4, 3, 3)))
+    features, y = features_of()
+    h, targets = strategy.expand(features).double(), F.one_hot(y, 10).double()
+    inverse, weight = torch.eye(48).double() / 0.1, torch.zeros(48, 10).double()
+    for rows in torch.arange(120).split(12):
+        x, wanted = h[rows], targets[rows]
+        inner = torch.linalg.inv(torch.eye(len(rows)) + x @ inverse @ x.T)
+        inverse = inverse - inverse @ x.T @ inner @ x @ inverse
+        weight = weight + inverse @ x.T @ (wanted - x @ weight)
+    torch.testing.assert_close(strategy.weight.double(), weight.T, rtol=1e-4, atol=1e-6)
+    assert strategy.gram.dtype == torch.float64 and float(strategy.ridge) == 0.1
+    assert float(strategy.projection.abs().max()) <= 32**-0.5
+
+
+def test_the_labels_of_acils_first_task_are_smoothed():
+    strategy = make("acil", projection=48, epochs=1, lr=0.01, smoothing=0.2)
+    strategy.begin_task(whole((4, 3, 3))[0])
+    batch = images("train", range(0, 48, 3))
+    with torch.no_grad():
+        log = strategy.tuning_head(strategy.features(batch.x, "tuned")).log_softmax(1)
+    target = 0.8 * F.one_hot(batch.y, 4) + 0.2 / 4
+    loss = strategy.observe(batch)["loss"]
+    torch.testing.assert_close(loss, -(target * log).sum(1).mean())
