@@ -175,7 +175,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         for epoch in range(at["epoch"], strategy.epochs):
             if at["step"] == 0:
                 strategy.begin_epoch(task, epoch)
-            for step, batch in enumerate(task.train(epoch, at["step"]), at["step"]):
+            for step, batch in enumerate(strategy.batches(task, epoch, at["step"]), at["step"]):
                 run.console.advance()
                 later = next(future, None)
                 if ahead and later is not None:

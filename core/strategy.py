@@ -296,6 +296,13 @@ class CLStrategy(Strategy):
     def begin_epoch(self, task: Task, epoch: int) -> None:
         """Called before each epoch."""
 
+    def batches(self, task: Task, epoch: int, start: int = 0) -> Iterator[Batch | None]:
+        """Training batches of one epoch from number `start` on; more than `task` in a few methods.
+
+        A pure function of the state: a resumed run asks again, within the epoch.
+        """
+        return task.train(epoch, start)
+
     def observe(self, batch: Batch) -> dict[str, Tensor]:
         """One update; returns 0-dim tensors to log."""
         raise NotImplementedError

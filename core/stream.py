@@ -64,15 +64,35 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Task:
-    """One experience of a class-incremental stream."""
+    """One experience of a class-incremental stream.
+
+    `read`, where a stream has it, takes (rows int64 [n], draws) and gives these training images
+    [n, 3, H, W] through the training pipeline, a pure function of its arguments.
+    """
 
     index: int
     name: str
     classes: range  # label positions introduced here, contiguous after the class order is applied
     steps: int  # batches per training epoch, for schedules
-    train: Batches = field(repr=False)  # (epoch, start=0): shuffled, training pipeline
+    # (epoch, start=0): shuffled, training pipeline. With more=(rows, labels), int64 [n] each, which
+    # the streams of this framework take: those images of the same set among them.
+    train: Batches = field(repr=False)
     fit: Images = field(repr=False)  # (): training images, test pipeline, fixed order
     test: Images = field(repr=False)  # (): test images of these classes
+    read: Callable[[Tensor, int], Tensor] | None = field(default=None, repr=False)
+
+    def again(self, rows: Tensor, draws: int) -> Tensor:
+        """Training images [n, 3, H, W] by `Batch.index`, augmented once more.
+
+        Args:
+            draws: number of the random draws; the same one gives the same images. A stream without
+                `read` gives them as `fit` does, whatever the number.
+        """
+        if self.read is not None:
+            return self.read(rows, draws)
+        pairs = (p for b in self.fit() for p in zip(b.index.tolist(), b.x, strict=True))
+        found = dict(pairs)
+        return torch.stack([found[row] for row in rows.tolist()])
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ def split_stream(
                 train=partial(images["train"].shuffled, index, pool, batch_size, seed),
                 fit=partial(images["train"].fixed, pool, test_batch_size),
                 test=partial(images["test"].fixed, rows(test, classes), test_batch_size),
+                read=images["train"].again,
             )
         )
     facts: dict[str, object] = {

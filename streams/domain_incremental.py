@@ -106,6 +106,7 @@ def domain_stream(
             train=partial(delivered(train).shuffled, i, everything(train), batch_size, seed),
             fit=partial(delivered(train).fixed, everything(train), test_batch_size),
             test=partial(delivered(test).fixed, everything(test), test_batch_size),
+            read=delivered(train).again,
         )
         for i, (name, (train, test)) in enumerate(zip(names, found, strict=True))
     ]

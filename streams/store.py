@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -187,10 +187,36 @@ class TaskImages:
             found = self.reader.batches(rows, batch_size, change)
         return (batch for batch in found if batch is not None)
 
+    def again(self, rows: Tensor, draws: int) -> Tensor:
+        """Training images `rows` [n, 3, H, W] through the training pipeline, see `Task.again`."""
+        row = rows.cpu().numpy()
+        nothing = np.zeros_like(row)
+        reader = replace(self.reader, workers=0)  # a few images: no processes for them
+        chosen = Rows(row, nothing, nothing)
+        return next(
+            batch.x
+            for batch in reader.batches(chosen, len(row), self._change(True), seed=draws)
+            if batch is not None
+        )
+
     def shuffled(
-        self, task: int, rows: Rows, batch_size: int, seed: int, epoch: int, start: int = 0
+        self,
+        task: int,
+        rows: Rows,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        more: tuple[Tensor, Tensor] | None = None,
     ) -> Iterator[Batch | None]:
-        """Training pipeline, in an order drawn for (seed, task, epoch), from batch `start` on."""
+        """Training pipeline, in an order drawn for (seed, task, epoch), from batch `start` on.
+
+        Args:
+            more: rows and labels of further images of the set, shuffled among those of the task.
+        """
+        if more is not None:
+            row, label = (t.cpu().numpy() for t in more)
+            rows = Rows.join([rows, Rows(row, label, np.zeros_like(row))])
         order = np.random.default_rng(derive(seed, "shuffle", task, epoch)).permutation(len(rows))
         draws = derive(seed, "augment", task, epoch)
         found = None

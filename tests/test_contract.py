@@ -80,6 +80,9 @@ QUICK: dict[str, dict[str, Any]] = {
     "rmt": {"warmup_images": 128},
     "lae": {"freeze_epochs": 1},
     "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
+    "er": {"capacity": 12, "replay_batch": 3},
+    "der": {"capacity": 12, "replay_batch": 3},
+    "derpp": {"capacity": 12, "replay_batch": 3},
     "ease": {"rank": 4},
     "aper": {"rank": 4},
     "ranpac": {"rank": 4, "projection": 32},
@@ -130,6 +133,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         None,
     ),
     "finetune-resnet": ("finetune", {"loss_scope": "seen"}, "resnet"),
+    "derpp-seen": (
+        "derpp",
+        {"loss_scope": "seen", "insertion": "balanced", "capacity": 12, "replay_batch": 3},
+        "resnet",
+    ),
     "ease-adam": ("ease", {"use_init_ptm": True, "optim": {"kind": "adam"}}, None),
     "mos-official": ("mos", {"mode": "official", "statistics": "variance"}, None),
     "lae-lora": (
@@ -178,7 +186,7 @@ QUICK_RULES: dict[str, dict[str, Any]] = {
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
 HEAD_ALONE = "linear_probe"
 # On finetune and on Tent, which are tried with every kind.
-DERIVED = ("l2", "ewc", "lwf", "come")
+DERIVED = ("l2", "ewc", "lwf", "come", "er", "der", "derpp")
 REFUSED = {("olora", kind) for kind in ("dora", "prefix", "prompt", "scale_shift")}
 if find_spec("peft"):
     REFUSED.add(("olora", "peft/vera"))
@@ -289,8 +297,8 @@ def images(case: Case, *sizes: int, seed: int = 5) -> list[Tensor]:
     return [torch.rand(n, 3, side, side, generator=g) for n in sizes]
 
 
-def batches_of(x: Tensor, y: Tensor, size: int) -> list[Batch]:
-    rows = torch.arange(len(y))
+def batches_of(x: Tensor, y: Tensor, size: int, rows: Tensor | None = None) -> list[Batch]:
+    rows = torch.arange(len(y)) if rows is None else rows
     parts = zip(x.split(size), y.split(size), rows.split(size), strict=True)
     return [Batch(a, b, c, torch.zeros_like(b)) for a, b, c in parts]
 
@@ -361,7 +369,7 @@ def task(case: Case, index: int, classes: range, per_class: int = 4) -> Task:
 
     def train(epoch: int, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(len(y), generator=generator(7, "order", index, epoch))
-        yield from batches_of(x[order], y[order], 5)[start:]
+        yield from batches_of(x[order], y[order], 5, order)[start:]
 
     def fixed() -> Iterator[Batch]:
         yield from batches_of(x, y, 5)

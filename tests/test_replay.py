@@ -1,0 +1,206 @@
+"""ER and DER++ against numbers recorded from aimagelab/mammoth e75a491; rules of the memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from conftest import strategy_node
+from golden_cl_case import ClCase, images
+from golden_cl_case import backbone as recorded_backbone
+from torch import Tensor
+
+from driftline.core.build import build
+from driftline.core.errors import UserError
+from driftline.core.seed import generator
+from driftline.core.stream import Batch, TaskStream
+from driftline.parts import buffer as buffers
+from driftline.parts.buffer import Buffer
+from driftline.streams.class_incremental import split_stream
+from driftline.streams.pipelines import Geometry
+from driftline.streams.store import ImageStore
+
+
+def make(name: str, **options: Any) -> Any:
+    node = strategy_node(name, **options)
+    return build(node, at="strategy", backbone=recorded_backbone(), seed=3, num_classes=10)
+
+
+def stream() -> TaskStream:
+    """Tasks of two classes from embedded images, six of each class, cropped at random."""
+    return split_stream(
+        label="split",
+        dataset="cifar10",
+        base=0,
+        increment=2,
+        class_order="fixed",
+        order_seed=0,
+        batch_size=5,
+        test_batch_size=5,
+        pipeline="pilot",
+        embedded_images=(6, 2),
+        shots=None,
+        single_pass=False,
+        data_root=None,
+        on_error="raise",
+        workers=0,
+        seed=1,
+        geometry=Geometry(32),
+        store=ImageStore(),
+    )
+
+
+def parameters(strategy: Any, head: str) -> dict[str, Tensor]:
+    """What learns, under its official name."""
+    found = dict(strategy.backbone.net.named_parameters())
+    return found | {f"{head}.{k}": p for k, p in strategy.head.named_parameters()}
+
+
+# ------------------------------------------------------------------------ recorded runs
+
+
+class Draws:
+    """The recorded numbers instead of random ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.replay: list[list[int]] = []
+        self.reservoir: list[int] = []
+        monkeypatch.setattr(buffers, "sample", self.sample)
+        monkeypatch.setattr(buffers, "uniform", self.uniform)
+
+    def sample(self, count: int, size: int, _: torch.Generator) -> list[int]:
+        drawn = [i for i in self.replay.pop(0) if i >= 0]
+        assert len(drawn) == min(count, size) and max(drawn) < count
+        return drawn
+
+    def uniform(self, stop: int, _: torch.Generator) -> int:
+        drawn = self.reservoir.pop(0)
+        assert drawn < stop
+        return drawn
+
+
+@pytest.mark.usefixtures("gradients_stay")
+@pytest.mark.parametrize("name", ["er", "derpp"])
+def test_recorded_run_with_a_memory(name, monkeypatch, record_property):
+    case, draws = ClCase(f"replay/{name}_run"), Draws(monkeypatch)
+    h = case.hyper
+    weights = {k: h[k] for k in ("alpha", "beta") if name == "derpp"}
+    strategy = make(
+        name,
+        epochs=h["epochs"],
+        lr=h["lr"],
+        momentum=h["momentum"],
+        weight_decay=h["weight_decay"],
+        capacity=h["buffer_size"],
+        replay_batch=h["minibatch_size"],
+        **weights,
+    )
+    right = {e[1]: e[2] for e in case.info["events"] if e[0] == "accuracy"}
+    for t in range(len(h["task_sizes"])):
+        now = case.task(t, h["task_sizes"])
+        strategy.begin_task(now)
+        if t == 0:
+            with torch.no_grad():
+                strategy.head.weight.copy_(case["initial/head.weight"])
+                strategy.head.bias.copy_(case["initial/head.bias"])
+        draws.replay = case[f"task{t}/replay_draws"].tolist()
+        draws.reservoir = case[f"task{t}/reservoir_draws"].tolist()
+        losses, rates, step = [], [], 0
+        sweeps = case.passes(f"train/train/classes{now.classes.start}-{now.classes.stop - 1}")
+        for epoch, (_, batches) in enumerate(sweeps):
+            strategy.begin_epoch(now, epoch)
+            for rows in batches:
+                rates.append([strategy.optimizer.param_groups[0]["lr"]])
+                losses.append(strategy.observe(images("train", rows))["loss"])
+                for key, p in parameters(strategy, "head").items() if step < 2 else ():
+                    for what, value in (("grad", p.grad), ("param", p)):
+                        place = f"task{t}/train/step{step}/{what}/{key}"
+                        if place in case.data:
+                            case.close(place, value)
+                step += 1
+        assert not draws.replay and not draws.reservoir
+        strategy.end_task(now)
+        case.close(f"task{t}/train/loss_per_step", torch.stack(losses))
+        case.close(f"task{t}/train/lr_per_step", rates)
+        for key, p in parameters(strategy, "head").items():
+            for place in ("after_training", "backbone_after_training"):
+                if f"task{t}/{place}/{key}" in case.data:
+                    case.close(f"task{t}/{place}/{key}", p)
+        held = strategy.buffer
+        assert held.rows == case[f"task{t}/buffer_rows"].tolist()
+        assert held.labels == case[f"task{t}/buffer_labels"].tolist()
+        assert held.offered.total() == case[f"task{t}/samples_seen"].item()
+        if name == "derpp":
+            case.close(f"task{t}/buffer_logits", held.scores)
+        test = images("test", case[f"task{t}/test_indices"])
+        with torch.no_grad():
+            everything = strategy.head(strategy.features(test.x))
+        case.close(f"task{t}/test_logits", everything)
+        answer = strategy.predict(test.x)
+        assert torch.equal(answer, everything[:, : now.classes.stop])
+        accuracy = 100 * (answer.argmax(1) == test.y).float().mean()
+        assert round(accuracy.item(), 2) == right[t]
+    record_property("worst", case.worst)
+
+
+# ------------------------------------------------------------------------ the memory
+
+
+def offered(labels: list[int], capacity: int, rule: Any, seed: int = 0) -> Buffer:
+    held, y = Buffer(), torch.tensor(labels)
+    batch = Batch(torch.zeros(len(y), 3, 2, 2), y, torch.arange(len(y)), torch.zeros_like(y))
+    held.offer(batch, 0, capacity, rule, generator(seed, "test"))
+    return held
+
+
+def test_a_reservoir_keeps_each_image_with_the_same_chance():
+    kept = Counter(row for s in range(600) for row in offered([0] * 12, 4, "reservoir", s).rows)
+    assert all(abs(kept[row] / 600 - 4 / 12) < 0.08 for row in range(12))
+
+
+def test_balanced_and_per_class_memories_keep_rare_classes():
+    labels = [0] * 40 + [1] * 2 + [0] * 40 + [2] * 30
+    assert Counter(offered(labels, 9, "balanced").labels) == {0: 3, 1: 2, 2: 4}
+    assert Counter(offered(labels, 3, "per_class").labels) == {0: 3, 1: 2, 2: 3}
+
+
+def test_a_memory_smaller_than_the_classes_is_refused():
+    with pytest.raises(UserError, match=r"strategy\.capacity=9 images for 10 classes"):
+        make("er", capacity=9)
+    make("er", capacity=9, insertion="per_class")
+
+
+def test_drawn_images_keep_their_order_over_tasks_and_are_counted():
+    case, held = ClCase("replay/er_run"), Buffer()
+    tasks = [case.task(t, [4, 3, 3]) for t in range(3)]
+    for t, rows in enumerate([[3, 40], [50, 60], [90, 91]]):
+        held.offer(images("train", rows), t, 10, "reservoir", generator(0, "test"))
+    positions = [5, 0, 2, 1]
+    x = held.images(positions, {t.index: t.again for t in tasks}, 7)
+    assert torch.equal(x, images("train", [91, 3, 50, 40]).x)
+    assert held.labels_of(positions).tolist() == images("train", [91, 3, 50, 40]).y.tolist()
+    assert held.report() == {"memory_images": 6, "memory_mib": 6 * 3 * 32 * 32 / 2**20}
+
+
+def trained(task: Task, *place: int, **options: Any) -> list[Batch]:
+    return [batch for batch in task.train(*place, **options) if batch is not None]
+
+
+def test_a_stream_augments_images_again_and_mixes_others_in():
+    first, second, *_ = stream().tasks
+    batch = trained(first, 0)[0]
+    x = first.again(batch.index, 5)
+    assert x.shape == batch.x.shape and torch.equal(x, first.again(batch.index, 5))
+    assert torch.equal(x.flip(0), first.again(batch.index.flip(0), 5))  # by image, not by place
+    assert not torch.equal(x, first.again(batch.index, 6))
+    more = (batch.index, batch.y)
+    mixed = trained(second, 0, more=more)
+    plain = torch.cat([b.index for b in trained(second, 0)])
+    want = torch.cat([plain, batch.index]).sort()[0]
+    assert torch.equal(torch.cat([b.index for b in mixed]).sort()[0], want)
+    labels = torch.cat([b.y for b in mixed]).tolist()
+    assert {*labels} == {*second.classes, *batch.y.tolist()}
+    later = trained(second, 0, 1, more=more)
+    assert torch.equal(later[0].x, mixed[1].x)  # as a resumed run
