@@ -15,7 +15,7 @@ from torch import Tensor
 from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.core.seed import generator
-from driftline.core.stream import Batch, TaskStream
+from driftline.core.stream import Batch, Task, TaskStream
 from driftline.parts import buffer as buffers
 from driftline.parts.buffer import Buffer
 from driftline.streams.class_incremental import split_stream
