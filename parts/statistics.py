@@ -82,18 +82,17 @@ def covariance(features: Tensor) -> Tensor:
 def ridge_solve(matrix: Tensor, targets: Tensor, ridge: float) -> Tensor:
     """Solution X, float64, of `(matrix + ridge I) X = targets`.
 
-    Where rounding has left the sum indefinite, by eigenvalues with those below 0 taken as 0.
+    Where rounding has left the sum indefinite, by eigenvalues, those of the matrix below 0 as 0.
 
     Args:
         matrix: [D, D], symmetric and positive semi-definite up to rounding.
         targets: [D, C].
         ridge: above 0.
     """
-    matrix, targets = matrix.double(), targets.double()
-    raised = matrix.clone()
+    raised, targets = matrix.to(torch.float64, copy=True), targets.double()
     raised.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(raised)
     if not failed:
         return torch.cholesky_solve(targets, factor)
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ ((vectors.T @ targets) / (values.clamp_min(0) + ridge)[:, None])
+    values, vectors = torch.linalg.eigh(raised)
+    return vectors @ ((vectors.T @ targets) / values.clamp_min(ridge)[:, None])
