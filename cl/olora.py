@@ -25,7 +25,7 @@ Dropout draws from torch's global generator, like that of any network; checkpoin
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, cast
 
@@ -142,6 +142,20 @@ def norms(a: Tensor, b: Tensor) -> Tensor:
     The gradient of the norm of a zero matrix is 0, as at the start of a task.
     """
     return sum((torch.linalg.vector_norm(m, dim=(1, 2)).sum() for m in (a, b)), a.new_zeros(()))
+
+
+@contextmanager
+def merged(layers: Sequence[nn.Linear], loras: Sequence[StackedLoRA]) -> Generator[None]:
+    """Inside, the qkv weights contain all updates; afterwards they are the same tensors."""
+    before = [layer.weight for layer in layers]
+    try:
+        for layer, lora in zip(layers, loras, strict=True):
+            total = layer.weight + lora.delta().to(layer.weight)
+            layer.weight = nn.Parameter(total, requires_grad=False)
+        yield
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.weight = weight
 
 
 class OLoRA(CLStrategy):
@@ -322,24 +336,11 @@ class OLoRA(CLStrategy):
 
     # ------------------------------------------------------------------ prediction
 
-    @contextmanager
-    def merged(self) -> Generator[None]:
-        """Inside, the qkv weights contain all updates; afterwards they are the same tensors."""
-        before = [layer.weight for layer in self.layers]
-        try:
-            for layer, lora in zip(self.layers, self.loras, strict=True):
-                total = layer.weight + lora.delta().to(layer.weight)
-                layer.weight = nn.Parameter(total, requires_grad=False)
-            yield
-        finally:
-            for layer, weight in zip(self.layers, before, strict=True):
-                layer.weight = weight
-
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B, C_seen] for x float [B, 3, H, W] in [0, 1]."""
         with evaluation_mode(self):
             if self.evaluation == "branches" or not self.stacked:
                 return self.head(self.features(x))
-            with self.merged():
+            with merged(self.layers, self.loras):
                 return self.head(self.bank.features(x))

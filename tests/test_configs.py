@@ -94,7 +94,7 @@ def test_a_preset_is_complete_and_its_figures_have_sources(configure, preset):
     assert (CONF / "scenario" / f"{cfg.scenario.name}.yaml").is_file()
     backbone = cfg.backbone
     if backbone.name == "auto":
-        vit = cfg.strategy.name in ("vida", "aper", "ease", "mos", "lae", "olora")
+        vit = cfg.strategy.name in ("vida", "aper", "ease", "mos", "lae", "olora", "sdlora")
         real = cfg.scenario.backbones
         named = (real.get("real_vit") or real.real) if vit else real.real
         backbone = OmegaConf.load(CONF / "backbone" / f"{named}.yaml")
