@@ -15,7 +15,6 @@ NumPy's global one; two copies of one image in a draw get the same augmentation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -27,7 +26,7 @@ from driftline.core.errors import UserError
 from driftline.core.ranges import Count, Size
 from driftline.core.stream import Batch, Task
 from driftline.parts.adapters.plan import Plan
-from driftline.parts.buffer import Buffer, Rule
+from driftline.parts.buffer import Buffer, Reader, Rule
 from driftline.parts.optim import Optim
 
 
@@ -86,7 +85,7 @@ class ER(Finetune):
         self.buffer = Buffer()
         self.drawn: list[tuple[list[int], Tensor, Tensor]] = []  # positions, images, labels
         self._task = 0
-        self._readers: dict[int, Callable[[Tensor, int], Tensor]] = {}  # of every task so far
+        self._readers: dict[int, Reader] = {}  # of every task so far
 
     def grow(self, task: Task) -> None:
         super().grow(task)

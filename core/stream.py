@@ -66,8 +66,8 @@ class Skipped:
 class Task:
     """One experience of a class-incremental stream.
 
-    `read`, where a stream has it, takes (rows int64 [n], draws) and gives these training images
-    [n, 3, H, W] through the training pipeline, a pure function of its arguments.
+    `read`, where a stream has it, takes the arguments of `again` and gives what that promises, a
+    pure function of them.
     """
 
     index: int
@@ -79,14 +79,14 @@ class Task:
     train: Batches = field(repr=False)
     fit: Images = field(repr=False)  # (): training images, test pipeline, fixed order
     test: Images = field(repr=False)  # (): test images of these classes
-    read: Callable[[Tensor, int], Tensor] | None = field(default=None, repr=False)
+    read: Callable[[Tensor, int | None], Tensor] | None = field(default=None, repr=False)
 
-    def again(self, rows: Tensor, draws: int) -> Tensor:
+    def again(self, rows: Tensor, draws: int | None) -> Tensor:
         """Training images [n, 3, H, W] by `Batch.index`, augmented once more.
 
         Args:
-            draws: number of the random draws; the same one gives the same images. A stream without
-                `read` gives them as `fit` does, whatever the number.
+            draws: number of the random draws; the same one gives the same images. None: the test
+                pipeline. A stream without `read` gives them as `fit` does, whatever the number.
         """
         if self.read is not None:
             return self.read(rows, draws)
@@ -123,6 +123,7 @@ class TaskStream:
     provides: frozenset[str] = frozenset({"boundaries"})
 
 
+NEW_CLASSES = "new_classes"  # of what a TaskStream may provide: no class comes twice
 SINGLE_IMAGES = "single images (scenario.batch_size=1)"  # of what a ShiftStream may provide
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from driftline.core.stream import Batch
 
 Rule = Literal["reservoir", "balanced", "per_class"]
-Reader = Callable[[Tensor, int], Tensor]
+Reader = Callable[[Tensor, int | None], Tensor]
 ABSENT = float("inf")  # score of a class that did not exist when the image came
 KEPT = ("tasks", "rows", "labels", "pixels")
 
@@ -74,7 +74,7 @@ class Buffer(nn.Module):
             position = self._place(label, capacity, rule, generator)
             self.offered[label] += 1
             if position is not None:
-                self._put(position, task, row, label, None if scores is None else scores[i])
+                self.put(position, task, row, label, None if scores is None else scores[i])
 
     def _place(
         self, label: int, capacity: int, rule: Rule, generator: torch.Generator
@@ -97,7 +97,10 @@ class Buffer(nn.Module):
         drawn = uniform(self.offered[label] + 1, generator)
         return mine[drawn] if drawn < len(mine) else None
 
-    def _put(self, position: int, task: int, row: int, label: int, scores: Tensor | None) -> None:
+    def put(
+        self, position: int, task: int, row: int, label: int, scores: Tensor | None = None
+    ) -> None:
+        """Place an image in the stead of another, or at the end (`position = len(self)`)."""
         new = position == len(self)
         for held, value in ((self.tasks, task), (self.rows, row), (self.labels, label)):
             held[position : position + 1] = [value]
@@ -110,6 +113,13 @@ class Buffer(nn.Module):
         self.scores = torch.cat([held, scores[None]]) if new else held
         self.scores[position] = scores
 
+    def keep(self, positions: Sequence[int]) -> None:
+        """Only the images at `positions`, in that order."""
+        for name in ("tasks", "rows", "labels"):
+            held = getattr(self, name)
+            setattr(self, name, [held[i] for i in positions])
+        self.scores = None if self.scores is None else self.scores[list(positions)]
+
     def of_class(self, label: int) -> list[int]:
         """Positions of the images of one class."""
         return [i for i, held in enumerate(self.labels) if held == label]
@@ -120,12 +130,14 @@ class Buffer(nn.Module):
         """`size` different positions, or all of fewer, in random order."""
         return sample(len(self), min(size, len(self)), generator)
 
-    def images(self, positions: Sequence[int], readers: Mapping[int, Reader], draws: int) -> Tensor:
+    def images(
+        self, positions: Sequence[int], readers: Mapping[int, Reader], draws: int | None
+    ) -> Tensor:
         """Images [n, 3, H, W] at `positions`, augmented anew.
 
         Args:
             readers: `Task.again` by index of the task.
-            draws: number of the random draws of the augmentation.
+            draws: number of the random draws of the augmentation; None: the test pipeline.
         """
         by_task: dict[int, list[int]] = {}
         for place, position in enumerate(positions):

@@ -10,7 +10,7 @@ import numpy as np
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, PlainName, Seed
 from driftline.core.seed import derive
-from driftline.core.stream import Skipped, Task, TaskStream
+from driftline.core.stream import NEW_CLASSES, Skipped, Task, TaskStream
 from driftline.streams.datasets import cifar, existing_root, expected
 from driftline.streams.images import ImageSet, fingerprint, image_folder
 from driftline.streams.loading import Reader, Rows
@@ -184,7 +184,7 @@ def split_stream(
             "row": np.concatenate([r.row for r in dealt]),
             "label": np.concatenate([r.label for r in dealt]),
         },
-        provides=frozenset({"boundaries", "num_tasks", "num_classes", "new_classes"}),
+        provides=frozenset({"boundaries", "num_tasks", "num_classes", NEW_CLASSES}),
     )
 
 

@@ -187,17 +187,15 @@ class TaskImages:
             found = self.reader.batches(rows, batch_size, change)
         return (batch for batch in found if batch is not None)
 
-    def again(self, rows: Tensor, draws: int) -> Tensor:
-        """Training images `rows` [n, 3, H, W] through the training pipeline, see `Task.again`."""
+    def again(self, rows: Tensor, draws: int | None) -> Tensor:
+        """Training images `rows` [n, 3, H, W], see `Task.again`."""
         row = rows.cpu().numpy()
         nothing = np.zeros_like(row)
         reader = replace(self.reader, workers=0)  # a few images: no processes for them
         chosen = Rows(row, nothing, nothing)
-        return next(
-            batch.x
-            for batch in reader.batches(chosen, len(row), self._change(True), seed=draws)
-            if batch is not None
-        )
+        change = self._change(draws is not None)
+        found = reader.batches(chosen, len(row), change, seed=draws)
+        return next(batch.x for batch in found if batch is not None)
 
     def shuffled(
         self,

@@ -83,6 +83,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "er": {"capacity": 12, "replay_batch": 3},
     "der": {"capacity": 12, "replay_batch": 3},
     "derpp": {"capacity": 12, "replay_batch": 3},
+    "icarl": {"capacity": 20},
     "ease": {"rank": 4},
     "aper": {"rank": 4},
     "ranpac": {"rank": 4, "projection": 32},
@@ -133,6 +134,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         None,
     ),
     "finetune-resnet": ("finetune", {"loss_scope": "seen"}, "resnet"),
+    "icarl-nme": ("icarl", {"memory": "per_class", "capacity": 2, "answer": "nme"}, "resnet"),
     "derpp-seen": (
         "derpp",
         {"loss_scope": "seen", "insertion": "balanced", "capacity": 12, "replay_batch": 3},
@@ -368,9 +370,13 @@ def task(case: Case, index: int, classes: range, per_class: int = 4) -> Task:
     y = torch.arange(classes.start, classes.stop).repeat_interleave(per_class)
     (x,) = images(case, len(y), seed=20 + index)
 
-    def train(epoch: int, start: int = 0) -> Iterator[Batch]:
-        order = torch.randperm(len(y), generator=generator(7, "order", index, epoch))
-        yield from batches_of(x[order], y[order], 5, order)[start:]
+    def train(epoch: int, start: int = 0, more: Any = None) -> Iterator[Batch]:
+        rows, labels = torch.arange(len(y)), y
+        if more is not None:  # images of other tasks; here some of this one stand for them
+            rows, labels = torch.cat([rows, more[0] % len(y)]), torch.cat([labels, more[1]])
+        order = torch.randperm(len(rows), generator=generator(7, "order", index, epoch))
+        rows, labels = rows[order], labels[order]
+        yield from batches_of(x[rows], labels, 5, rows)[start:]
 
     def fixed() -> Iterator[Batch]:
         yield from batches_of(x, y, 5)

@@ -1,4 +1,6 @@
-"""ER and DER++ against numbers recorded from aimagelab/mammoth e75a491; rules of the memory."""
+"""ER, DER++ (aimagelab/mammoth e75a491) and iCaRL (LAMDA-CL/LAMDA-PILOT 5240714) against numbers
+recorded from them; rules of the memory.
+"""
 
 from __future__ import annotations
 
@@ -145,6 +147,83 @@ def test_recorded_run_with_a_memory(name, monkeypatch, record_property):
     record_property("worst", case.worst)
 
 
+@pytest.mark.usefixtures("gradients_stay")
+@pytest.mark.parametrize("name", ["icarl_run", "icarl_run_fixed_memory"])
+def test_recorded_run_of_icarl(name, record_property):
+    case = ClCase(f"icarl/{name}")
+    h = case.hyper
+    fixed = h["fixed_memory"]
+    strategy = make(
+        "icarl",
+        epochs=h["epochs"],
+        lr=h["init_lr"],
+        schedule="steps",
+        milestones=h["init_milestones"],
+        decay=h["init_lr_decay"],
+        weight_decay=h["init_weight_decay"],
+        momentum=h["momentum"],
+        later={
+            "lr": h["lrate"],
+            "milestones": h["milestones"],
+            "decay": h["lrate_decay"],
+            "weight_decay": h["weight_decay"],
+        },
+        capacity=h["memory_per_class"] if fixed else h["memory_size"],
+        memory="per_class" if fixed else "total",
+        temperature=h["T"],
+    )
+    kinds = {"accuracy": "head", "accuracy_nme": "nme"}
+    right = {(kinds[e[0]], e[1]): e[2] for e in case.info["events"] if e[0] in kinds}
+    official = lambda: {  # noqa: E731
+        (k if k.startswith("fc.") else f"backbone.{k}"): p
+        for k, p in parameters(strategy, "fc").items()
+    }
+    for t in range(len(h["task_sizes"])):
+        now = case.task(t, h["task_sizes"])
+        strategy.begin_task(now)
+        known = now.classes.start
+        with torch.no_grad():
+            before = [strategy.head.weight.clone(), strategy.head.bias.clone()]
+            for key, p in (("weight", strategy.head.weight), ("bias", strategy.head.bias)):
+                p.copy_(case[f"task{t}/before_training/fc.{key}"])
+        case.close(f"task{t}/before_training/fc.weight", torch.cat([before[0][:known],
+            strategy.head.weight[known:]]))  # fmt: skip
+        losses, rates, step = [], [], 0
+        sweeps = case.passes(f"train/train/classes{now.classes.start}-{now.classes.stop - 1}")
+        for epoch, (_, batches) in enumerate(sweeps):
+            strategy.begin_epoch(now, epoch)
+            for rows in batches:
+                rates.append([strategy.optimizer.param_groups[0]["lr"]])
+                losses.append(strategy.observe(images("train", rows))["loss"])
+                for key, p in official().items() if step < 2 else ():
+                    for what, value in (("grad", p.grad), ("param", p)):
+                        place = f"task{t}/train/step{step}/{what}/{key}"
+                        if place in case.data:
+                            case.close(place, value)
+                step += 1
+        case.close(f"task{t}/train/loss_per_step", torch.stack(losses))
+        case.close(f"task{t}/train/lr_per_step", rates)
+        for key, p in official().items():
+            for place in (f"after_training/{key}",
+                          f"backbone_after_training/{key.removeprefix('backbone.')}"):  # fmt: skip
+                if f"task{t}/{place}" in case.data:
+                    case.close(f"task{t}/{place}", p)
+        strategy.end_task(now)
+        assert strategy.buffer.rows == case[f"task{t}/exemplar_rows"].tolist()
+        assert strategy.buffer.labels == case[f"task{t}/exemplar_labels"].tolist()
+        case.close(f"task{t}/class_means", strategy.class_means)
+        test = images("test", case[f"task{t}/test_indices"])
+        with torch.no_grad():
+            case.close(f"task{t}/test_features", strategy.features(test.x))
+        case.close(f"task{t}/test_logits", strategy.predict(test.x))
+        for answer in kinds.values():
+            strategy.answer = answer
+            accuracy = 100 * (strategy.predict(test.x).argmax(1) == test.y).float().mean()
+            assert round(accuracy.item(), 2) == right[answer, t]
+        strategy.answer = "head"
+    record_property("worst", case.worst)
+
+
 # ------------------------------------------------------------------------ the memory
 
 
@@ -170,6 +249,8 @@ def test_a_memory_smaller_than_the_classes_is_refused():
     with pytest.raises(UserError, match=r"strategy\.capacity=9 images for 10 classes"):
         make("er", capacity=9)
     make("er", capacity=9, insertion="per_class")
+    with pytest.raises(UserError, match=r"strategy\.capacity=9 exemplars for 10 classes"):
+        make("icarl", capacity=9)
 
 
 def test_drawn_images_keep_their_order_over_tasks_and_are_counted():
@@ -204,3 +285,15 @@ def test_a_stream_augments_images_again_and_mixes_others_in():
     assert {*labels} == {*second.classes, *batch.y.tolist()}
     later = trained(second, 0, 1, more=more)
     assert torch.equal(later[0].x, mixed[1].x)  # as a resumed run
+
+
+def test_icarl_learns_on_exemplars_and_keeps_all_images_of_a_small_class():
+    strategy = make("icarl", epochs=1, memory="per_class", capacity=8)
+    for task in stream().tasks[:2]:
+        strategy.begin_task(task)
+        delivered = [b for b in strategy.batches(task, 0) if b is not None]
+        for batch in delivered:
+            strategy.observe(batch)
+        strategy.end_task(task)
+    seen = Counter(torch.cat([b.y for b in delivered]).tolist())
+    assert seen == dict.fromkeys(range(4), 6) == Counter(strategy.buffer.labels)
