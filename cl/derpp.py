@@ -82,18 +82,25 @@ class DERpp(ER):
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         scores = self.head(self.features(batch.x))
-        loss = scoped_cross_entropy(scores, batch.y, self.columns)
         if self.answers is None:  # not those of a second pass
             self.answers = scores.detach()
-        if self.drawn:
-            positions, x, _ = self.drawn[0]
-            loss = loss + self.alpha * self.distance(self.head(self.features(x)), positions)
-        if self.drawn[1:]:
-            _, x, y = self.drawn[1]
-            again = self.head(self.features(x))
-            loss = loss + self.beta * scoped_cross_entropy(again, y, self.columns)
+        loss = self.cross_entropy(scores, batch.y) + self.penalty_on(batch.x, scores)
         self.task_optim.backward(self.optimizer, loss)
         return scores.detach(), loss.detach(), {}
+
+    def cross_entropy(self, scores: Tensor, y: Tensor) -> Tensor:
+        return scoped_cross_entropy(scores, y, self.columns)
+
+    def penalty_on(self, x: Tensor, scores: Tensor) -> Tensor | float:
+        """What is drawn from the memory adds to the loss of the batch `x` with scores [B, C]."""
+        loss: Tensor | float = 0.0
+        if self.drawn:
+            positions, drawn, _ = self.drawn[0]
+            loss = self.alpha * self.distance(self.head(self.features(drawn)), positions)
+        if self.drawn[1:]:
+            _, drawn, y = self.drawn[1]
+            loss = loss + self.beta * self.cross_entropy(self.head(self.features(drawn)), y)
+        return loss
 
     def distance(self, scores: Tensor, positions: list[int]) -> Tensor:
         """Mean squared difference of scores [B, C] from the stored ones; 0-dim."""

@@ -84,6 +84,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "der": {"capacity": 12, "replay_batch": 3},
     "derpp": {"capacity": 12, "replay_batch": 3},
     "icarl": {"capacity": 20},
+    "ser": {"capacity": 12, "replay_batch": 3},
     "ease": {"rank": 4},
     "aper": {"rank": 4},
     "ranpac": {"rank": 4, "projection": 32},

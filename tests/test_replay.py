@@ -224,6 +224,38 @@ def test_recorded_run_of_icarl(name, record_property):
     record_property("worst", case.worst)
 
 
+def test_the_loss_of_ser_and_der_by_hand():
+    """Against a few lines of their own, from the formulas; the images are not augmented."""
+    mse, ce = torch.nn.functional.mse_loss, torch.nn.functional.cross_entropy
+    case = ClCase("replay/er_run")
+    for name, weights in (("ser", (0.7, 0.4)), ("der", (0.7, 0.0))):
+        strategy = make(name, alpha=weights[0], beta=weights[1], capacity=12, replay_batch=5)
+        strategy.begin_task(case.task(0, [4, 3, 3]))
+        first = images("train", [0, 13, 25, 40, 1, 14])
+        with torch.no_grad():
+            answers = strategy.head(strategy.features(first.x))
+        loss = strategy.observe(first)["loss"]
+        assert torch.allclose(loss, ce(answers, first.y), atol=1e-6)
+        strategy.begin_task(case.task(1, [4, 3, 3]))
+        with torch.no_grad():  # the network moves on after the task
+            strategy.head.weight.mul_(1.5)
+        batch = images("train", [50, 62, 75])
+        with torch.no_grad():
+            scores = strategy.head(strategy.features(batch.x))
+            again = strategy.head(strategy.features(first.x))
+            old = scores
+            if name == "ser":
+                network, head = strategy.teacher
+                old = head(network.features(batch.x))
+                assert not torch.allclose(old, scores)
+        loss = strategy.observe(batch)["loss"]
+        chosen = strategy.drawn[0][0]
+        want = ce(scores, batch.y) + weights[0] * mse(again[chosen], answers[chosen])
+        want += weights[1] * mse(scores, old)
+        want += ce(again[chosen], first.y[chosen]) if name == "ser" else 0
+        assert torch.allclose(loss, want, atol=1e-5) and len(chosen) == 5
+
+
 # ------------------------------------------------------------------------ the memory
 
 
