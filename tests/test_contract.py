@@ -171,6 +171,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "note-batch": ("note", {"statistics": "batch", "memory": "fifo", "epochs": 2}, None),
     "unmix_tns-tent": ("unmix_tns", {"inner": strategy_node("tent")}, None),
     "unmix_tns-cotta": ("unmix_tns", {"inner": strategy_node("cotta", **QUICK["cotta"])}, None),
+    "cllora-fresh": ("cllora", {"second_gradient": "fresh", "general": 1}, None),
     "sdlora-branches": ("sdlora", {"evaluation": "branches", "restart": False}, None),
     "olora-merged": ("olora", {"evaluation": "branches", "lambda2": 0.1}, None),
 }
