@@ -234,7 +234,8 @@ def mix_statistics(net: nn.Module, alpha: float) -> list[str]:
     """Normalise with `(1 - alpha) * source + alpha * batch` statistics in evaluation mode.
 
     The batch variance is the unbiased one. The source statistics stay in the buffers: they are
-    exchanged for the mixture during the layer's forward only, so no state changes.
+    exchanged for the mixture during the layer's forward only, so no state changes. No gradient
+    flows through the batch's statistics.
 
     Returns:
         names of the layers, in module order.
@@ -246,7 +247,7 @@ def mix_statistics(net: nn.Module, alpha: float) -> list[str]:
 
     def mix(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         enough_values(layer, inputs)
-        x, buffers = inputs[0], layer._buffers
+        x, buffers = inputs[0].detach(), layer._buffers
         var, mean = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1])
         old_mean, old_var = buffers["running_mean"], buffers["running_var"]
         if old_mean is None or old_var is None:  # trained without running statistics

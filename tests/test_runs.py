@@ -56,6 +56,7 @@ QUICK = {  # what keeps a run of seconds
     "eata": ["scenario.source_images=40"],
     "come_eata": ["scenario.source_images=40"],
     "rmt": ["strategy.warmup_images=128", "scenario.source_images=40"],
+    "memo": ["strategy.views=2"],
     "petal": ["strategy.views=2", "scenario.source_images=40"],
 }
 

@@ -13,7 +13,7 @@ Deviations that change no number: none. Deviations that do: none.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class NEO(TTAStrategy):
 
     needs = frozenset({"head", "features"})
     prefers = "vit"
+    backbone: Any  # a Backbone; the parent promises less
     center: Tensor
 
     def __init__(

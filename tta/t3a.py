@@ -17,7 +17,7 @@ keep their order of arrival, which the code leaves open; the last incomplete bat
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class T3A(TTAStrategy):
     """
 
     needs = frozenset({"head", "features"})
+    backbone: Any  # a Backbone; the parent promises less
     features: Tensor
     classes: Tensor
     entropies: Tensor
