@@ -227,12 +227,12 @@ class MEMO(TTAStrategy):
 
     def augment(self, x: Tensor, view: int) -> Tensor:
         """View number `view` of each image of x [B, 3, H, W]."""
-        rng, made = self.rng("views"), []
+        rng, views = self.rng("views"), []
         for one in x.detach().mul(255).round().clamp(0, 255).byte().cpu():
             image = self.crop(Image.fromarray(one.permute(1, 2, 0).numpy()), rng)
             image = ImageOps.mirror(image) if uniform(rng) < 0.5 else image
-            made.append(augmix(image, rng, self.border))
-        return torch.stack(made).to(x)
+            views.append(augmix(image, rng, self.border))
+        return torch.stack(views).to(x)
 
     def loss(self, logits: Tensor) -> Tensor:
         """Entropy, in nats, of the mean prediction over all rows of `logits` [V, C]; 0-dim."""
