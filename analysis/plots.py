@@ -32,7 +32,7 @@ from driftline.analysis.tables import (
     smaller_is_better,
 )
 
-COLOURS = {
+COLOURS = {  # of strategies that are often drawn; see `looks` for others
     "source": "#666666",
     "bn_adapt": "#0072B2",
     "tent": "#D55E00",
@@ -53,7 +53,7 @@ COLOURS = {
     "ewc": "#332288",
     "l2": "#44AA99",
 }
-OTHERS = ("#882255", "#332288", "#999933", "#44AA99")  # methods that are not named above
+OTHERS = ("#AA4499", "#117733", "#DDCC77", "#88CCEE", "#661100", "#6699CC")
 MARKERS = "osD^vPX<>dph"
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 CROWD = 8  # methods; more than that are drawn without bands
@@ -95,16 +95,24 @@ class Shown(Figure):
 
 
 def looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker, line style and label of each method."""
+    """Colour, marker, line style and label of each method, no two of them alike.
+
+    Strategies without a colour of their own take one of `OTHERS` in turn, then another marker.
+    """
+    strategies = list(dict.fromkeys(method.split(" ")[0] for method in methods))
+    named = [s for s in strategies if s in COLOURS]
+    others = [s for s in strategies if s not in COLOURS]
+    colours = COLOURS | {s: OTHERS[i % len(OTHERS)] for i, s in enumerate(others)}
+    markers = {s: list(COLOURS).index(s) for s in named}
+    markers |= {s: i // len(OTHERS) for i, s in enumerate(others)}
     look_of: dict[str, dict[str, Any]] = {}
     used: dict[str, int] = {}
     for method in methods:
         strategy = method.split(" ")[0]
         variant = used[strategy] = used.get(strategy, -1) + 1
-        known = list(COLOURS).index(strategy) if strategy in COLOURS else sum(strategy.encode())
         look_of[method] = {
-            "color": COLOURS.get(strategy, OTHERS[known % len(OTHERS)]),
-            "marker": MARKERS[(known + 5 * variant) % len(MARKERS)],
+            "color": colours[strategy],
+            "marker": MARKERS[(markers[strategy] + 5 * variant) % len(MARKERS)],
             "linestyle": ":" if strategy == "source" else LINES[variant % len(LINES)],
             "label": textwrap.fill(method, 44),
         }

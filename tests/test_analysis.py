@@ -19,7 +19,7 @@ from PIL import Image
 
 from driftline.analysis import load_batches, load_experiences, load_matrix, load_runs, notes, select
 from driftline.analysis import runs as runs_module
-from driftline.analysis.plots import COLOURS, pareto_front
+from driftline.analysis.plots import COLOURS, looks, pareto_front
 from driftline.analysis.tables import (
     cell,
     grid,
@@ -328,13 +328,17 @@ def test_pareto_front():
     assert pareto_front(points) == [(0, 9), (2, 6), (3, 1)]
 
 
-def test_every_strategy_has_a_colour_of_its_own_among_those_it_is_drawn_with():
+def test_every_strategy_looks_unlike_those_it_is_drawn_with():
     kinds: dict[str, list[str]] = {}
     for path in (ROOT / "conf" / "strategy").glob("*.yaml"):
         kind = yaml.safe_load(path.read_text())["_target_"].split(".")[1]
-        kinds.setdefault(kind, []).append(COLOURS[path.stem])
-    for colours in kinds.values():
-        assert len(set(colours)) == len(colours)
+        kinds.setdefault(kind, []).append(path.stem)
+    for names in kinds.values():
+        drawn = looks([*names, "own_method", "tent (around=window)"])
+        seen = {(look["color"], look["marker"], look["linestyle"]) for look in drawn.values()}
+        assert len(seen) == len(drawn)
+        named = [drawn[name]["color"] for name in names if name in COLOURS]
+        assert len(set(named)) == len(named)
 
 
 # ------------------------------------------------------------------------------ the report

@@ -15,7 +15,8 @@ layers are only changed for options of another name: `alpha=0` is what it comput
 Deviations that change no number: weights that moved are put back after an image instead of all
 before the next.
 Deviations that do: views are as large as the image, whatever its size; pixels that are no multiples
-of 1/255 are rounded to them for the views; a non-finite loss stops the run; random numbers are ours.
+of 1/255 are rounded to them for the views; a non-finite loss stops the run; random numbers are
+separate from the stream's.
 """
 
 from __future__ import annotations
