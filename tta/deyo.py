@@ -24,8 +24,8 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.ranges import Count, NonNegative, Unit
@@ -48,13 +48,15 @@ def shuffled_patches(x: Tensor, order: Tensor) -> Tensor:
     grid = math.isqrt(order.shape[1])
     fitting = [max(1, side // grid) * grid for side in size]
     if fitting != size:
-        x = TF.resize(x, fitting, antialias=True)
+        x = F.interpolate(x, fitting, mode="bilinear", antialias=True)
     height, width = (side // grid for side in fitting)
     patches = x.view(images, channels, grid, height, grid, width).permute(0, 2, 4, 1, 3, 5)
     patches = patches.flatten(1, 2)[torch.arange(images, device=x.device)[:, None], order]
     patches = patches.unflatten(1, (grid, grid)).permute(0, 3, 1, 4, 2, 5)
     x = patches.reshape(images, channels, *fitting)
-    return TF.resize(x, size, antialias=True) if fitting != size else x
+    if fitting == size:
+        return x
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
 def occluded(x: Tensor, share: float) -> Tensor:
