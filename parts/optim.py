@@ -38,7 +38,9 @@ class Optim:
         rise: epochs in which the rate grows from 0 to its initial value, step by step.
         schedule: after that, by epoch. `constant`; `cosine`: (1 + cos(pi e / E)) / 2 of the initial
             rate; `steps`: times `decay` at each of `milestones` (epochs); `linear`: in equal steps
-            to `decay` times the initial rate, from the first of `milestones` to the last.
+            to `decay` times the initial rate, from the first of `milestones` to the last;
+            `quarter_cosine`: cos(0.495 pi e' / (E - 1)) of it, where e' is 0 in the first two
+            epochs and e - 1 after them (as in the codes of CODA-Prompt and InfLoRA).
         clip: largest norm of the whole gradient; None does not clip.
         sam: radius rho of sharpness-aware minimisation (Foret et al., ICLR 2021, arXiv 2010.01412):
             the gradient is taken where the loss is highest within rho, which costs a second pass;
@@ -60,7 +62,7 @@ class Optim:
     betas: tuple[Below1, Below1] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0
     rise: CountOrZero = 0
-    schedule: Literal["constant", "cosine", "steps", "linear"] = "constant"
+    schedule: Literal["constant", "cosine", "steps", "linear", "quarter_cosine"] = "constant"
     milestones: Sequence[CountOrZero] = ()
     decay: NonNegative = 0.1
     clip: Positive | None = None
@@ -140,6 +142,9 @@ class Optim:
         if self.schedule == "cosine":
             past = math.pi * (epoch - self.rise) / max(1, epochs - self.rise)
             return (1 + math.cos(past)) / 2
+        if self.schedule == "quarter_cosine":
+            past = max(0, epoch - self.rise - 1) / max(1, epochs - self.rise - 1)
+            return math.cos(0.495 * math.pi * past)
         if self.schedule == "steps":
             return self.decay ** sum(epoch >= m for m in self.milestones)
         if self.schedule == "linear":

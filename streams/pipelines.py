@@ -1,6 +1,7 @@
 """Named image pipelines: PIL to PIL, so that resizing is PIL's own, antialiased.
 
-Sources: LAMDA-PILOT, gqk/LAE and RanPAC data managers; timm `create_transform`.
+Sources: LAMDA-PILOT (`coda`: what it has for CODA-Prompt), gqk/LAE and RanPAC data managers; timm
+`create_transform`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-Name = Literal["raw", "plain", "pilot", "lae", "ranpac", "timm"]
+Name = Literal["raw", "plain", "pilot", "lae", "coda", "ranpac", "timm"]
 Pipeline = Callable[[Image.Image], Image.Image]
 # Pipelines whose training form is the test form, perhaps flipped: whether it is.
 FLIP_ONLY: dict[Name, bool] = {"raw": False, "plain": True}
@@ -52,6 +53,7 @@ def pipeline(name: Name, geometry: Geometry, *, train: bool, cifar: bool) -> Pip
     | pilot  | random crop, area .05-1, bilinear; flip          | resize 256 bicubic, crop 224   |
     | ranpac | as pilot                                         | CIFAR: resize 224; else pilot  |
     | lae    | random crop, area .08-1, bilinear; flip          | resize 256 bilinear, crop 224  |
+    | coda   | as lae                                           | CIFAR: bilinear 224; else lae  |
     | timm   | random crop, area .08-1, the backbone's own; flip| resize and crop of the backbone|
     """
     size = geometry.size
@@ -67,13 +69,14 @@ def pipeline(name: Name, geometry: Geometry, *, train: bool, cifar: bool) -> Pip
             "pilot": (0.05, bilinear),
             "ranpac": (0.05, bilinear),
             "lae": (0.08, bilinear),
+            "coda": (0.08, bilinear),
             "timm": (0.08, own),
         }[name]
         crop = T.RandomResizedCrop(size, scale=(area, 1.0), interpolation=how)
         return T.Compose([crop, T.RandomHorizontalFlip()])
-    if name == "ranpac" and cifar:
-        return T.Resize([size, size], bicubic)
-    how = {"pilot": bicubic, "ranpac": bicubic, "lae": bilinear, "timm": own}[name]
+    how = own if name == "timm" else bicubic if name in ("pilot", "ranpac") else bilinear
+    if name in ("ranpac", "coda") and cifar:
+        return T.Resize([size, size], how)
     share = geometry.crop if name == "timm" else 0.875
     return T.Compose([T.Resize(int(size / share), how), T.CenterCrop(size)])
 

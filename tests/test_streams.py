@@ -204,6 +204,8 @@ def test_test_pipelines_are_pil_resize_and_crop():
     assert np.array_equal(np.asarray(pilot), np.asarray(want))
     ranpac = pipeline("ranpac", wide, train=False, cifar=True)(image)
     assert np.array_equal(np.asarray(ranpac), np.asarray(image.resize((224, 224), Image.BICUBIC)))
+    coda = pipeline("coda", wide, train=False, cifar=True)(image)
+    assert np.array_equal(np.asarray(coda), np.asarray(image.resize((224, 224), Image.BILINEAR)))
     lae = pipeline("lae", wide, train=False, cifar=True)(image)
     assert not np.array_equal(np.asarray(lae), np.asarray(pilot))
     assert pipeline("plain", Geometry(size=32), train=False, cifar=True)(image) is image

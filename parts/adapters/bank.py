@@ -30,7 +30,7 @@ from driftline.core import distributed
 from driftline.core.errors import UserError, suggest
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.bottleneck import Bottleneck
-from driftline.parts.adapters.prefix import Prefix
+from driftline.parts.adapters.prefix import Rows
 from driftline.parts.adapters.prompt import Prompt
 
 Use = str | Mapping[str, float] | None
@@ -461,13 +461,13 @@ class AdapterBank(nn.Module):
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             self._reach.points.add(point)
             adapters = self._grouped(point) or _only(self._found(point), point, lambda a: [a], [])
-            prefixes = [a for a in adapters if isinstance(a, Prefix)]
+            prefixes = [a for a in adapters if isinstance(a, Rows)]
             return attend(module, x, prefixes) if prefixes else plain(x, *args, **kwargs)
 
         module.forward = forward
 
 
-def attend(attention: Any, x: Tensor, prefixes: Sequence[Prefix]) -> Tensor:
+def attend(attention: Any, x: Tensor, prefixes: Sequence[Rows]) -> Tensor:
     """timm's `Attention` on x [T * B, N, D] with learned keys and values after the class token."""
     batch, n, _ = x.shape
     heads, width = attention.num_heads, attention.head_dim

@@ -9,7 +9,17 @@ from driftline.core.ranges import Size
 from driftline.parts.adapters.adapter import Adapter
 
 
-class Prefix(Adapter):
+class Rows(Adapter):
+    """What an attention layer gets beside the keys and values of its tokens."""
+
+    compensate = False  # see `Prefix`
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, [length, D] each; of a kind that reads the context [B, length, D]."""
+        raise NotImplementedError
+
+
+class Prefix(Rows):
     """Learned rows for keys and values, put in after the class token.
 
     Args:
@@ -41,5 +51,4 @@ class Prefix(Adapter):
         self.compensate = compensate
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, [length, D] each; of a kind that reads the context [B, length, D]."""
         return self.key * self.key_scale, self.value * self.value_scale
