@@ -92,6 +92,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "fecam": {"rank": 4},
     "fsa": {"lr": 0.001},
     "acil": {"lr": 0.01, "rise": 0, "projection": 32},
+    "coda": {"pool": 12, "blocks": [0, 1]},
 }
 # Further settings with a state of their own: case -> strategy, options, network.
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -179,6 +180,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "unmix_tns-cotta": ("unmix_tns", {"inner": strategy_node("cotta", **QUICK["cotta"])}, None),
     "cllora-fresh": ("cllora", {"second_gradient": "fresh", "general": 1}, None),
     "sdlora-branches": ("sdlora", {"evaluation": "branches", "restart": False}, None),
+    "l2p-alone": ("l2p", {"vote": None, "optim": {"clip": 1.0}}, None),
+    "dualprompt-alone": ("dualprompt", {"vote": None, "pool": 2}, None),
+    "dualprompt-reshaped": ("dualprompt", {"vote": None, "layout": "reshaped", "top_k": 2}, None),
+    "coda-ortho": (
+        "coda",
+        {"pool": 12, "tasks": 6, "blocks": [1], "ortho": 0.5, "drop_last": False},
+        None,
+    ),
     "olora-merged": ("olora", {"evaluation": "branches", "lambda2": 0.1}, None),
 }
 

@@ -39,6 +39,7 @@ MORE = {
     "lae": ["strategy.freeze_epochs=1", "strategy.drop_last=false"],
     "mos": ["strategy.align_epochs=2", "strategy.reg=0.5"],  # a loss that couples the images
     "olora": ["strategy.optim.lr=0.01"],
+    "coda": ["strategy.pool=30", "strategy.ortho=0.1", "strategy.drop_last=false"],
 }
 
 
@@ -123,7 +124,9 @@ def tensors(folder: str | Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["lae", "ease", "finetune", "olora", "mos"])
+@pytest.mark.parametrize(
+    "strategy", ["lae", "ease", "finetune", "olora", "mos", "dualprompt", "coda"]
+)
 def test_two_processes_give_the_run_of_one(configure, tmp_path, strategy):
     words = [*settings(strategy), "checkpoint.keep=true"]
     one = run_experiment(configure(*words), [])
