@@ -738,7 +738,6 @@ PROPERTIES: list[Callable[..., None]] = [
 
 
 OF_KINDS = [  # properties that the kind of adapter can break
-    predict_changes_nothing,
     a_snapshot_is_the_whole_state,
     reset_and_the_same_stream_give_the_same,
     frozen_weights_stay,
@@ -746,10 +745,9 @@ OF_KINDS = [  # properties that the kind of adapter can break
     batching_of_test_images_is_no_matter,
     kept_features_give_the_prediction,
 ]
-OF_RULES = [  # properties that a rule can break; all are tried on the first method of INSIDE
+OF_RULES = [  # properties that a rule can break; kills and all others are tried on INSIDE
     reset_and_the_same_stream_give_the_same,
     modes_are_put_back,
-    a_killed_run_goes_on,
 ]
 EXEMPT = {  # what a method breaks on purpose
     ("mos-official", "predict_changes_nothing"): "the released code pulls in every forward pass",
@@ -767,12 +765,14 @@ def trials() -> list[Any]:
     """Every case with every property that it is tried on; the quick tier takes plain methods."""
     rows = []
     for case in CASES:
-        part = case.rule and case.name.split("-")[0] != INSIDE[0]
+        inside = case.name.split("-")[0]
+        tried = PROPERTIES
+        if case.rule and inside != INSIDE[0]:
+            tried = [*OF_RULES, a_killed_run_goes_on] if inside in INSIDE else OF_RULES
+        elif case.name in VARIANTS:  # the labels of a variant come the same way
+            tried = [p for p in PROPERTIES if p is not labels_never_arrive]
         marks = [pytest.mark.slow] if case.rule or case.name in VARIANTS else []
-        rows += [
-            pytest.param(case, p, id=f"{case.name}-{p.__name__}", marks=marks)
-            for p in (OF_RULES if part else PROPERTIES)
-        ]
+        rows += [pytest.param(case, p, id=f"{case.name}-{p.__name__}", marks=marks) for p in tried]
     return rows
 
 
