@@ -26,7 +26,6 @@ score reads, are not computed. Shared rows that are all 0, for which the officia
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
@@ -168,7 +167,6 @@ class CLLoRA(CLStrategy):
         self.prototypes = PrototypeHead(backbone.dim)
         self.register_buffer("owner", torch.zeros(0, dtype=torch.int64))
         self.columns = range(0)
-        self._warned = False
 
     def loras(self, name: str) -> list[OrthogonalLoRA]:
         """Adapters of a set, block by block."""
@@ -207,12 +205,11 @@ class CLLoRA(CLStrategy):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        if len(task.classes) == 1 and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if len(task.classes) == 1:
+            self.warn_once(
+                "one class",
                 f"task {task.index} has one class: the loss over its own classes is 0 and its "
                 "adapters stay as they were made (scenario.increment sets the classes of a task)",
-                stacklevel=2,
             )
 
     def begin_epoch(self, task: Task, epoch: int) -> None:

@@ -25,7 +25,6 @@ from that batch. The query of a test image is computed again in every evaluation
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Annotated, cast
 
@@ -148,7 +147,6 @@ class CodaPrompt(Prompted):
         self.count = self.planned = 0  # components of a task, and of the tasks planned
         points = self.places(blocks, "strategy.blocks")
         self.bank.add(NAME, {p: Components(backbone.dim, length) for p in points})
-        self._beyond = False
 
     @torch.no_grad()
     def start_head(self, head: nn.Linear, generator: torch.Generator) -> None:
@@ -188,13 +186,12 @@ class CodaPrompt(Prompted):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        if len(self.components[0].key) > self.pool and not self._beyond:
-            self._beyond = True
-            warnings.warn(
+        if len(self.components[0].key) > self.pool:
+            self.warn_once(
+                "pool",
                 f"task {task.index}: strategy.pool={self.pool} is used up, as the stream has more "
-                f"tasks than its first one told; {self.count} components are added for each. Set "
+                f"tasks than its first one shows; {self.count} components are added for each. Set "
                 "strategy.tasks to divide the pool among all",
-                stacklevel=2,
             )
 
     def observe(self, batch: Batch) -> dict[str, Tensor]:

@@ -24,7 +24,6 @@ features that can be kept (`core/features.py`): T passes an image over a run of 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -141,7 +140,6 @@ class Ease(CLStrategy):
         self.register_buffer("owner", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("finished", torch.zeros((), dtype=torch.int64))
         self._hashes: dict[str, str] = {}
-        self._warned = False
 
     # -------------------------------------------------------------- training
 
@@ -168,12 +166,11 @@ class Ease(CLStrategy):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        if len(task.classes) == 1 and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if len(task.classes) == 1:
+            self.warn_once(
+                "one class",
                 f"task {task.index} has one class: the loss over its own classes is 0 and its "
                 "adapters stay as they were made (scenario.increment sets the classes of a task)",
-                stacklevel=2,
             )
 
     def begin_epoch(self, task: Task, epoch: int) -> None:

@@ -36,7 +36,6 @@ place of a power, and nearest means without covariance.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Literal
 
@@ -127,7 +126,6 @@ class FeCAM(FirstTask):
         self.shrinkage, self.shrinkages = shrinkage, shrinkages
         self.alpha1, self.alpha2, self.scaling = alpha1, alpha2, scaling
         self.first_scores = first_scores
-        self._warned = False
         dim = backbone.dim
         size = (dim,) if spread == "diagonal" else (dim, dim)
         self.register_buffer("means", torch.zeros(0, dim))
@@ -182,13 +180,12 @@ class FeCAM(FirstTask):
                 self.inverses[c] = 1 / matrix.diagonal()
             else:
                 self.inverses[c] = torch.linalg.pinv(matrix, hermitian=True)
-        if plain and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if plain:
+            self.warn_once(
+                "covariance",
                 f"no covariance from the images of class {', '.join(map(str, plain[:5]))}: one "
                 "image, or features without any spread; its distance is Euclidean. "
                 "strategy.spread=common needs none of its own (this is said once)",
-                stacklevel=2,
             )
 
     def transformed(self, features: Tensor) -> Tensor:
@@ -247,8 +244,8 @@ class FeCAM(FirstTask):
             inverse = self.inverses if self.spread == "common" else self.inverses[at]
             turned = gap * inverse[:, None] if inverse.ndim == 2 else gap @ inverse
             parts.append((turned * gap).sum(2).T)
-        found = torch.cat(parts, 1) if parts else x[:, :0]
-        return found.masked_fill(self.counts == 0, FAR)
+        distances = torch.cat(parts, 1) if parts else x[:, :0]
+        return distances.masked_fill(self.counts == 0, FAR)
 
     def classify(self, features: Mapping[str, Tensor]) -> Tensor:
         """Negative distances [B, C_seen]."""

@@ -15,7 +15,6 @@ and head may differ. New head rows alone are drawn (see `parts/heads.py`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -114,7 +113,6 @@ class Finetune(CLStrategy):
         self.seen = 0
         self.columns = range(0)
         self._hash = ""
-        self._warned = False
 
     @classmethod
     def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
@@ -136,12 +134,11 @@ class Finetune(CLStrategy):
     def begin_task(self, task: Task) -> None:
         known = self.seen
         super().begin_task(task)
-        if len(self.columns) == 1 and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if len(self.columns) == 1:
+            self.warn_once(
+                "one class",
                 f"task {task.index} has one class in its softmax under "
                 f"strategy.loss_scope={self.loss_scope}: the loss is 0 and nothing is learned",
-                stacklevel=2,
             )
         if self.penalty is not None:
             self.penalty.begin_task(self, task, known)

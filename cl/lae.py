@@ -98,7 +98,6 @@ class LAE(CLStrategy):
         self.seen = 0
         self.begun = 0  # tasks
         self.columns = range(0)
-        self._warned = False
 
     # ------------------------------------------------------------------ tasks
 
@@ -118,13 +117,12 @@ class LAE(CLStrategy):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        if len(self.columns) == 1 and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if len(self.columns) == 1:
+            self.warn_once(
+                "one class",
                 f"task {task.index} has one class in its softmax under "
                 f"strategy.loss_scope={self.loss_scope}: the loss is 0 and nothing is learned; "
                 "strategy.loss_scope=seen compares it with earlier classes",
-                stacklevel=2,
             )
 
     def begin_epoch(self, task: Task, epoch: int) -> None:

@@ -36,7 +36,6 @@ left out.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, Literal
@@ -186,7 +185,6 @@ class Mos(CLStrategy):
         self.register_buffer("owner", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("finished", torch.zeros((), dtype=torch.int64))
         self._hashes: dict[str, str] = {}
-        self._warned = False
 
     # -------------------------------------------------------------- the pull
 
@@ -374,23 +372,22 @@ class Mos(CLStrategy):
             spread = squares.mean(0) if len(squares) else torch.zeros_like(self.means[c]).double()
             deviation = spread.clamp_min(RIDGE).sqrt()
             self.factors[c] = deviation if self.factors.ndim == 2 else deviation.diag()
-        if (alone or flat) and not self._warned:
-            self._warned = True
-            said = []
-            if flat:
-                said.append(
-                    f"no covariance from so few images of class {', '.join(map(str, flat[:5]))}: "
-                    "the variances alone are used"
-                )
-            if alone:
-                said.append(
-                    f"one image of class {', '.join(map(str, alone[:5]))}: the mean variance of "
-                    "the other classes is used"
-                )
-            warnings.warn(
+        said = []
+        if flat:
+            said.append(
+                f"no covariance from so few images of class {', '.join(map(str, flat[:5]))}: "
+                "the variances alone are used"
+            )
+        if alone:
+            said.append(
+                f"one image of class {', '.join(map(str, alone[:5]))}: the mean variance of "
+                "the other classes is used"
+            )
+        if said:
+            self.warn_once(
+                "covariance",
                 "; ".join(said) + ". strategy.statistics=variance needs fewer images (this is "
                 "said once)",
-                stacklevel=3,
             )
 
     def draw(self, classes: Tensor) -> Tensor:

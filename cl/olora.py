@@ -220,7 +220,7 @@ class OLoRA(CLStrategy):
         self.seen = 0
         self.begun = 0  # tasks
         self.columns = range(0)
-        self._checked = self._warned = False
+        self._checked = False
 
     @property
     def loras(self) -> list[StackedLoRA]:
@@ -248,12 +248,11 @@ class OLoRA(CLStrategy):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        if len(self.columns) == 1 and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if len(self.columns) == 1:
+            self.warn_once(
+                "one class",
                 f"task {task.index} has one class in its softmax: the cross-entropy is 0 and the "
                 "class is not learned; strategy.head=linear_global compares it with earlier ones",
-                stacklevel=2,
             )
         first = next(iter(self.bank.adapters(self.sets[-1]).values()))
         rank, width = first.pairs()[0][0].shape

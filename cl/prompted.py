@@ -50,7 +50,6 @@ class Prompted(CLStrategy):
         self.start_head(self.head, self.rng("init"))
         self.seen = 0
         self.columns = range(0)
-        self._warned = False
 
     @torch.no_grad()
     def start_head(self, head: nn.Linear, generator: torch.Generator) -> None:
@@ -89,12 +88,11 @@ class Prompted(CLStrategy):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        if len(task.classes) == 1 and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if len(task.classes) == 1:
+            self.warn_once(
+                "one class",
                 f"task {task.index} has one class: its cross-entropy is 0 and teaches nothing; "
                 "take larger tasks (scenario.increment)",
-                stacklevel=2,
             )
 
     def begin_epoch(self, task: Task, epoch: int) -> None:

@@ -21,7 +21,6 @@ is 0, for which the official code divides 0 by 0, adds nothing. More than 21 tas
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import Literal, cast
 
@@ -123,7 +122,6 @@ class SDLoRA(CLStrategy):
         self.seen = 0
         self.begun = 0  # tasks
         self.columns = range(0)
-        self._warned = False
 
     @property
     def loras(self) -> list[DecoupledLoRA]:
@@ -163,12 +161,11 @@ class SDLoRA(CLStrategy):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        if len(self.columns) == 1 and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if len(self.columns) == 1:
+            self.warn_once(
+                "one class",
                 f"task {task.index} has one class: its cross-entropy is 0 and nothing is learned; "
                 "take larger tasks (scenario.increment)",
-                stacklevel=2,
             )
 
     def begin_epoch(self, task: Task, epoch: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, Literal, Protocol
@@ -285,6 +286,16 @@ class CLStrategy(Strategy):
     """A continual-learning method: `begin_task`, `observe` per batch, `end_task`, `predict`."""
 
     epochs: int = 0  # passes over the training images of a task
+
+    def __init__(self, backbone: nn.Module, *, seed: int = 0) -> None:
+        super().__init__(backbone, seed=seed)
+        self._warned: set[str] = set()
+
+    def warn_once(self, about: str, text: str) -> None:
+        """Warn the user; of several warnings `about` one thing, the first alone is shown."""
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(text, stacklevel=3)
 
     def grow(self, task: Task) -> None:
         """Create modules and optimiser for `task`; also called, in order, when a run resumes."""
