@@ -405,6 +405,8 @@ class TTAStrategy(Strategy):
         for one in self._inner_methods():
             one.use_source(source)
 
+    counters: ClassVar[tuple[str, ...]] = ()  # attributes that count over the whole stream
+
     @property
     def method(self) -> TTAStrategy:
         """The method without rules around it, which is what a preparation belongs to."""
@@ -429,8 +431,10 @@ class TTAStrategy(Strategy):
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Back to the state after `begin_stream`; generators run on."""
+        """Back to the state after `begin_stream`; generators and counters run on."""
+        counted = {name: getattr(self, name) for name in self.counters}
         self._restore_own(self._start)
+        vars(self).update(counted)
         for one in self._inner_methods():
             one.reset()
 

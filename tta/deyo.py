@@ -111,6 +111,7 @@ class DeYO(TTAStrategy):
 
     needs = frozenset({"head"})
     batch_dependent = True
+    counters = ("certain", "learned")
 
     def __init__(
         self,
@@ -153,11 +154,6 @@ class DeYO(TTAStrategy):
     def report(self) -> dict[str, float]:
         """Images below the margin, and those of them learned from, in the whole stream."""
         return {"images_certain": float(self.certain), "images_learned": float(self.learned)}
-
-    def reset(self) -> None:
-        counts = self.get_extra_state()
-        super().reset()
-        self.set_extra_state(counts)
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores of the current weights; dropout is off whatever the mode."""

@@ -61,6 +61,7 @@ class ETA(TTAStrategy):
 
     needs = frozenset({"head"})
     batch_dependent = True
+    counters = ("certain", "learned")
     option: ClassVar[str] = "eta"  # of conf/strategy
     mean: Tensor | None  # prediction [C] of the images learned from; None before the first
 
@@ -97,9 +98,8 @@ class ETA(TTAStrategy):
         return {"images_certain": float(self.certain), "images_learned": float(self.learned)}
 
     def reset(self) -> None:
-        counts, mean = self.get_extra_state(), self.mean
+        mean = self.mean
         super().reset()
-        self.set_extra_state(counts)
         if self.keep_mean:
             self.mean = mean
 

@@ -62,6 +62,7 @@ class SAR(TTAStrategy):
 
     needs = frozenset({"head"})
     batch_dependent = True
+    counters = ("recoveries",)
     option: ClassVar[str] = "sar"  # of conf/strategy
 
     def __init__(
@@ -98,11 +99,6 @@ class SAR(TTAStrategy):
     def report(self) -> dict[str, float]:
         """How often the weights went back to the start because the method had collapsed."""
         return {"recoveries": float(self.recoveries)}
-
-    def reset(self) -> None:
-        recoveries = self.recoveries
-        super().reset()
-        self.recoveries = recoveries
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores of the current weights; dropout is off whatever the mode."""

@@ -28,6 +28,7 @@ class ResetOnCollapse(Reset):
         ema: weight of the old average. A batch with scores that are not finite leaves it alone.
     """
 
+    counters = ("resets",)
     average: Tensor | None
 
     def __init__(self, *, inner: TTAStrategy, below: Positive, ema: Unit) -> None:
@@ -45,11 +46,6 @@ class ResetOnCollapse(Reset):
     def report(self) -> dict[str, float]:
         """How often the method was put back because it had collapsed."""
         return super().report() | {"resets_on_collapse": float(self.resets)}
-
-    def reset(self) -> None:
-        resets = self.resets  # a count of the stream, not of what came since the start
-        super().reset()
-        self.resets = resets
 
     def adapt(self, x: Tensor) -> Tensor:
         """The scores [B, C] of the method, from before the reset if there is one."""

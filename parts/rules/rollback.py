@@ -20,6 +20,8 @@ class Rollback(Wrapper):
         UserError: together with `record_nan`, for which nothing would be left.
     """
 
+    counters = ("rollbacks",)
+
     def __init__(self, *, inner: TTAStrategy) -> None:
         super().__init__(inner)
         if self.records_nan:
@@ -35,11 +37,6 @@ class Rollback(Wrapper):
     def report(self) -> dict[str, float]:
         """How often the method was put back because it had diverged."""
         return super().report() | {"rollbacks": float(self.rollbacks)}
-
-    def reset(self) -> None:
-        rollbacks = self.rollbacks  # a count of the stream, not of what came since the start
-        super().reset()
-        self.rollbacks = rollbacks
 
     def adapt(self, x: Tensor) -> Tensor:
         try:
