@@ -132,9 +132,9 @@ class DualPrompt(Matched):
         dim, draw = backbone.dim, self.rng("init")
         shared = self.places(general_blocks, "strategy.general_blocks")
         own = self.places(blocks, "strategy.blocks")
-        made: dict[str, Adapter] = {p: GeneralPrefix(dim, general_length, draw) for p in shared}
-        made |= {p: ExpertPrefix(dim, pool, length, layout, draw) for p in own}
-        self.bank.add(NAME, made)
+        prompts: dict[str, Adapter] = {p: GeneralPrefix(dim, general_length, draw) for p in shared}
+        prompts |= {p: ExpertPrefix(dim, pool, length, layout, draw) for p in own}
+        self.bank.add(NAME, prompts)
 
     @property
     def experts(self) -> Sequence[ExpertPrefix]:

@@ -91,34 +91,18 @@ class FiLM(Adapter):
         return norm.act(norm.drop(out)) if hasattr(norm, "act") else out  # timm's BatchNormAct2d
 
 
-def discriminant(means: Tensor, spread: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Weights float [C, D] and biases [C] of LDA without priors; scores are x w - bias / 2.
-
-    Args:
-        means: float64 [C, D].
-        spread: float64 [D, D], a covariance.
-        ridge: added to its diagonal.
-    """
-    weight = ridge_solve(spread, means.T, ridge).T
-    return weight.float(), (weight * means).sum(1).float()
-
-
-class TotalLDA(ClassMeans):
-    """LDA with the covariance of all features around their common mean, from sums.
+class LDA(ClassMeans):
+    """Class means and linear discriminant analysis without priors; scores are x w - b / 2.
 
     Args:
         dim: length D of a feature vector.
-        ridge: added to the variances.
     """
 
-    products: Tensor  # float64 [D, D], sum of x x'
     weight: Tensor  # float [C, D]
     bias: Tensor  # float [C]
 
-    def __init__(self, dim: int, ridge: float) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self.ridge = ridge
-        self.register_buffer("products", torch.zeros(dim, dim, dtype=torch.float64))
         self.register_buffer("weight", torch.zeros(0, dim))
         self.register_buffer("bias", torch.zeros(0))
 
@@ -127,6 +111,36 @@ class TotalLDA(ClassMeans):
         added = max(0, classes - len(self.bias))
         self.weight = F.pad(self.weight, (0, 0, 0, added))
         self.bias = F.pad(self.bias, (0, added))
+
+    def solve_for(self, spread: Tensor, ridge: float) -> None:
+        """Weights and biases from the means so far and a covariance, float64 [D, D].
+
+        Args:
+            ridge: added to its diagonal.
+        """
+        means = self.means
+        weight = ridge_solve(spread, means.T, ridge).T
+        self.weight, self.bias = weight.float(), (weight * means).sum(1).float()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Scores [B, C] of features [B, D]."""
+        return features @ self.weight.T - self.bias / 2
+
+
+class TotalLDA(LDA):
+    """LDA with the covariance of all features around their common mean, from sums.
+
+    Args:
+        dim: length D of a feature vector.
+        ridge: added to the variances.
+    """
+
+    products: Tensor  # float64 [D, D], sum of x x'
+
+    def __init__(self, dim: int, ridge: float) -> None:
+        super().__init__(dim)
+        self.ridge = ridge
+        self.register_buffer("products", torch.zeros(dim, dim, dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, features: Tensor, y: Tensor) -> None:
@@ -144,11 +158,7 @@ class TotalLDA(ClassMeans):
 
     def solve(self) -> None:
         """Weights and biases from the sums so far."""
-        self.weight, self.bias = discriminant(self.means, self.covariance(), self.ridge)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Scores [B, C] of features [B, D]."""
-        return features @ self.weight.T - self.bias / 2
+        self.solve_for(self.covariance(), self.ridge)
 
 
 class FSA(FirstTask):

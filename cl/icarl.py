@@ -156,16 +156,16 @@ class ICaRL(Finetune):
             images = (self.buffer.images(part, self._readers, None) for part in parts)
             self._set_mean(c, torch.cat([self._directions(x, c) for x in images]))
         rows: dict[int, list[int]] = {c: [] for c in task.classes}
-        found: dict[int, list[Tensor]] = {c: [] for c in task.classes}
+        of_class: dict[int, list[Tensor]] = {c: [] for c in task.classes}
         for batch in task.fit():
             self.buffer.pixels = batch.x[0].numel()
             directions = self._directions(batch.x, batch.y)
             items = zip(batch.index.tolist(), batch.y.tolist(), directions, strict=True)
             for row, label, direction in items:
                 rows[label].append(row)
-                found[label].append(direction)
+                of_class[label].append(direction)
         for c in (c for c in task.classes if rows[c]):
-            directions = torch.stack(found[c])
+            directions = torch.stack(of_class[c])
             chosen = herding(directions, places)
             for i in chosen:
                 self.buffer.put(len(self.buffer), task.index, rows[c][i], c)

@@ -25,17 +25,15 @@ from __future__ import annotations
 from typing import Annotated, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Gt, Le
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.cl.fsa import discriminant
+from driftline.cl.fsa import LDA
 from driftline.cl.simplecil import SimpleCIL
 from driftline.core.errors import UserError
 from driftline.core.stream import Task
 from driftline.parts.modes import evaluation_mode
-from driftline.parts.statistics import ClassMeans
 
 
 def shrunk_covariance(centred: Tensor) -> Tensor:
@@ -49,7 +47,7 @@ def shrunk_covariance(centred: Tensor) -> Tensor:
     return (1 - share) * spread + share * mean * torch.eye(dim).to(spread)
 
 
-class StreamingLDA(ClassMeans):
+class StreamingLDA(LDA):
     """Running means, one covariance, LDA.
 
     Args:
@@ -58,21 +56,11 @@ class StreamingLDA(ClassMeans):
     """
 
     spread: Tensor  # float64 [D, D]
-    weight: Tensor  # float [C, D]
-    bias: Tensor  # float [C]
 
     def __init__(self, dim: int, shrinkage: float, plastic: bool, first_image: str) -> None:
         super().__init__(dim)
         self.shrinkage, self.plastic, self.first_image = shrinkage, plastic, first_image
         self.register_buffer("spread", torch.zeros(dim, dim, dtype=torch.float64))
-        self.register_buffer("weight", torch.zeros(0, dim))
-        self.register_buffer("bias", torch.zeros(0))
-
-    def grow(self, classes: int) -> None:
-        super().grow(classes)
-        added = max(0, classes - len(self.bias))
-        self.weight = F.pad(self.weight, (0, 0, 0, added))
-        self.bias = F.pad(self.bias, (0, added))
 
     def start(self, features: Tensor, y: Tensor) -> None:
         """Means and covariance of the first images at once: features [N, D], y [N]."""
@@ -96,12 +84,7 @@ class StreamingLDA(ClassMeans):
 
     def solve(self) -> None:
         """Weights and biases from the statistics so far."""
-        spread = (1 - self.shrinkage) * self.spread
-        self.weight, self.bias = discriminant(self.means, spread, self.shrinkage)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Scores [B, C] of features [B, D]."""
-        return features @ self.weight.T - self.bias / 2
+        self.solve_for((1 - self.shrinkage) * self.spread, self.shrinkage)
 
 
 class SLDA(SimpleCIL):

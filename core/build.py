@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -245,7 +245,13 @@ def _call(node: Mapping[str, Any], at: str, live: Mapping[str, Any]) -> partial[
             options[key] = float(value)
         elif typing.get_origin(kind) is tuple:
             options[key] = tuple(value)
-    return partial(target, **{k: v for k, v in live.items() if k in parameters}, **options)
+    return partial(target, **asked(target, live), **options)
+
+
+def asked(make: Callable[..., Any], live: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the live objects that `make` has a parameter for."""
+    parameters = inspect.signature(make).parameters
+    return {k: v for k, v in live.items() if k in parameters}
 
 
 def nodes(node: DictConfig) -> Iterator[DictConfig]:

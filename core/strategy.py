@@ -366,6 +366,8 @@ class TTAStrategy(Strategy):
     reading source images during the stream defines `replays_source` and `use_source`.
     """
 
+    counters: ClassVar[tuple[str, ...]] = ()  # attributes that count over the whole stream
+
     @classmethod
     def uses_source(cls, options: Mapping[str, Any]) -> bool:
         """Whether the method with these settings prepares on source images."""
@@ -404,8 +406,6 @@ class TTAStrategy(Strategy):
         """
         for one in self._inner_methods():
             one.use_source(source)
-
-    counters: ClassVar[tuple[str, ...]] = ()  # attributes that count over the whole stream
 
     @property
     def method(self) -> TTAStrategy:

@@ -91,8 +91,8 @@ class Task:
         if self.read is not None:
             return self.read(rows, draws)
         pairs = (p for b in self.fit() for p in zip(b.index.tolist(), b.x, strict=True))
-        found = dict(pairs)
-        return torch.stack([found[row] for row in rows.tolist()])
+        images = dict(pairs)
+        return torch.stack([images[row] for row in rows.tolist()])
 
 
 @dataclass(frozen=True)

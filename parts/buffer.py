@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.core.stream import Batch
+from driftline.parts.memory import choose, most_frequent
 
 Rule = Literal["reservoir", "balanced", "per_class"]
 Reader = Callable[[Tensor, int | None], Tensor]
 ABSENT = float("inf")  # score of a class that did not exist when the image came
-KEPT = ("tasks", "rows", "labels", "pixels")
+FIELDS = ("tasks", "rows", "labels", "pixels")
 
 
 class Buffer(nn.Module):
@@ -87,13 +88,10 @@ class Buffer(nn.Module):
             drawn = uniform(self.offered.total() + 1, generator)
             return drawn if drawn < capacity else None
         if rule == "balanced":
-            counts = Counter(self.labels)
-            most = max(counts.values())
-            largest = sorted(c for c, n in counts.items() if n == most)
+            largest = most_frequent(self.labels)
             self.largest_once |= set(largest)
             if label not in self.largest_once:
-                victims = self.of_class(largest[uniform(len(largest), generator)])
-                return victims[uniform(len(victims), generator)]
+                return choose(self.of_class(choose(largest, generator)), generator)
         drawn = uniform(self.offered[label] + 1, generator)
         return mine[drawn] if drawn < len(mine) else None
 
@@ -160,12 +158,12 @@ class Buffer(nn.Module):
         return {"memory_images": len(self), "memory_mib": size / 2**20}
 
     def get_extra_state(self) -> dict[str, Any]:
-        held: dict[str, Any] = {name: getattr(self, name) for name in KEPT}
+        held: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
         held = {name: list(v) if isinstance(v, list) else v for name, v in held.items()}
         return held | {"offered": dict(self.offered), "largest": sorted(self.largest_once)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        for name in KEPT:
+        for name in FIELDS:
             value = state[name]
             setattr(self, name, list(value) if isinstance(value, list) else value)
         self.offered, self.largest_once = Counter(state["offered"]), set(state["largest"])

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from driftline.core.stream import SourceImages
+
+
+def first_images(
+    source: SourceImages, size: int, limit: int, device: torch.device, *, epoch: int | None = None
+) -> Iterator[Tensor]:
+    """Images of the source in batches of `size`, up to `limit` in all, the last batch cut.
+
+    Args:
+        epoch: shuffled, by this number; None: in an order that mixes classes.
+    """
+    for batch in source.batches(size, epoch=epoch):
+        yield batch.x[:limit].to(device)
+        limit -= len(batch.x)
+        if limit <= 0:
+            return
 
 
 def fisher(

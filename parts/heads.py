@@ -15,7 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
+from driftline.core.errors import UserError
 from driftline.parts.statistics import ClassMeans
+
+
+def linear_head(backbone: Backbone, strategy: str) -> nn.Linear:
+    """The layer that gives the scores from features, for methods that read or replace its input.
+
+    Args:
+        strategy: name of the method, for the error.
+
+    Raises:
+        UserError: for a network without one.
+    """
+    if backbone.head is None:
+        raise UserError(
+            f"strategy={strategy} works on the input of a network's last linear layer, and "
+            f"{backbone.tag} has no single linear layer that gives its scores. Use another "
+            "backbone, or strategy=source"
+        )
+    return backbone.head
 
 
 class ExpandingLinear(nn.Module):

@@ -85,9 +85,7 @@ class Memory(nn.Module):
 
     def largest(self) -> list[int]:
         """The labels that most images have, in rising order; empty without images."""
-        counts = self.counts()
-        most = max(counts.values(), default=0)
-        return sorted(label for label, n in counts.items() if n == most)
+        return most_frequent(self.labels)
 
     def get_extra_state(self) -> dict[str, Any]:
         names = ("slots", "labels", "scores", "ages")
@@ -96,6 +94,13 @@ class Memory(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         for name, held in state.items():
             setattr(self, name, list(held))
+
+
+def most_frequent(labels: Sequence[int]) -> list[int]:
+    """The labels that stand there most often, in rising order; empty for none."""
+    counts = Counter(labels)
+    most = max(counts.values(), default=0)
+    return sorted(label for label, n in counts.items() if n == most)
 
 
 def choose(items: Sequence[int], generator: torch.Generator) -> int:

@@ -126,13 +126,8 @@ def train_norms(
 
 
 Top = Literal["all", "names", "position"]
-TOP_NAMES = (
-    "layer4",
-    "blocks.9",
-    "blocks.10",
-    "blocks.11",
-    "norm.",
-)  # parts of names in SAR's code
+# Parts of names in SAR's code.
+TOP_NAMES = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm.")
 STACK = 8  # from so many blocks on, they are one stack of equal blocks and not stages
 
 
@@ -208,6 +203,12 @@ def enough_values(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             f"image with a map of one pixel (input {tuple(x.shape)}). Use a batch size above 1 "
             "that leaves no last batch of one image, larger images, or strategy=source."
         )
+
+
+def enough_in_training(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """As `enough_values`, for layers that use batch statistics in training mode alone."""
+    if layer.training:
+        enough_values(layer, inputs)
 
 
 def use_batch_statistics(net: nn.Module) -> list[str]:

@@ -194,8 +194,8 @@ class TaskImages:
         reader = replace(self.reader, workers=0)  # a few images: no processes for them
         chosen = Rows(row, nothing, nothing)
         change = self._change(draws is not None)
-        found = reader.batches(chosen, len(row), change, seed=draws)
-        return next(batch.x for batch in found if batch is not None)
+        batches = reader.batches(chosen, len(row), change, seed=draws)
+        return next(batch.x for batch in batches if batch is not None)
 
     def shuffled(
         self,

@@ -127,6 +127,13 @@ def record(method: TTAStrategy, case: Case) -> dict[str, list[Any]]:
     return {"logits": logits, "loss": losses}
 
 
+def part_of_log(text: str) -> float:
+    """0.4 of "0.4*ln(10)"."""
+    factor, _, rest = text.partition("*")
+    assert rest == "ln(10)"
+    return float(factor)
+
+
 def optim(hyper: dict[str, Any], **rates: float) -> Optim:
     """The recorded settings of the optimiser; `rates` of groups that have their own."""
     return Optim(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import strategy_node
-from golden_case import Case, both, names, names_in, optim, weights
+from golden_case import Case, both, names, names_in, optim, part_of_log, weights
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
@@ -29,13 +29,6 @@ from driftline.tta.eata import EATA, ETA
 from driftline.tta.sar import SAR
 
 NONE = torch.full((10,), torch.nan)
-
-
-def part_of_log(text: str) -> float:
-    """0.4 of "0.4*ln(10)"."""
-    factor, _, rest = text.partition("*")
-    assert rest == "ln(10)"
-    return float(factor)
 
 
 def source_images(case: Case, size: int) -> SourceImages:

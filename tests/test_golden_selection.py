@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_case import Case, both, names, names_in, optim, weights
+from golden_case import Case, both, names, names_in, optim, part_of_log, weights
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
@@ -21,13 +21,6 @@ from driftline.tta.recap import ReCAP
 from driftline.tta.spa import SPA
 from driftline.tta.tent import Tent
 from driftline.tta.zerosiam import ZeroSiam
-
-
-def part_of_log(text: str) -> float:
-    """0.4 of "0.4*ln(10)"."""
-    factor, _, rest = text.partition("*")
-    assert rest == "ln(10)"
-    return float(factor)
 
 
 def noting(base: type[Any]) -> type[Any]:

@@ -320,7 +320,10 @@ def test_psmt_with_views_learns_from_one_and_averages_many():
 
 def test_psmt_measures_at_most_so_many_source_images_and_pairs_masks_by_name():
     method = make(network(3), "psmt", fisher_images=6, fisher_batch=4)
-    sizes = [len(x) for x in method._fisher_images(labelled(8))]
+    sizes: list[int] = []
+    handle = method.backbone.register_forward_hook(lambda m, x, out: sizes.append(len(x[0])))
+    method.prepare(labelled(8), None)
+    handle.remove()
     assert sizes == [4, 2]
     net = timm.create_model("test_vit", num_classes=5, img_size=32)
     torch.nn.init.normal_(net.cls_token)

@@ -28,14 +28,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Positive, Unit
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
-from driftline.parts.norms import batch_norms, collect_parameters, enough_values, train_only
+from driftline.parts.norms import batch_norms, collect_parameters, enough_in_training, train_only
 from driftline.parts.optim import Optim
 from driftline.parts.teacher import move_average
 from driftline.parts.views import grey, hue
@@ -99,12 +99,6 @@ def strong_view(x: Tensor, rng: torch.Generator) -> Tensor:
     return flip(x, rng)
 
 
-def enough_in_training(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Hook: a layer that uses the batch's statistics needs more than one value per channel."""
-    if layer.training:
-        enough_values(layer, inputs)
-
-
 class AdaContrast(TTAStrategy):
     """Each batch: label a weak view, learn it on a strong one, compare that with keys of another.
 
@@ -154,13 +148,8 @@ class AdaContrast(TTAStrategy):
         replace: Literal["official", "oldest"],
     ) -> None:
         super().__init__(backbone, seed=seed)
-        if backbone.head is None:
-            raise UserError(
-                f"strategy=adacontrast compares the inputs of a network's last linear layer, and "
-                f"{backbone.tag} has no single linear layer that gives its scores. Use another "
-                "backbone, or strategy=cotta"
-            )
-        self.dim, self.classes = backbone.head.in_features, backbone.head.out_features
+        head = linear_head(backbone, "adacontrast")
+        self.dim, self.classes = head.in_features, head.out_features
         self.queue_size, self.ema, self.temperature = queue_size, ema, temperature
         self.neighbours, self.distance, self.refine_from = neighbours, distance, refine_from
         self.classification, self.contrast, self.diversity = classification, contrast, diversity
@@ -173,9 +162,9 @@ class AdaContrast(TTAStrategy):
         for name in ("queue", "queue_labels", "bank", "bank_probabilities"):
             self.register_buffer(name, None)
         self.seen = self.queue_at = self.bank_at = 0
-        head = {id(p) for p in backbone.head.parameters()}
-        base = [p for p in trained if id(p) not in head]
-        groups = {"base": base, "head": [p for p in trained if id(p) in head]}
+        of_head = {id(p) for p in head.parameters()}
+        base = [p for p in trained if id(p) not in of_head]
+        groups = {"base": base, "head": [p for p in trained if id(p) in of_head]}
         self.optim, self.optimizer = optim, optim.optimizer(groups)
         for purpose in ("queue", "views"):
             self.rng(purpose)

@@ -192,10 +192,10 @@ class BECoTTA(TTAStrategy):
         like = next(backbone.parameters())
         numbers = generator(seed, "strategy", "experts")
         legacy = router == "legacy"
-        made = [
+        mixtures = [
             Mixture(dim, experts, selected, rank, legacy=legacy, numbers=numbers) for _ in places
         ]
-        self.mixtures = nn.ModuleList(made).to(like)
+        self.mixtures = nn.ModuleList(mixtures).to(like)
         self.discriminator = nn.Linear(2 * dim, len(DOMAINS)).to(like).requires_grad_(False)
         nn.init.zeros_(self.discriminator.weight)
         nn.init.zeros_(self.discriminator.bias)

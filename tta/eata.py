@@ -20,7 +20,7 @@ error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,7 +31,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.core.ranges import Count, NonNegative
 from driftline.core.strategy import Progress, TTAStrategy
 from driftline.core.stream import SourceImages
-from driftline.parts.fisher import fisher
+from driftline.parts.fisher import first_images, fisher
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, train_norms
 from driftline.parts.objectives import entropy
@@ -210,15 +210,8 @@ class EATA(ETA):
 
     def prepare(self, source: SourceImages, progress: Progress) -> dict[str, Tensor]:
         """Fisher information of the weights that learn, by name."""
-        return fisher(self.backbone, self.trained, self._source(source))
-
-    def _source(self, source: SourceImages) -> Iterator[Tensor]:
-        left = self.fisher_images
-        for batch in source.batches(self.fisher_batch):  # in an order that mixes classes
-            yield batch.x[:left].to(self.device)
-            left -= len(batch.x)
-            if left <= 0:
-                return
+        images = first_images(source, self.fisher_batch, self.fisher_images, self.device)
+        return fisher(self.backbone, self.trained, images)
 
     def use_prepared(self, artefact: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

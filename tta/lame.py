@@ -27,6 +27,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, NonNegative
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.heads import linear_head
 
 BLOCK_VALUES = 2**24  # values of a block of differences: 64 MiB in float32
 STEPS_PER_READ = 8  # iterations between two reads of the energy on an accelerator
@@ -160,12 +161,7 @@ class LAME(TTAStrategy):
                 "neighbour, at distance zero, and has no bandwidth. Use strategy.knn=2 or more, "
                 "or strategy.rbf_self=skip"
             )
-        if backbone.head is None:
-            raise UserError(
-                f"strategy=lame compares the inputs of a network's last linear layer, and "
-                f"{backbone.tag} has no single linear layer that gives its scores. Use another "
-                "backbone, or strategy=source"
-            )
+        linear_head(backbone, "lame")
         self.backbone.eval().requires_grad_(False)
         self.affinity: dict[str, Any] = {
             "affinity": affinity,

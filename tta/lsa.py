@@ -21,7 +21,6 @@ shifted.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,11 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.core.errors import UserError
+from driftline.core.build import asked
 from driftline.core.ranges import Positive, Size, Unit
 from driftline.core.seed import generator
 from driftline.core.strategy import Progress, TTAStrategy, Wrapper
 from driftline.core.stream import Batch, SourceImages
+from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.warmup import WarmUp
 from driftline.tta.unmix_tns import Inner
@@ -119,20 +119,14 @@ class LSA(Wrapper):
         ema: Unit,
         warmup: WarmUp,
     ) -> None:
-        head = backbone.head
-        if head is None:
-            raise UserError(
-                f"strategy=lsa shifts a linear classifier, and {backbone.tag} has none: choose "
-                "another backbone, or run the method inside alone"
-            )
+        head = linear_head(backbone, "lsa")
         numbers = generator(seed, "strategy", "label shift adapter")
         shift = Shift(head.in_features, head.out_features, width, numbers).to(head.weight)
         shift.requires_grad_(False)
         # No bound method: copies of the network share the adapter instead of copying it.
         head.register_forward_hook(lambda layer, x, out: shift(x[0], layer.weight, layer.bias))
         live = {"backbone": backbone, "seed": seed, "num_classes": num_classes}
-        asked = inspect.signature(inner).parameters
-        method = inner(**{k: v for k, v in live.items() if k in asked})
+        method = inner(**asked(inner, live))
         super().__init__(method, needs=method.needs | {"head"}, static=False)
         self.shift, self.limit, self.ema, self.warmup = shift, limit, ema, warmup
         balanced = torch.full((head.out_features,), 1 / head.out_features).to(head.weight)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.core.errors import UserError
 from driftline.core.ranges import Unit
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.heads import linear_head
 
 
 class NEO(TTAStrategy):
@@ -47,15 +47,10 @@ class NEO(TTAStrategy):
         self, backbone: Backbone, *, mean: Literal["stream", "moving"], momentum: Unit
     ) -> None:
         super().__init__(backbone)
-        if backbone.head is None:
-            raise UserError(
-                "strategy=neo moves the input of a network's last linear layer, and "
-                f"{backbone.tag} has no single linear layer that gives its scores. Use another "
-                "backbone, or strategy=bn_adapt"
-            )
+        head = linear_head(backbone, "neo")
         self.backbone.eval().requires_grad_(False)
         self.mean, self.momentum = mean, momentum
-        weight = backbone.head.weight
+        weight = head.weight
         self.register_buffer("center", weight.new_zeros(weight.shape[1]))
         self.images = 0
 

@@ -35,7 +35,13 @@ from driftline.core.ranges import Count, NonNegative, Positive, Unit
 from driftline.core.strategy import TTAStrategy
 from driftline.parts.memory import Memory
 from driftline.parts.modes import evaluating
-from driftline.parts.norms import batch_norms, collect_parameters, replace_batch_norms, train_only
+from driftline.parts.norms import (
+    batch_norms,
+    collect_parameters,
+    enough_values,
+    replace_batch_norms,
+    train_only,
+)
 from driftline.parts.optim import Optim
 
 TINY = 1e-6  # inside the logarithm of the loss
@@ -78,12 +84,7 @@ class InstanceAwareNorm(nn.BatchNorm2d):
         """Variance and mean [1, C, 1, 1] before the correction."""
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return self.running_var[:, None, None], self.running_mean[:, None, None]
-        if x.numel() // x.shape[1] < 2:
-            raise UserError(
-                "strategy=note: the statistics of a batch need two values per channel, but a "
-                f"layer received one image with a map of one pixel (input {tuple(x.shape)}). Use "
-                "a larger batch or strategy.every, or larger images"
-            )
+        enough_values(self, (x,))
         var, mean = torch.var_mean(x, (0, 2, 3), keepdim=True)
         if self.training and self.running_mean is not None and self.running_var is not None:
             assert self.momentum is not None
@@ -160,8 +161,8 @@ class NOTE(TTAStrategy):
                 "strategy=tent with layers=norm, or strategy=source"
             )
         train_only(backbone.eval(), learned.values())
-        kept = {*layers.values()}
-        self.kept = [m for m in batch_norms(backbone.net).values() if m not in kept]
+        own = {*layers.values()}
+        self.others = [m for m in batch_norms(backbone.net).values() if m not in own]
         self.optim, self.optimizer = optim, optim.optimizer({"trained": learned.values()})
         self.memory, self.balanced = Memory(), memory == "pbrs"
         self.capacity, self.every, self.epochs = capacity, every, epochs
@@ -223,7 +224,7 @@ class NOTE(TTAStrategy):
     def _update(self) -> None:
         x = self.memory.images(self.memory.by_class() if self.balanced else None)
         self.backbone.train()
-        for layer in self.kept:
+        for layer in self.others:
             layer.eval()
         try:
             for _ in range(self.epochs):

@@ -319,8 +319,8 @@ def load_posterior(net: nn.Module, path: str) -> dict[str, Tensor]:
         UserError: for a file that cannot be read or does not fit in names and shapes.
     """
     swa, cov = SUFFIXES
-    head, found, tail = path.rpartition(swa)
-    if not found:
+    head, suffix, tail = path.rpartition(swa)
+    if not suffix:
         raise UserError(
             f"strategy.checkpoint={path!r}: the name of the file with the mean ends in {swa}.pt, "
             f"and the variance lies beside it in {cov}.pt"

@@ -21,7 +21,7 @@ them up in a network with a class token or a position table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.core.ranges import Count, NonNegative, Unit
 from driftline.core.strategy import Progress
 from driftline.core.stream import SourceImages
-from driftline.parts.fisher import fisher
+from driftline.parts.fisher import first_images, fisher
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import collect_parameters
 from driftline.parts.objectives import consistency
@@ -113,15 +113,9 @@ class PSMT(LeastImportant):
     def prepare(self, source: SourceImages, progress: Progress) -> dict[str, Tensor]:
         """The Fisher information of every optimised weight, by name."""
         parameters = collect_parameters(self.backbone.net)
-        return fisher(self.backbone, parameters, self._fisher_images(source))
-
-    def _fisher_images(self, source: SourceImages) -> Iterator[Tensor]:
-        left = self.fisher_images
-        for batch in source.batches(self.fisher_batch, epoch=0):  # shuffled: of mixed classes
-            if left <= 0:
-                return
-            yield batch.x[:left].to(self.device)
-            left -= len(batch.x)
+        size, limit = self.fisher_batch, self.fisher_images
+        images = first_images(source, size, limit, self.device, epoch=0)
+        return fisher(self.backbone, parameters, images)
 
     @torch.no_grad()
     def use_prepared(self, artefact: Mapping[str, Tensor]) -> None:

@@ -34,6 +34,7 @@ from driftline.core.errors import UserError
 from driftline.core.ranges import Count, NonNegative, Positive, Unit
 from driftline.core.strategy import Progress
 from driftline.core.stream import SourceImages
+from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, Top
 from driftline.parts.optim import Optim
@@ -107,11 +108,7 @@ class ReCAP(SAR):
         keep_momentum_on_recovery: bool,
         keep_average_on_recovery: bool,
     ) -> None:
-        head = backbone.head
-        if head is None:
-            raise UserError(
-                f"strategy=recap looks at the rows of a linear head, and {backbone.tag} has none"
-            )
+        head = linear_head(backbone, "recap")
         super().__init__(
             backbone,
             layers=layers,

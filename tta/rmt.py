@@ -31,7 +31,7 @@ from driftline.core.ranges import Count, CountOrZero, NonNegative, Positive, Siz
 from driftline.core.strategy import Progress, TTAStrategy
 from driftline.core.stream import Batch, SourceImages
 from driftline.parts import teacher, views
-from driftline.parts.heads import PrototypeHead
+from driftline.parts.heads import PrototypeHead, linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import collect_parameters, train_only, use_batch_statistics
 from driftline.parts.objectives import consistency
@@ -125,20 +125,6 @@ class Contrast(nn.Module):
         """Loss of the features [B, D] of images and of their views; 0-dim."""
         vectors = torch.stack([self.nearest(features), features, of_view])
         return contrastive_loss(F.normalize(self.projector(vectors), dim=-1), self.temperature)
-
-
-def linear_head(backbone: Backbone, strategy: str) -> nn.Linear:
-    """The layer that gives scores from features.
-
-    Raises:
-        UserError: for a network without one.
-    """
-    if backbone.head is None:
-        raise UserError(
-            f"strategy={strategy} splits the network into features and a linear layer that scores "
-            f"them, and {backbone.tag} has no such layer; choose another backbone"
-        )
-    return backbone.head
 
 
 class RMT(TTAStrategy):
@@ -269,8 +255,8 @@ class RMT(TTAStrategy):
         tensors = {f"student.{n}": p for n, p in self.backbone.named_parameters()}
         tensors |= {f"teacher.{n}": p for n, p in self.teacher.named_parameters()}
         for index, held in self.optimizer.state_dict()["state"].items():
-            found = {k: v for k, v in held.items() if isinstance(v, Tensor)}
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in found.items()}
+            moments = {k: v for k, v in held.items() if isinstance(v, Tensor)}
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
         return tensors
 
     @torch.no_grad()

@@ -27,10 +27,11 @@ from driftline.core.ranges import Count, NonNegative, Positive, Size
 from driftline.core.strategy import Progress, TTAStrategy
 from driftline.core.stream import SourceImages
 from driftline.parts import views
+from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, train_norms
 from driftline.parts.optim import Optim
-from driftline.tta.rmt import Contrast, class_means, linear_head
+from driftline.tta.rmt import Contrast, class_means
 
 
 class SANTA(TTAStrategy):

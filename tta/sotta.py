@@ -20,7 +20,7 @@ hands it to the optimiser, frozen); stream and random numbers are separate.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
@@ -28,13 +28,8 @@ from driftline.core.ranges import Count, Unit
 from driftline.core.strategy import TTAStrategy
 from driftline.parts.memory import Memory, choose
 from driftline.parts.modes import evaluating
-from driftline.parts.norms import Layers, Top, batch_norms, enough_values, train_norms
+from driftline.parts.norms import Layers, Top, batch_norms, enough_in_training, train_norms
 from driftline.parts.optim import Optim
-
-
-def _check_values(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    if layer.training:
-        enough_values(layer, inputs)
 
 
 class SoTTA(TTAStrategy):
@@ -81,7 +76,7 @@ class SoTTA(TTAStrategy):
                     "(track_running_stats=False); use strategy=tent"
                 )
             layer.momentum = momentum
-            layer.register_forward_pre_hook(_check_values)
+            layer.register_forward_pre_hook(enough_in_training)
         self.backbone.train()
         self.optim = optim
         self.optimizer = optim.optimizer({"trained": trained.values()})

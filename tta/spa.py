@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from driftline.backbones.backbone import Backbone
 from driftline.core.ranges import Count, NonNegative, Size, Unit
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, Top, train_norms
 from driftline.parts.objectives import entropy
 from driftline.parts.optim import Optim
-from driftline.tta.rmt import linear_head
 from driftline.tta.zerosiam import identity
 
 LOW = 0.2  # part of each side of the shifted spectrum that counts as low frequencies

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.core.errors import UserError
 from driftline.core.ranges import Count
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.heads import linear_head
 from driftline.parts.objectives import entropy
 
 
@@ -54,15 +54,10 @@ class T3A(TTAStrategy):
         self, backbone: Backbone, *, supports: Count | Literal["all", "all_but_last"]
     ) -> None:
         super().__init__(backbone)
-        if backbone.head is None:
-            raise UserError(
-                "strategy=t3a starts from the weights of a network's last linear layer, and "
-                f"{backbone.tag} has no single linear layer that gives its scores. Use another "
-                "backbone, or strategy=lame"
-            )
+        head = linear_head(backbone, "t3a")
         self.backbone.eval().requires_grad_(False)
         self.supports = supports
-        rows = backbone.head.weight.detach().clone()
+        rows = head.weight.detach().clone()
         for name, value in zip(("features", "classes", "entropies"), self._file(rows), strict=True):
             self.register_buffer(name, value)
         if supports != "all_but_last":

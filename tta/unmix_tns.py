@@ -16,7 +16,6 @@ keeps its activation (the code's replacement would drop it); methods that bring 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
 from driftline.core import distributed
-from driftline.core.build import locate
+from driftline.core.build import asked, locate
 from driftline.core.errors import UserError
 from driftline.core.ranges import Below1, Count, Later, Positive
 from driftline.core.seed import generator
@@ -165,8 +164,7 @@ class UnMixTNS(Wrapper):
                 "backbone with BatchNorm, or run the method inside alone"
             )
         live = {"backbone": backbone, "seed": seed, "num_classes": num_classes}
-        asked = inspect.signature(inner).parameters
-        method = inner(**{k: v for k, v in live.items() if k in asked})
+        method = inner(**asked(inner, live))
         super().__init__(method, needs=method.needs | {"batch_norm"}, static=False)
         if missing := {*layers} - {*self.modules()}:
             raise UserError(

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from driftline.backbones.backbone import Backbone
 from driftline.core.ranges import Count, NonNegative
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, Top, train_norms
 from driftline.parts.objectives import entropy
 from driftline.parts.optim import Optim
-from driftline.tta.rmt import linear_head
 
 
 def identity(head: nn.Linear) -> nn.Linear:
@@ -108,7 +108,7 @@ class ZeroSiam(TTAStrategy):
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [B, C] with the layer, and without it and without gradient."""
-        head = linear_head(self.backbone, "zerosiam")
+        head = self.backbone.head
         features = self.backbone.features(x)
         return head(self.predictor(features)), head(features.detach())
 
