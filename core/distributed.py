@@ -384,3 +384,15 @@ def own_rows(x: Tensor) -> Tensor:
 def full_batch_size(images: int) -> int:
     """Images that all processes compute while this one computes `images`."""
     return images if _part is None else images // _part.own * _part.whole
+
+
+def sum_of_shares(x: Tensor) -> Tensor:
+    """Sum of what the processes computed from their own images of a pass, without gradients."""
+    if _part is None:
+        return x
+    import torch.distributed as dist
+
+    total = x.contiguous().clone()
+    with _together():
+        dist.all_reduce(total)
+    return total
