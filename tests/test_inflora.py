@@ -1,10 +1,9 @@
-"""InfLoRA: recorded runs; the subspaces that earlier tasks used."""
+"""The subspaces that earlier tasks used."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from golden_cl_case import ClCase
 from torch import nn
 
 from driftline.core.errors import Diverged
@@ -12,22 +11,6 @@ from driftline.core.seed import generator
 from driftline.parts.subspace import Subspace, input_moments, root
 
 # ------------------------------------------------------------------------------ subspaces
-
-
-@pytest.mark.parametrize("name", ["inflora_run", "inflora_run_adam"])
-def test_subspaces_grow_and_turn_over_as_recorded(name):
-    case = ClCase(f"inflora/{name}")
-    h = case.hyper
-    subspaces = [Subspace(32), Subspace(32)]
-    for t in range(len(h["task_sizes"])):
-        share = h["lamb"] + (h["lame"] - h["lamb"]) * t / h["total_sessions"]
-        for block, subspace in enumerate(subspaces):
-            subspace.add(case[f"task{t}/second_moment_after/block{block}"], share)
-            basis = subspace.basis
-            assert basis.shape[1] == case[f"task{t}/basis_size"][block]
-            assert subspace.inverse == case[f"task{t}/basis_kept_for_retain"][block]
-            case.close(f"task{t}/projection/block{block}", basis @ basis.T)
-    print(f"worst share of the tolerance, {name}, subspaces: {case.worst:.3f}")
 
 
 def test_what_a_task_used_is_no_longer_free_and_may_become_nothing():
