@@ -77,6 +77,7 @@ class Finetune(CLStrategy):
     """
 
     needs = frozenset({"features"})
+    averageable = True
 
     def __init__(
         self,

@@ -97,6 +97,7 @@ class ICaRL(Finetune):
             )
         self.capacity, self.memory, self.answer = capacity, memory, answer
         self.temperature, self.distillation = temperature, distillation
+        self.averageable = answer == "head"
         self.buffer = Buffer()
         self.teacher: nn.ModuleList | None = None  # network and head after the task before
         self.register_buffer("class_means", torch.zeros(0, backbone.dim, dtype=torch.float64))

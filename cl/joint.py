@@ -34,6 +34,8 @@ class Joint(Finetune):
             only the last row, hence `acc_last`, has a meaning.
     """
 
+    averageable = False
+
     def __init__(
         self,
         backbone: Backbone,

@@ -58,6 +58,7 @@ class LAE(CLStrategy):
     """
 
     needs = frozenset({"features"})
+    averageable = True
     outputs = "probabilities"
 
     def __init__(

@@ -179,6 +179,7 @@ class OLoRA(CLStrategy):
     """
 
     needs = frozenset({"features"})
+    averageable = True
 
     def __init__(
         self,

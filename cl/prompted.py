@@ -37,6 +37,7 @@ class Prompted(CLStrategy):
     """
 
     needs = frozenset({"features"})
+    averageable = True
 
     def __init__(
         self, backbone: Backbone, *, seed: int, num_classes: int, epochs: Count, optim: Optim

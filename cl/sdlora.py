@@ -93,6 +93,7 @@ class SDLoRA(CLStrategy):
     """
 
     needs = frozenset({"features"})
+    averageable = True
 
     def __init__(
         self,

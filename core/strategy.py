@@ -285,6 +285,7 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 class CLStrategy(Strategy):
     """A continual-learning method: `begin_task`, `observe` per batch, `end_task`, `predict`."""
 
+    averageable: bool = False  # True: what optimisers move is all of the answer that ever changes
     epochs: int = 0  # passes over the training images of a task
 
     def __init__(self, backbone: nn.Module, *, seed: int = 0) -> None:
@@ -445,20 +446,20 @@ class TTAStrategy(Strategy):
 FACTS = ("needs", "batch_dependent", "static", "outputs", "records_nan", "prefers")
 
 
-class Wrapper(TTAStrategy):
-    """A rule around another method: hands everything on; a subclass changes what it is for.
+class Around(Strategy):
+    """What rules around methods of both kinds have in common: they hand everything on.
 
     What is known of the method (`needs`, `batch_dependent`, ...) is that of the inner one, and so
-    are its parameters, its report and its source phase.
+    are its parameters and its report.
 
     Args:
         inner: the method, or a rule around it; its backbone and seed are ours.
         facts: what is not as with the inner one, by name: `needs=inner.needs | {"holdout"}`.
     """
 
-    inner: TTAStrategy
+    inner: Any
 
-    def __init__(self, inner: TTAStrategy, **facts: Any) -> None:
+    def __init__(self, inner: Strategy, **facts: Any) -> None:
         nn.Module.__init__(self)  # the backbone is the inner one's: it has no second name here
         self.inner, self.seed, self.optimizer = inner, inner.seed, None
         self._generators, self._restored = {}, {}
@@ -468,6 +469,21 @@ class Wrapper(TTAStrategy):
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
         return self.inner.backbone
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.inner.predict(x)
+
+    def report(self) -> dict[str, float]:
+        return self.inner.report()
+
+
+class Wrapper(Around, TTAStrategy):
+    """A rule around a method of adaptation; a subclass changes what it is for.
+
+    The source phase is that of the inner one, too.
+    """
+
+    inner: TTAStrategy
 
     @property
     def method(self) -> TTAStrategy:
@@ -488,11 +504,42 @@ class Wrapper(TTAStrategy):
     def use_prepared(self, artefact: Mapping[str, Tensor]) -> None:
         self.inner.use_prepared(artefact)
 
-    def predict(self, x: Tensor) -> Tensor:
-        return self.inner.predict(x)
-
     def adapt(self, x: Tensor) -> Tensor:
         return self.inner.adapt(x)
 
-    def report(self) -> dict[str, float]:
-        return self.inner.report()
+
+class TaskWrapper(Around, CLStrategy):
+    """A rule around a method that learns tasks; a subclass changes what it is for."""
+
+    inner: CLStrategy
+
+    def __init__(self, inner: CLStrategy) -> None:
+        super().__init__(inner)
+        self.epochs, self._warned = inner.epochs, set()
+
+    def grow(self, task: Task) -> None:
+        self.inner.grow(task)
+
+    def begin_task(self, task: Task) -> None:
+        self.inner.begin_task(task)
+
+    def begin_epoch(self, task: Task, epoch: int) -> None:
+        self.inner.begin_epoch(task, epoch)
+
+    def batches(self, task: Task, epoch: int, start: int = 0) -> Iterator[Batch | None]:
+        return self.inner.batches(task, epoch, start)
+
+    def observe(self, batch: Batch) -> dict[str, Tensor]:
+        return self.inner.observe(batch)
+
+    def end_task(self, task: Task) -> None:
+        self.inner.end_task(task)
+
+    def extractors(self) -> Mapping[str, str] | None:
+        return self.inner.extractors()
+
+    def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        return self.inner.embed(x, names)
+
+    def classify(self, features: Mapping[str, Tensor]) -> Tensor:
+        return self.inner.classify(features)

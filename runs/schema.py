@@ -163,10 +163,10 @@ def _check_strategy(node: Mapping[str, Any]) -> None:
 
 
 def check_around(rules: Mapping[str, Any], strategy: Mapping[str, Any]) -> None:
-    """That the rules exist, their settings are in range and the strategy adapts at test time.
+    """That the rules exist, their settings are in range and they go around this kind of strategy.
 
     Raises:
-        UserError: naming the rule, or the strategy that no rule goes around.
+        UserError: naming the rule, or the strategy that it does not go around.
     """
     names = [path.stem for path in (CONF / "around").glob("*.yaml")]
     for name, node in rules.items():
@@ -175,14 +175,25 @@ def check_around(rules: Mapping[str, Any], strategy: Mapping[str, Any]) -> None:
             if name in names:
                 raise UserError(f"{at} holds the settings of a rule; set one of them, got {node!r}")
             raise UserError(f"{at} is no rule{suggest(name, names)}; one is chosen with around=...")
-        _made(node, at, "Wrapper")
+        _made(node, at, "Wrapper", "TaskWrapper")
         check(node, at=at, live=LIVE["around"])
-    kind = locate(strategy["_target_"], "strategy")
-    if rules and "TTAStrategy" not in {c.__name__ for c in inspect.getmro(kind)}:
-        raise UserError(
-            f"around=[{','.join(rules)}]: rules go around methods of test-time adaptation, and "
-            f"strategy={strategy['name']} learns tasks: leave around out"
+    adapts = _adapts(strategy, "strategy")
+    misfits = [name for name, node in rules.items() if _adapts(node, f"around.{name}") != adapts]
+    if misfits:
+        of = (
+            ("methods that learn tasks", "adapts at test time")
+            if adapts
+            else ("methods of test-time adaptation", "learns tasks")
         )
+        raise UserError(
+            f"around=[{','.join(misfits)}]: goes around {of[0]}, and "
+            f"strategy={strategy['name']} {of[1]}: leave around out"
+        )
+
+
+def _adapts(node: Mapping[str, Any], at: str) -> bool:
+    """Whether a strategy or a rule is one of test-time adaptation."""
+    return "TTAStrategy" in {c.__name__ for c in inspect.getmro(locate(node["_target_"], at))}
 
 
 def _check_scenario(node: Mapping[str, Any], *, real: bool) -> None:

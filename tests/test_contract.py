@@ -193,15 +193,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
 
 
 # The rule around every method, and the methods that every other rule is tried around: one whose
-# predictions depend on the batch, one with random numbers and two networks.
+# predictions depend on the batch, one with random numbers and two networks; of those that learn
+# tasks one with a memory, one that copies weights.
 RULE = "reset_every"
-INSIDE = ("tent", "cotta")
+INSIDE = ("tent", "cotta", "er", "dualprompt")
 RULES = [p.stem for p in sorted((CONF.parent / "around").glob("*.yaml"))]
 # Settings with which a rule does something within a few batches.
 QUICK_RULES: dict[str, dict[str, Any]] = {
     "reset_every": {"every": 2},
     "reset_on_collapse": {"below": 2.0, "ema": 0.5},
     "window": {"length": 3},
+    "weight_average": {"decay": 0.9, "every": 2},
 }
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
 HEAD_ALONE = "linear_probe"
@@ -279,8 +281,9 @@ def with_other_kinds(cases: list[Case]) -> list[Case]:
 
 
 def wrapped(cases: list[Case], rule: str = RULE) -> list[Case]:
-    """The same adaptation methods with a rule around them."""
-    return [replace(c, name=f"{c.name}-in-{rule}", rule=rule) for c in cases if c.adapts]
+    """The same methods, those of the rule's kind, with the rule around them."""
+    adapts = issubclass(locate(rule_node(rule)["_target_"]), TTAStrategy)
+    return [replace(c, name=f"{c.name}-in-{rule}", rule=rule) for c in cases if c.adapts == adapts]
 
 
 PLAIN = strategies()
@@ -749,6 +752,12 @@ OF_RULES = [  # properties that a rule can break; kills and all others are tried
     reset_and_the_same_stream_give_the_same,
     modes_are_put_back,
 ]
+OF_TASK_RULES = [
+    predict_changes_nothing,
+    a_snapshot_is_the_whole_state,
+    frozen_weights_stay,
+    a_killed_run_goes_on,
+]
 EXEMPT = {  # what a method breaks on purpose
     ("mos-official", "predict_changes_nothing"): "the released code pulls in every forward pass",
 }
@@ -767,7 +776,9 @@ def trials() -> list[Any]:
     for case in CASES:
         inside = case.name.split("-")[0]
         tried = PROPERTIES
-        if case.rule and inside != INSIDE[0]:
+        if case.rule and not case.adapts:
+            tried = OF_TASK_RULES
+        elif case.rule and inside != INSIDE[0]:
             tried = [*OF_RULES, a_killed_run_goes_on] if inside in INSIDE else OF_RULES
         elif case.name in VARIANTS:  # the labels of a variant come the same way
             tried = [p for p in PROPERTIES if p is not labels_never_arrive]

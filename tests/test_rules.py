@@ -14,13 +14,14 @@ from torch import Tensor
 
 from driftline.analysis import load_runs, select
 from driftline.backbones.backbone import Backbone
-from driftline.core.build import build
+from driftline.core.build import build, locate
 from driftline.core.errors import Diverged, UserError
 from driftline.core.strategy import TTAStrategy, Wrapper
 from driftline.core.stream import SINGLE_IMAGES
 from driftline.runs.execute import run_experiment
 
 RULES = [p.stem for p in sorted((ROOT / "conf" / "around").glob("*.yaml"))]
+RULES = [r for r in RULES if issubclass(locate(rule_node(r)["_target_"]), Wrapper)]
 
 
 class Counter(TTAStrategy):
@@ -235,9 +236,12 @@ def test_a_rule_that_does_not_fit_is_refused_before_anything_is_written(configur
     assert not Path(cfg.root).exists()
 
 
-def test_rules_are_for_test_time_adaptation(configure):
+def test_a_rule_is_for_adaptation_or_for_tasks(configure):
     cfg = configure("strategy=ease", "scenario=split_cifar10", "around=[rollback,reset_every]")
     with pytest.raises(UserError, match=r"around=\[rollback,reset_every\].*strategy=ease learns"):
+        run_experiment(cfg, [])
+    cfg = configure("strategy=tent", *SMALL, "around=[rollback,weight_average]")
+    with pytest.raises(UserError, match=r"around=\[weight_average\].*strategy=tent adapts"):
         run_experiment(cfg, [])
 
 
