@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def strategy_node(name: str, **options: Any) -> dict[str, Any]:
         options: of the strategy or of a node in it (`lr` of `optim`, `rank` of an adapter);
             `adapter` names a file of its group.
     """
-    node: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "strategy" / f"{name}.yaml"))
+    node = plain_yaml(ROOT / "conf" / "strategy" / f"{name}.yaml")
     for entry in node.pop("defaults", []):
         if isinstance(entry, dict):
             ((key, choice),) = entry.items()
@@ -191,7 +192,17 @@ def rule_node(name: str, **options: Any) -> dict[str, Any]:
 def _option(group: str, choice: str) -> dict[str, Any]:
     if group == "strategy":  # has options by default itself
         return strategy_node(choice)
-    plain: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
+    return plain_yaml(ROOT / "conf" / group / f"{choice}.yaml")
+
+
+def plain_yaml(path: Path) -> dict[str, Any]:
+    """A file of conf/ as plain values of the caller's own."""
+    return deepcopy(_plain_yaml(path))
+
+
+@cache
+def _plain_yaml(path: Path) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(OmegaConf.load(path))
     return plain
 
 

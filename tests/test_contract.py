@@ -780,8 +780,8 @@ def trials() -> list[Any]:
             tried = OF_TASK_RULES
         elif case.rule and inside != INSIDE[0]:
             tried = [*OF_RULES, a_killed_run_goes_on] if inside in INSIDE else OF_RULES
-        elif case.name in VARIANTS:  # the labels of a variant come the same way
-            tried = [p for p in PROPERTIES if p is not labels_never_arrive]
+        elif case.name in VARIANTS:  # the runner treats a variant as it treats the method
+            tried = [p for p in PROPERTIES if p not in (labels_never_arrive, a_killed_run_goes_on)]
         marks = [pytest.mark.slow] if case.rule or case.name in VARIANTS else []
         rows += [pytest.param(case, p, id=f"{case.name}-{p.__name__}", marks=marks) for p in tried]
     return rows

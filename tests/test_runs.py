@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import HANG, ROOT, strategy_node
+from conftest import HANG, ROOT, plain_yaml, strategy_node
 from omegaconf import OmegaConf
 
 from driftline.core import checkpoint
@@ -25,7 +25,7 @@ from driftline.runs import folder as folders
 from driftline.runs.execute import run_experiment
 
 CONF = ROOT / "conf" / "strategy"
-TARGETS = {p.stem: str(OmegaConf.load(p)["_target_"]) for p in sorted(CONF.glob("*.yaml"))}
+TARGETS = {p.stem: plain_yaml(p)["_target_"] for p in sorted(CONF.glob("*.yaml"))}
 TTA = [n for n, t in TARGETS.items() if t.startswith("driftline.tta.")]
 CL = [n for n, t in TARGETS.items() if t.startswith("driftline.cl.")]
 TINY = {
