@@ -93,6 +93,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "fsa": {"lr": 0.001},
     "acil": {"lr": 0.01, "rise": 0, "projection": 32},
     "coda": {"pool": 12, "blocks": [0, 1]},
+    "codyra": {"rank": 4, "levels": 2, "threshold": 0.3},
+    "moram": {"rank": 4, "top_k": 4},
 }
 # Further settings with a state of their own: case -> strategy, options, network.
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
