@@ -4,20 +4,19 @@ Paper: Lu et al., "Little By Little: Continual Learning via Incremental Mixture 
 Associative Memory Experts", arXiv 2506.21035 (in its first version: MoRA, "Self-Activated Sparse
 Mixture-of-Rank Adaptive Learning"). Official code: Artificer-AI-Lab/MoRAM 05c3d61,
 `XTAIL/loralib/moram.py` and `XTAIL/models/moram.py`, for CLIP; read, not run: no recorded numbers
-exist. Every linear layer of the blocks computes for each token x, for each of q, k, v and each other
-layer by itself, with the ranks (a_i, b_i) of all tasks so far,
+exist. Every linear layer of the blocks computes for each token x, for each of q, k, v and each
+other layer by itself, with the ranks (a_i, b_i) of all tasks so far,
 
     W x + sum over i of w_i u_i b_i      u_i = a_i . x,    s = u / |u|
 
 where w is the softmax of s / `temperature` over the `top_k` largest s, 0 elsewhere, and in
 evaluation also 0 where s is below `threshold` (the other weights stay as they are). Only the ranks
 of the present task learn. s keeps its sign: a rank with a strongly negative activation is not
-chosen. There is no
-loss beside that of the task.
+chosen. There is no loss beside that of the task.
 
 This is a port to vision transformers without a text encoder, as in `cl/codyra.py`: an expanding
-linear head, trained by the cross-entropy over the classes of the task, stands for the embedded class
-names; the second term of the official loss, from texts to images, and the updates of the text
+linear head, trained by the cross-entropy over the classes of the task, stands for the embedded
+class names; the second term of the official loss, from texts to images, and the updates of the text
 encoder are left out. Not to be mixed up with MoRA for language models (arXiv 2405.12130).
 
 Deviations that change no number: q, k and v share a matrix product. That do: where there are fewer

@@ -95,6 +95,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "coda": {"pool": 12, "blocks": [0, 1]},
     "codyra": {"rank": 4, "levels": 2, "threshold": 0.3},
     "moram": {"rank": 4, "top_k": 4},
+    "coil": {"capacity": 20, "refresh": 2},
 }
 # Further settings with a state of their own: case -> strategy, options, network.
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {

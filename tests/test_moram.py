@@ -34,7 +34,7 @@ def test_a_layer_is_the_mixture_of_the_ranks_that_answer(out, training):
         ranks += [(update.a[at[2], r], update.b[at[2], :, r]) for r in range(3)]
         u = torch.stack([x[at[:2]] @ a for a, _ in ranks])
         s = u / u.square().sum().sqrt()
-        best = sorted(range(6), key=lambda r: -s[r])[:4]  # noqa: B023
+        best = sorted(range(6), key=lambda r: -s[r])[:4]
         total = sum((s[r] / 0.1).exp() for r in best)
         for r in best:
             if training or s[r] >= 0.3:
