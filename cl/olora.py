@@ -25,7 +25,7 @@ Dropout draws from torch's global generator, like that of any network; checkpoin
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, cast
 
@@ -145,12 +145,12 @@ def norms(a: Tensor, b: Tensor) -> Tensor:
 
 
 @contextmanager
-def merged(layers: Sequence[nn.Linear], loras: Sequence[StackedLoRA]) -> Generator[None]:
-    """Inside, the qkv weights contain all updates; afterwards they are the same tensors."""
+def merged(layers: Sequence[nn.Linear], deltas: Iterable[Tensor]) -> Generator[None]:
+    """Inside, the weights contain `deltas`, one a layer; afterwards they are the same tensors."""
     before = [layer.weight for layer in layers]
     try:
-        for layer, lora in zip(layers, loras, strict=True):
-            total = layer.weight + lora.delta().to(layer.weight)
+        for layer, delta in zip(layers, deltas, strict=True):
+            total = layer.weight + delta.to(layer.weight)
             layer.weight = nn.Parameter(total, requires_grad=False)
         yield
     finally:
@@ -342,5 +342,5 @@ class OLoRA(CLStrategy):
         with evaluation_mode(self):
             if self.evaluation == "branches" or not self.stacked:
                 return self.head(self.features(x))
-            with merged(self.layers, self.loras):
+            with merged(self.layers, (lora.delta() for lora in self.loras)):
                 return self.head(self.bank.features(x))

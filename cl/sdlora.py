@@ -200,5 +200,5 @@ class SDLoRA(CLStrategy):
         with evaluation_mode(self):
             if self.evaluation == "branches":
                 return self.head(self.bank.features(x, NAME))
-            with merged(self.layers, self.loras):
+            with merged(self.layers, (lora.delta() for lora in self.loras)):
                 return self.head(self.bank.features(x))

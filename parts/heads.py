@@ -53,24 +53,31 @@ class ExpandingLinear(nn.Module):
     def classes(self) -> int:
         return len(self.weight)
 
+    def start(self, weight: Tensor, bias: Tensor, generator: torch.Generator) -> None:
+        """Initial values of new rows: U(-sqrt(3/D), sqrt(3/D)), Kaiming's with linear gain.
+
+        Args:
+            weight, bias: [n, D] on the CPU, not set; and [n], 0.
+        """
+        bound = (3 / weight.shape[1]) ** 0.5
+        weight.uniform_(-bound, bound, generator=generator)
+
     def grow(self, classes: int, generator: torch.Generator) -> None:
         """Append rows up to `classes` in all; existing rows are copied bit by bit.
 
-        New weights are Kaiming-uniform with linear gain, U(-sqrt(3/D), sqrt(3/D)), new biases 0.
         The parameters are new objects, so an optimiser has to be made afterwards.
 
         Args:
-            generator: CPU generator of the initial weights.
+            generator: CPU generator of the initial values, see `start`.
         """
         added = classes - self.classes
         if added <= 0:
             return
-        new = torch.empty(added, self.weight.shape[1])
-        bound = (3 / self.weight.shape[1]) ** 0.5
-        new.uniform_(-bound, bound, generator=generator)
-        old = self.weight.detach()
-        self.weight = nn.Parameter(torch.cat([old, new.to(old)]))
-        self.bias = nn.Parameter(F.pad(self.bias.detach(), (0, added)))
+        weight, bias = torch.empty(added, self.weight.shape[1]), torch.zeros(added)
+        self.start(weight, bias, generator)
+        rows, biases = self.weight.detach(), self.bias.detach()
+        self.weight = nn.Parameter(torch.cat([rows, weight.to(rows)]))
+        self.bias = nn.Parameter(torch.cat([biases, bias.to(biases)]))
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, D] -> [B, C]."""
@@ -120,15 +127,17 @@ class PrototypeHead(ClassMeans):
 class NearZeroLinear(ExpandingLinear):
     """Expanding linear layer whose new rows start at N(0, 0.001^2), biases at 0 (LAE, O-LoRA)."""
 
-    def grow(self, classes: int, generator: torch.Generator) -> None:
-        """Append rows up to `classes` in all; see `ExpandingLinear.grow`."""
-        added = classes - self.classes
-        if added <= 0:
-            return
-        old = self.weight.detach()
-        new = torch.empty(added, old.shape[1]).normal_(0, 0.001, generator=generator)
-        self.weight = nn.Parameter(torch.cat([old, new.to(old)]))
-        self.bias = nn.Parameter(F.pad(self.bias.detach(), (0, added)))
+    def start(self, weight: Tensor, bias: Tensor, generator: torch.Generator) -> None:
+        weight.normal_(0, 0.001, generator=generator)
+
+
+class PlainLinear(ExpandingLinear):
+    """Expanding linear layer with torch's initial values, U(-1/sqrt(D), 1/sqrt(D)), biases too."""
+
+    def start(self, weight: Tensor, bias: Tensor, generator: torch.Generator) -> None:
+        bound = weight.shape[1] ** -0.5
+        weight.uniform_(-bound, bound, generator=generator)
+        bias.uniform_(-bound, bound, generator=generator)
 
 
 def freeze_pretrained_head(backbone: Backbone) -> None:

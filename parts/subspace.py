@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from driftline.core.distributed import full_batch_size, sum_of_shares
 from driftline.core.errors import Diverged
 
-ROUNDING = torch.finfo(torch.float32).eps  # of what decompositions are made from
+ROUNDING = 1e-6  # singular values below this share of all are float32's rounding
 
 
 class Moment:
@@ -153,7 +153,7 @@ class Subspace(nn.Module):
         shares = values.square() / total
         held = 1 - rest.square().sum() / total + shares.cumsum(0)  # with the first 1, 2, ... more
         # Those of size 0 are arbitrary, and may be used already.
-        real = int((values > ROUNDING * len(values) * total.sqrt()).sum())
+        real = int((values > ROUNDING * total.sqrt()).sum())
         if not self.inverse and not self.basis.shape[1]:
             count = max(1, int((held < share).sum()))
         elif self.inverse:

@@ -125,7 +125,7 @@ def tensors(folder: str | Path) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "strategy", ["lae", "ease", "finetune", "olora", "mos", "dualprompt", "coda"]
+    "strategy", ["lae", "ease", "finetune", "olora", "mos", "dualprompt", "coda", "inflora"]
 )
 def test_two_processes_give_the_run_of_one(configure, tmp_path, strategy):
     words = [*settings(strategy), "checkpoint.keep=true"]
