@@ -37,6 +37,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "tune": ("optuna",),
     "peft": ("peft",),
+    "foa": ("cma",),
     "analysis": ("pandas", "matplotlib", "jupytext", "ipykernel"),
     "docs": ("mkdocs",),
 }

@@ -72,6 +72,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "sotta": {"capacity": 5, "every": 3, "threshold": 0.16},
     "adacontrast": {"queue_size": 9, "refine_from": 8, "neighbours": 2},
     "eta": {"margin": 0.9, "similarity": 2.0},
+    "foa": {"prompts": 2, "population": 6, "source_images": 8},
     "eata": {"margin": 0.9, "similarity": 2.0, "fisher_batch": 3},
     "sar": {"margin": 0.9},
     "deyo": {"margin": 0.9, "drop": 0.0},
