@@ -79,6 +79,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "recap": {"margin": 9.0, "drop": 0.0, "recover_below": 0.0},
     "come_eata": {"margin": 0.9, "similarity": 2.0, "fisher_batch": 3},
     "come_sar": {"margin": 0.9},
+    "shot": {"pseudo": 0.1},
     "rmt": {"warmup_images": 128},
     "lae": {"freeze_epochs": 1},
     "mos": {"align_epochs": 1, "align_samples": 8, "rank": 4},
@@ -135,6 +136,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     ),
     "deyo-pixel": ("deyo", {"margin": None, "destroy": "pixel", "weight_entropy": None}, "vit"),
     "recap-all": ("recap", {"selection": "all", "recover_below": 2.0}, "vit"),
+    "shot-extractor": (
+        "shot",
+        {"layers": "extractor", "batch_statistics": False, "labels": "confidence", "steps": 2},
+        "vit",
+    ),
     "sar-recovers": (
         "sar",
         {"recover_below": 3.0, "keep_average_on_recovery": True, "top": "position"},
