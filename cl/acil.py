@@ -32,7 +32,7 @@ from driftline.cl.ranpac import RanPAC
 from driftline.core.ranges import Below1, Count, CountOrZero, Positive
 from driftline.core.stream import Batch
 from driftline.parts.adapters.plan import Plan
-from driftline.parts.optim import Optim
+from driftline.parts.optim import FirstOptim
 
 
 class ACIL(RanPAC):
@@ -54,7 +54,7 @@ class ACIL(RanPAC):
         seed: int,
         adapter: Plan | None,
         epochs: CountOrZero,
-        optim: Optim,
+        optim: FirstOptim,
         projection: Count,
         gamma: Positive,
         smoothing: Below1,

@@ -29,7 +29,7 @@ from driftline.core.ranges import Count
 from driftline.core.stream import Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import PrototypeHead
-from driftline.parts.optim import Optim
+from driftline.parts.optim import FirstOptim
 
 
 class APER(FirstTask):
@@ -48,7 +48,7 @@ class APER(FirstTask):
         seed: int,
         adapter: Plan | None,
         epochs: Count,
-        optim: Optim,
+        optim: FirstOptim,
     ) -> None:
         super().__init__(backbone, seed=seed, adapter=adapter, epochs=epochs, optim=optim)
         self.reads = [PLAIN, TUNED]

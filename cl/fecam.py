@@ -50,7 +50,7 @@ from driftline.core.ranges import CountOrZero, NonNegative, Positive
 from driftline.core.stream import Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import CosineHead
-from driftline.parts.optim import Optim
+from driftline.parts.optim import FirstOptim
 from driftline.parts.statistics import covariance
 
 FAR = 1e6  # distance to a class without images
@@ -105,7 +105,7 @@ class FeCAM(FirstTask):
         seed: int,
         adapter: Plan | None,
         epochs: CountOrZero,
-        optim: Optim,
+        optim: FirstOptim,
         unit_length: Literal["before", "after"],
         power: Positive | None,
         spread: Literal["class", "diagonal", "common"],

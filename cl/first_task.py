@@ -20,7 +20,7 @@ from driftline.parts.adapters.bank import AdapterBank
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import CosineHead, freeze_pretrained_head
 from driftline.parts.modes import evaluation_mode
-from driftline.parts.optim import Optim
+from driftline.parts.optim import FirstOptim
 from driftline.parts.statistics import check_finite
 
 PLAIN, TUNED = "plain", "tuned"  # the network as it is, and with what the first task tuned
@@ -47,7 +47,7 @@ class FirstTask(CLStrategy):
         seed: int,
         adapter: Plan | None,
         epochs: CountOrZero,
-        optim: Optim,
+        optim: FirstOptim,
     ) -> None:
         super().__init__(backbone, seed=seed)
         self.adapter, self.epochs, self.tuning_epochs = adapter, epochs, epochs

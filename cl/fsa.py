@@ -38,7 +38,7 @@ from driftline.core.ranges import Below1, CountOrZero, Positive
 from driftline.core.stream import Task
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.plan import Plan
-from driftline.parts.optim import Optim
+from driftline.parts.optim import FirstOptim
 from driftline.parts.statistics import ClassMeans, ridge_solve
 
 
@@ -177,7 +177,7 @@ class FSA(FirstTask):
         seed: int,
         adapter: Plan | None,
         epochs: CountOrZero,
-        optim: Optim,
+        optim: FirstOptim,
         head_dropout: Below1,
         ridge: Positive,
     ) -> None:

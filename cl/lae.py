@@ -35,7 +35,7 @@ from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import NearZeroLinear
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.objectives import Scope, scope_columns, scoped_cross_entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import SameOptim
 
 FROZEN, BATCH = "frozen", "batch"  # facts kept with the optimiser's state, hence in checkpoints
 
@@ -69,7 +69,7 @@ class LAE(CLStrategy):
         num_classes: int,
         epochs: Count,
         adapter: Plan,
-        optim: Optim,
+        optim: SameOptim,
         freeze_epochs: CountOrZero,
         freeze_first_task: bool,
         ema_decay: Unit,

@@ -54,7 +54,7 @@ from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import PrototypeHead
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.objectives import scoped_cross_entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import Optim, SameOptim
 from driftline.parts.statistics import covariance as unbiased_covariance
 
 CURRENT = "current"  # the working set; stored ones are task0, task1, ...
@@ -137,7 +137,7 @@ class Mos(CLStrategy):
         num_classes: int,
         epochs: Count,
         adapter: Plan,
-        optim: Optim,
+        optim: SameOptim,
         mode: Literal["functional", "official"],
         pull: Below1,
         reg: NonNegative,

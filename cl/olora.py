@@ -45,7 +45,7 @@ from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import NearZeroLinear
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.objectives import scope_columns, scoped_cross_entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import SameOptim
 
 
 class StackedLoRA(Adapter):
@@ -192,7 +192,7 @@ class OLoRA(CLStrategy):
         lambda2: NonNegative,
         ortho_reduction: Literal["sum", "mean_over_old_tasks"],
         head: Literal["linear_local", "linear_global"],
-        optim: Optim,
+        optim: SameOptim,
         evaluation: Literal["merged", "branches"],
     ) -> None:
         super().__init__(backbone, seed=seed)

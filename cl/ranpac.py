@@ -36,7 +36,7 @@ from driftline.core.ranges import CountOrZero
 from driftline.core.stream import Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import CosineHead
-from driftline.parts.optim import Optim
+from driftline.parts.optim import FirstOptim
 from driftline.parts.statistics import ridge_solve
 
 RIDGES = [10.0**k for k in range(-8, 9)]
@@ -92,7 +92,7 @@ class RanPAC(FirstTask):
         seed: int,
         adapter: Plan | None,
         epochs: CountOrZero,
-        optim: Optim,
+        optim: FirstOptim,
         projection: CountOrZero,
         score: Literal["inner", "cosine"],
     ) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from driftline.core.errors import UserError, suggest
-from driftline.core.ranges import Later, alternatives, bare, describe, fits
+from driftline.core.ranges import Later, Without, alternatives, bare, describe, fits
 
 FOLDERS = ("cl", "tta", "backbones", "parts", "streams", "core", "kernels")
 
@@ -164,6 +164,7 @@ def check_value(value: Any, kind: Any, *, at: str, live: Collection[str] = ()) -
     if isinstance(value, dict) and "_target_" in value and not free:
         check(value, at=at, live=live)
         _check_result(value["_target_"], options, kind, at=at)
+        _check_unread(value, kind, at=at)
         return
     groups = [one for one in options if typing.is_typeddict(one)]
     if isinstance(value, dict) and groups:
@@ -183,6 +184,16 @@ def _check_result(target: str, options: Sequence[Any], kind: Any, *, at: str) ->
     classes = [one for one in options if inspect.isclass(one)]
     if classes and not any(inspect.isclass(returned) and issubclass(returned, c) for c in classes):
         raise UserError(f"{at} must be {describe(kind)}, got {target}")
+
+
+def _check_unread(node: Mapping[str, Any], kind: Any, *, at: str) -> None:
+    """Settings of a nested node that would do nothing."""
+    rules = [rule for one in alternatives(kind) for rule in bare(one)[1]]
+    parameters = inspect.signature(locate(node["_target_"], at)).parameters
+    for rule in rules:
+        for name in rule.names if isinstance(rule, Without) else ():
+            if (value := node.get(name)) and value != parameters[name].default:
+                raise UserError(f"{at}.{name}={value!r} would do nothing: {rule.why}")
 
 
 def _later(kind: Any) -> tuple[str, ...]:

@@ -35,6 +35,19 @@ class Later:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Without:
+    """In `Annotated[Part, Without(...)]`: options of that node which its owner does not read.
+
+    Args:
+        names: each has its default value or is empty.
+        why: what the owner has not, for the message.
+    """
+
+    names: tuple[str, ...]
+    why: str
+
+
 def plain_name(text: str) -> bool:
     """a name that can be a folder: not empty, no dot in front, no '/', at most 120 characters"""
     return (

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from driftline.core.build import check_call
 from driftline.core.distributed import average_gradients
 from driftline.core.errors import Diverged, UserError, suggest
-from driftline.core.ranges import Below1, CountOrZero, NonNegative, Positive, Unit
+from driftline.core.ranges import Below1, CountOrZero, NonNegative, Positive, Unit, Without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +220,18 @@ class Optim:
             nn.utils.clip_grad_norm_([p for p, _ in _gradients(optimizer)], self.clip)
         optimizer.step()
         optimizer.zero_grad()
+
+
+# What methods read of it that have no epochs, or the same settings for every task they learn.
+StreamOptim = Annotated[
+    Optim,
+    Without(
+        ("rise", "schedule", "milestones", "later"),
+        "this method learns from a stream, which has no epochs and no tasks",
+    ),
+]
+SameOptim = Annotated[Optim, Without(("later",), "this method learns every task alike")]
+FirstOptim = Annotated[Optim, Without(("later",), "this method learns in the first task alone")]
 
 
 def _gradients(optimizer: Optimizer) -> list[tuple[nn.Parameter, Tensor]]:

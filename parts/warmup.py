@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from driftline.core.errors import UserError
-from driftline.core.ranges import Count
+from driftline.core.ranges import Count, Without
 from driftline.core.strategy import Progress
 from driftline.core.stream import Batch, SourceImages
 from driftline.parts.optim import Optim
@@ -30,7 +30,7 @@ class WarmUp:
 
     epochs: Count
     batch_size: Count
-    optim: Optim
+    optim: Annotated[Optim, Without(("later",), "a warm-up has no tasks")]
     augment: Literal["none", "photometric"]
     every: Count
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from test_contract import OF_FILES, make, run
 from torch import nn
 
+from driftline.core.build import check
 from driftline.core.errors import Diverged, UserError
 from driftline.parts.optim import Optim
 from driftline.runs.command import spelled_out
@@ -159,3 +161,26 @@ def test_every_method_takes_every_setting(case):
         run(strategy, changed)
         ends.append(torch.cat([p.flatten() for p in strategy.parameters()]).detach())
     assert ends[1].isfinite().all() and not torch.equal(*ends)
+
+
+UNREAD = {"schedule": "cosine", "rise": 1, "milestones": [1], "later": {"lr": 0.0}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in OF_FILES if "optim" in c.node], ids=lambda c: c.name)
+def test_a_setting_that_would_do_nothing_is_refused(case):
+    """A stream has no epochs and no tasks; a task's own settings act, or there are none."""
+    for key in UNREAD if case.adapts else ("later",):
+        node = with_options(case.node, optim={key: UNREAD[key]})
+        try:
+            check(node, at="strategy", live=("backbone", "seed", "num_classes"))
+        except UserError as error:
+            assert re.match(rf"strategy\.optim\.{key}=.* would do nothing: this method", str(error))
+            continue
+        assert not case.adapts, key
+        ends = []
+        for one in (case, replace(case, node=node)):
+            strategy = make(one)
+            run(strategy, one)
+            ends.append(torch.cat([p.flatten() for p in strategy.parameters()]).detach())
+        assert not torch.equal(*ends)

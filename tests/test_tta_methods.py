@@ -89,7 +89,7 @@ def run(method: TTAStrategy, batches: list[Tensor]) -> list[Tensor]:
     return [method.adapt(x) for x in batches]
 
 
-@pytest.mark.parametrize("name", ["bn", "bn-mixed", "tent", "cotta"])
+@pytest.mark.parametrize("name", ["bn", "bn-mixed", "bn-ema", "tent", "cotta"])
 def test_one_value_per_channel_is_explained(name):
     with pytest.raises(UserError, match=r"two values per channel.*source"):
         make(name).adapt(torch.rand(1, 3, 32, 32))

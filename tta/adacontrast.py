@@ -36,7 +36,7 @@ from driftline.core.strategy import TTAStrategy
 from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import batch_norms, collect_parameters, enough_in_training, train_only
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.parts.teacher import move_average
 from driftline.parts.views import grey, hue
 
@@ -134,7 +134,7 @@ class AdaContrast(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        optim: Optim,
+        optim: StreamOptim,
         queue_size: Count,
         ema: Unit,
         temperature: Positive,

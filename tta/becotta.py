@@ -43,7 +43,7 @@ from driftline.core.strategy import Progress, TTAStrategy
 from driftline.core.stream import Batch, SourceImages
 from driftline.parts import teacher
 from driftline.parts.modes import evaluating
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.parts.warmup import WarmUp
 
 DOMAINS = ("plain", "dark", "bleached", "blurred")
@@ -173,7 +173,7 @@ class BECoTTA(TTAStrategy):
         warmup: WarmUp,
         domain_weight: NonNegative,
         information_weight: NonNegative,
-        optim: Optim,
+        optim: StreamOptim,
         update: bool,
     ) -> None:
         super().__init__(backbone, seed=seed)

@@ -24,7 +24,12 @@ from driftline.core.errors import UserError
 from driftline.core.ranges import Unit
 from driftline.core.strategy import TTAStrategy
 from driftline.parts.modes import evaluating
-from driftline.parts.norms import batch_norms, mix_statistics, use_batch_statistics
+from driftline.parts.norms import (
+    batch_norms,
+    enough_in_training,
+    mix_statistics,
+    use_batch_statistics,
+)
 
 
 class BNAdapt(TTAStrategy):
@@ -75,6 +80,7 @@ class BNAdapt(TTAStrategy):
                 layer.eps = 1e-5
             if statistics == "ema":
                 layer.momentum = momentum
+                layer.register_forward_pre_hook(enough_in_training)
         if statistics == "batch":
             use_batch_statistics(backbone.net)
         elif statistics == "mixed":

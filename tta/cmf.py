@@ -24,7 +24,7 @@ from torch import nn
 from driftline.backbones.backbone import Backbone
 from driftline.core.ranges import Count, NonNegative, Positive, Unit
 from driftline.parts.norms import Layers
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.parts.teacher import move_average
 from driftline.tta.roid import ROID
 
@@ -56,7 +56,7 @@ class CMF(ROID):
         *,
         seed: int,
         layers: Layers,
-        optim: Optim,
+        optim: StreamOptim,
         weighting: bool,
         temperature: Positive,
         class_ema: Unit,

@@ -38,7 +38,7 @@ from driftline.parts.norms import (
     view_statistics,
 )
 from driftline.parts.objectives import consistency
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 SOURCE_BATCH = 64  # images, while the threshold is measured
 
@@ -80,7 +80,7 @@ class CoTTA(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        optim: Optim,
+        optim: StreamOptim,
         loss: Literal["ce", "sce"],
         threshold: NonNegative | Literal["source"],
         gate: Literal["batch", "sample"],

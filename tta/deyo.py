@@ -33,7 +33,7 @@ from driftline.core.strategy import TTAStrategy
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, Top, train_norms
 from driftline.parts.objectives import entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 Destroy = Literal["patch", "occlusion", "pixel"]
 
@@ -121,7 +121,7 @@ class DeYO(TTAStrategy):
         layers: Layers,
         top: Top,
         mode: Literal["train", "eval"],
-        optim: Optim,
+        optim: StreamOptim,
         steps: Count,
         margin: NonNegative | None,
         drop: Unit,

@@ -35,7 +35,7 @@ from driftline.parts.fisher import first_images, fisher
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, train_norms
 from driftline.parts.objectives import entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 OLD = 0.9  # weight of the old mean prediction
 
@@ -71,7 +71,7 @@ class ETA(TTAStrategy):
         *,
         layers: Layers,
         mode: Literal["train", "eval"],
-        optim: Optim,
+        optim: StreamOptim,
         steps: Count,
         margin: NonNegative,
         similarity: NonNegative,
@@ -169,7 +169,7 @@ class EATA(ETA):
         *,
         layers: Layers,
         mode: Literal["train", "eval"],
-        optim: Optim,
+        optim: StreamOptim,
         steps: Count,
         margin: NonNegative,
         similarity: NonNegative,

@@ -54,7 +54,7 @@ from driftline.core.strategy import Progress, TTAStrategy
 from driftline.core.stream import Batch, SourceImages
 from driftline.parts.norms import batch_norms, use_batch_statistics
 from driftline.parts.objectives import entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.parts.warmup import WarmUp
 
 # Where networks keep their residual blocks, in execution order.
@@ -291,7 +291,7 @@ class EcoTTA(TTAStrategy):
         entropy_margin: Positive,
         reg_weight: NonNegative,
         on_empty: Literal["skip", "momentum"],
-        optim: Optim,
+        optim: StreamOptim,
     ) -> None:
         super().__init__(backbone, seed=seed)
         self.init, self.warmup, self.update = init, warmup, update

@@ -32,7 +32,7 @@ from driftline.core.strategy import TTAStrategy
 from driftline.core.stream import SourceImages
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import collect_parameters, train_only, use_batch_statistics
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.parts.replay import Replay
 
 IGNORED = -1  # label of an image that is not learned from
@@ -69,7 +69,7 @@ class GTTA(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        optim: Optim,
+        optim: StreamOptim,
         mix: Unit,
         confidence_start: Unit,
         confidence_momentum: Unit,

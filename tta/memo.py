@@ -34,7 +34,7 @@ from driftline.core.ranges import Count, Unit
 from driftline.core.strategy import TTAStrategy
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import batch_norms, collect_parameters, mix_statistics, train_only
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 OPERATIONS = (
     *("autocontrast", "equalize", "posterize", "rotate", "solarize"),
@@ -160,7 +160,7 @@ class MEMO(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        optim: Optim,
+        optim: StreamOptim,
         views: Count,
         steps: Count,
         alpha: Unit,

@@ -42,7 +42,7 @@ from driftline.parts.norms import (
     replace_batch_norms,
     train_only,
 )
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 TINY = 1e-6  # inside the logarithm of the loss
 
@@ -131,7 +131,7 @@ class NOTE(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        optim: Optim,
+        optim: StreamOptim,
         k: NonNegative,
         statistics: Literal["running", "batch"],
         momentum: Unit,

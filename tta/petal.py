@@ -41,7 +41,7 @@ from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
 from driftline.core.strategy import Progress
 from driftline.core.stream import Batch, SourceImages
 from driftline.parts.norms import batch_norms, collect_parameters
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.parts.warmup import WarmUp
 from driftline.tta.cotta import CoTTA
 
@@ -166,7 +166,7 @@ class PETAL(LeastImportant):
         backbone: Backbone,
         *,
         seed: int,
-        optim: Optim,
+        optim: StreamOptim,
         loss: Literal["ce", "sce"],
         threshold: NonNegative | Literal["source"],
         gate: Literal["batch", "sample"],

@@ -35,7 +35,7 @@ from driftline.parts.fisher import first_images, fisher
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import collect_parameters
 from driftline.parts.objectives import consistency
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.tta.petal import LeastImportant
 
 
@@ -64,7 +64,7 @@ class PSMT(LeastImportant):
         backbone: Backbone,
         *,
         seed: int,
-        optim: Optim,
+        optim: StreamOptim,
         augmented: bool,
         threshold: NonNegative,
         views: Count,

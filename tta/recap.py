@@ -37,7 +37,7 @@ from driftline.core.stream import SourceImages
 from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, Top
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.tta.deyo import drops, shuffled_patches
 from driftline.tta.sar import SAR
 
@@ -94,7 +94,7 @@ class ReCAP(SAR):
         layers: Layers,
         top: Top,
         mode: Literal["train", "eval"],
-        optim: Optim,
+        optim: StreamOptim,
         steps: Count,
         selection: Literal["drop", "all"],
         tau: Positive,

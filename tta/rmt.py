@@ -35,7 +35,7 @@ from driftline.parts.heads import PrototypeHead, linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import collect_parameters, train_only, use_batch_statistics
 from driftline.parts.objectives import consistency
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.parts.replay import Replay
 
 EVERY = 500  # steps of the warm-up between two saved states
@@ -163,7 +163,7 @@ class RMT(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        optim: Optim,
+        optim: StreamOptim,
         ema: Unit,
         self_training_weight: NonNegative,
         contrast_weight: NonNegative,

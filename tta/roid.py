@@ -34,7 +34,7 @@ from driftline.parts import views
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, train_norms
 from driftline.parts.objectives import consistencies, entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.parts.teacher import move_average
 
 CLIP, EPS = 0.99, 1e-5  # of the soft likelihood ratio
@@ -89,7 +89,7 @@ class ROID(TTAStrategy):
         *,
         seed: int,
         layers: Layers,
-        optim: Optim,
+        optim: StreamOptim,
         weighting: bool,
         temperature: Positive,
         class_ema: Unit,

@@ -31,7 +31,7 @@ from driftline.parts import teacher, views
 from driftline.parts.memory import Memory
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import by_kind, collect_parameters, replace_batch_norms, train_only
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 LAYERS = {"bn": by_kind("bn2d", "bn1d"), "norm": by_kind("bn2d", "bn1d", "ln", "gn")}
 
@@ -104,7 +104,7 @@ class RoTTA(TTAStrategy):
         *,
         seed: int,
         layers: Literal["bn", "norm"],
-        optim: Optim,
+        optim: StreamOptim,
         capacity: Count,
         every: Count,
         ema: Unit,

@@ -30,7 +30,7 @@ from driftline.parts import views
 from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, train_norms
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.tta.rmt import Contrast, class_means
 
 
@@ -64,7 +64,7 @@ class SANTA(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        optim: Optim,
+        optim: StreamOptim,
         layers: Layers,
         self_training_weight: NonNegative,
         contrast_weight: NonNegative,

@@ -32,7 +32,7 @@ from driftline.core.strategy import TTAStrategy
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, Top, train_norms
 from driftline.parts.objectives import entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 OLD = 0.9  # weight of the old average of the loss
 
@@ -72,7 +72,7 @@ class SAR(TTAStrategy):
         layers: Layers,
         top: Top,
         mode: Literal["train", "eval"],
-        optim: Optim,
+        optim: StreamOptim,
         steps: Count,
         margin: NonNegative,
         recover_below: NonNegative,

@@ -29,7 +29,7 @@ from driftline.core.strategy import TTAStrategy
 from driftline.parts.memory import Memory, choose
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, Top, batch_norms, enough_in_training, train_norms
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 
 class SoTTA(TTAStrategy):
@@ -61,7 +61,7 @@ class SoTTA(TTAStrategy):
         seed: int,
         layers: Layers,
         top: Top,
-        optim: Optim,
+        optim: StreamOptim,
         capacity: Count,
         every: Count,
         threshold: Unit,

@@ -41,7 +41,7 @@ from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, Top, train_norms
 from driftline.parts.objectives import entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.tta.zerosiam import identity
 
 LOW = 0.2  # part of each side of the shifted spectrum that counts as low frequencies
@@ -105,7 +105,7 @@ class SPA(TTAStrategy):
         layers: Layers,
         top: Top,
         mode: Literal["train", "eval"],
-        optim: Optim,
+        optim: StreamOptim,
         steps: Count,
         masked: Unit,
         noise: Annotated[float, Gt(0), Le(1)],

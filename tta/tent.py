@@ -25,7 +25,7 @@ from driftline.parts.adapters.plan import Plan
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, train_norms, train_only
 from driftline.parts.objectives import entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 NAME = "tuned"  # of the one set of adapters
 
@@ -58,7 +58,7 @@ class Tent(TTAStrategy):
         seed: int,
         layers: Layers,
         mode: Literal["train", "eval"],
-        optim: Optim,
+        optim: StreamOptim,
         steps: Count,
         adapter: Plan | None,
     ) -> None:

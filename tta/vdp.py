@@ -35,7 +35,7 @@ from driftline.parts import teacher, views
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import use_batch_statistics
 from driftline.parts.objectives import consistency
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 
 class VDP(TTAStrategy):
@@ -77,7 +77,7 @@ class VDP(TTAStrategy):
         jump: Unit,
         forget_specific: bool,
         statistics: Literal["running", "batch"],
-        optim: Optim,
+        optim: StreamOptim,
     ) -> None:
         super().__init__(backbone, seed=seed)
         backbone.eval().requires_grad_(False)

@@ -46,7 +46,7 @@ from driftline.parts.adapters.bank import AdapterBank
 from driftline.parts.adapters.dual_rank import DualRank
 from driftline.parts.modes import evaluating
 from driftline.parts.objectives import consistency
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 from driftline.parts.warmup import WarmUp
 
 MARK = "vida_"  # in the name of every adapter parameter, and of no other
@@ -172,7 +172,7 @@ class ViDA(TTAStrategy):
         backbone: Backbone,
         *,
         seed: int,
-        optim: Optim,
+        optim: StreamOptim,
         loss: Literal["ce", "sce"],
         attention: Annotated[Sequence[str], MinLen(1)],
         rank_low: Size,

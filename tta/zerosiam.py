@@ -34,7 +34,7 @@ from driftline.parts.heads import linear_head
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, Top, train_norms
 from driftline.parts.objectives import entropy
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 
 def identity(head: nn.Linear) -> nn.Linear:
@@ -72,7 +72,7 @@ class ZeroSiam(TTAStrategy):
         layers: Layers,
         top: Top,
         mode: Literal["train", "eval"],
-        optim: Optim,
+        optim: StreamOptim,
         steps: Count,
         align: NonNegative,
     ) -> None:
