@@ -42,7 +42,7 @@ from driftline.parts.norms import (
     train_only,
     use_batch_statistics,
 )
-from driftline.parts.optim import Optim
+from driftline.parts.optim import StreamOptim
 
 OFFSET = 1e-5  # in logarithms of probabilities
 
@@ -107,7 +107,7 @@ class SHOT(TTAStrategy):
         layers: Layers | Literal["extractor"],
         batch_statistics: bool,
         mode: Literal["train", "eval"],
-        optim: Optim,
+        optim: StreamOptim,
         steps: Count,
         diversity: NonNegative,
         pseudo: NonNegative,
