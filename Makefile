@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PACKAGES := analysis backbones cl core kernels parts runs streams tta
 
-.PHONY: demo test test-oldest check docs setup clean
+.PHONY: demo test test-oldest check audit docs setup clean
 
 demo: $(READY)
 	$(BIN)/python run.py strategy=cotta scenario=imagenet_c
@@ -29,6 +29,11 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu and not realdata"
+
+# Known vulnerabilities of the installed packages, by the databases that pip-audit asks.
+audit: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"

@@ -10,11 +10,13 @@ names are never parsed. Labels such as `[embedded]` are part of the column `scen
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import pandas as pd
 import yaml
 
 from driftline.core.errors import UserError
+from driftline.core.files import Damaged, read_record
 from driftline.core.identity import VOLATILE, VOLATILE_DATA, typed_rules
 
 MARKERS = {"summary.json", "config.yaml", "environment.json", "failure.txt"}
@@ -91,7 +94,7 @@ def _row(folder: Path, files: set[str]) -> dict[str, Any]:
         metrics = summary.get("metrics")
         if "summary.json" in files and not (config and metrics and isinstance(metrics, dict)):
             raise ValueError("summary.json without config.yaml or metrics")
-    except (ValueError, yaml.YAMLError, OSError) as error:
+    except (ValueError, yaml.YAMLError, OSError, Damaged) as error:
         reason = str(error).split("\n")[0]
         advice = f"{reason} (delete the folder and run it again)"
         return row | {"state": "unreadable", "problem": advice}
@@ -135,14 +138,12 @@ def _flatten(node: Mapping[str, Any], prefix: str, row: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """A JSON or YAML file that holds a mapping."""
-    text = path.read_text()
+    if path.suffix != ".yaml":
+        return read_record(path)
     try:
-        content = read_config(text) if path.suffix == ".yaml" else json.loads(text)
+        return read_config(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is damaged: it holds no mapping")
-    return content
 
 
 def read_config(text: str) -> dict[str, Any]:
@@ -189,7 +190,11 @@ def load_matrix(runs: pd.DataFrame | str | Path) -> pd.DataFrame:
 def _rows(runs: pd.DataFrame | str | Path, name: str) -> pd.DataFrame:
     if not isinstance(runs, pd.DataFrame):
         runs = load_runs(runs)
-    tables = [json_lines(Path(path) / f"{name}.jsonl") for path in runs["path"]]
+    sums = runs.get(f"rows.{name}", pd.Series(index=runs.index, dtype=object))
+    tables = [
+        json_lines(Path(path) / f"{name}.jsonl", checksum if isinstance(checksum, str) else None)
+        for path, checksum in zip(runs["path"], sums, strict=True)
+    ]
     rows = pd.DataFrame([row for some in tables for row in some])
     known = [k for k in ("path", "state", *IDENTITY, "method") if k in runs]
     about = runs[known].loc[runs.index.repeat([len(some) for some in tables])]
@@ -197,16 +202,20 @@ def _rows(runs: pd.DataFrame | str | Path, name: str) -> pd.DataFrame:
     return pd.concat([about.reset_index(drop=True), rows], axis=1)
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """All rows; the last line of a killed run may be half a line and is left out."""
+def json_lines(path: Path, checksum: str | None = None) -> list[dict[str, Any]]:
+    """All rows; the last line of a killed run may be half a line and is left out.
+
+    Args:
+        checksum: CRC-32 of the file where the run is finished; none of its rows count if another.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
-    for complete in (lines, lines[:-1]):
-        try:
-            return json.loads(f"[{','.join(complete)}]")
-        except ValueError:
-            continue
+    content = path.read_bytes()
+    if checksum in (None, f"{zlib.crc32(content):08x}"):
+        lines = content.decode(errors="replace").splitlines()
+        for complete in (lines, lines[:-1]):
+            with contextlib.suppress(ValueError):
+                return json.loads(f"[{','.join(complete)}]")
     warnings.warn(f"{path} is damaged and was left out", stacklevel=3)
     return []
 

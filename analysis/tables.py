@@ -370,16 +370,43 @@ def terminal(table: Table) -> str:
     return f"{table.title}\n{aligned(table.head, rows)}\n{legend}{table.caption}".rstrip()
 
 
+def one_line(text: str) -> str:
+    """Text without line breaks, which would end a row, a heading or a comment."""
+    return " ".join(text.splitlines())
+
+
+def quoted(notes: Sequence[str]) -> str:
+    """Notes as a quotation of Markdown."""
+    return "".join(f"> {one_line(note).replace('<', '&lt;')}\n" for note in notes)
+
+
+def markdown_escape(text: str) -> str:
+    """Text that is neither HTML nor the end of a cell."""
+    return one_line(text).replace("<", "&lt;").replace("\\", "\\\\").replace("|", "\\|")
+
+
 def markdown(table: Table) -> str:
     """Title, table and caption; best bold, second underlined."""
-    rows = _marked(
-        table, {0: "%s", 1: "**%s**", 2: "<u>%s</u>"}, lambda text: text.replace("|", "\\|")
-    )
-    lines = ["| " + " | ".join(row) + " |" for row in [table.head, *rows]]
+    rows = _marked(table, {0: "%s", 1: "**%s**", 2: "<u>%s</u>"}, markdown_escape)
+    head = [markdown_escape(text) for text in table.head]
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
     lines.insert(1, "|---" + "|---:" * (len(table.head) - 1) + "|")
     legend = "**Best**, <u>second</u>. " if table.marks else ""
-    return f"### {table.title}\n\n" + "\n".join(lines) + f"\n\n{legend}{table.caption}\n"
+    title, caption = (one_line(t).replace("<", "&lt;") for t in (table.title, table.caption))
+    return f"### {title}\n\n" + "\n".join(lines) + f"\n\n{legend}{caption}\n"
 
+
+def csv(frame: pd.DataFrame) -> str:
+    """CSV text in which no cell is a formula to a spreadsheet: these begin with an apostrophe."""
+
+    def safe(cell: Any) -> Any:
+        return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
+    text = frame.astype(object).map(safe)
+    return text.rename(columns=safe).to_csv(index=False)
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -395,7 +422,8 @@ LATEX = {
 
 
 def latex_escape(text: str) -> str:
-    return "".join(LATEX.get(c, c) for c in text)
+    """Text that is no command and stays on its line."""
+    return "".join(LATEX.get(c, c) for c in one_line(text))
 
 
 def latex(table: Table) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ import torch
 
 from driftline.core import distributed
 from driftline.core.errors import UserError
-from driftline.core.files import BadFile, read_checked, write_checked
+from driftline.core.files import BadFile, Damaged, read_checked, write_checked
 from driftline.core.record import RunLogger
 from driftline.core.seed import rng_state, set_rng_state
 from driftline.core.strategy import Strategy
@@ -70,18 +69,30 @@ class Checkpointer:
     Args:
         key: of the run, see `core.identity`; a checkpoint of another one is refused.
         every: batches between checkpoints inside an experience; 0 saves at its end only.
+        say: prints a line.
     """
 
-    def __init__(self, log: RunLogger, signals: Signals, *, key: str, every: int) -> None:
-        self.log, self.signals, self.key, self.every = log, signals, key, every
+    def __init__(
+        self,
+        log: RunLogger,
+        signals: Signals,
+        *,
+        key: str,
+        every: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.log, self.signals, self.key, self.every, self.say = log, signals, key, every, say
         self.path = log.folder / "last.pt"
         self._since = 0
 
     def load(self) -> dict[str, Any] | None:
         """The last state, or None for a fresh run; the records are cut back to it.
 
+        A state that is damaged, or has lost some of its rows, is of no use any more: the run begins
+        again, and that is said.
+
         Raises:
-            UserError: if the file is damaged, of another run or of another version.
+            UserError: if the file is of another run or of another version.
         """
         return distributed.from_rank0(self._load)
 
@@ -92,16 +103,17 @@ class Checkpointer:
         try:
             with read_checked(self.path, KIND, self.key) as file:
                 state = torch.load(file, weights_only=True, map_location="cpu")
+            self.log.rewind(state["log"], state.get("sums"))
+        except Damaged as error:
+            self.say(f"{error}; this run begins again")
+            self.log.rewind({})
+            return None
         except BadFile as error:
             raise UserError(
                 f"the checkpoint {error}. Delete it to start this run again."
             ) from error
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"cannot read the checkpoint {self.path}: {error}. "
-                "Delete it to start this run again."
-            ) from error
-        self.log.rewind(state["log"])
+        except OSError as error:
+            raise UserError(f"cannot read the checkpoint {self.path}: {error}") from error
         return state
 
     def apply(
@@ -152,6 +164,7 @@ class Checkpointer:
             "meters": {name: meter.snapshot() for name, meter in meters.items()},
             "rng": rng_state(),
             "log": self.log.offsets(),
+            "sums": dict(self.log.sums),
         }
         with write_checked(self.path, KIND, self.key) as file:
             torch.save(state, file)

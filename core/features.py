@@ -8,6 +8,7 @@ hash changes. Past a size limit the arrays lie in a file that is mapped into mem
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -146,6 +147,7 @@ class FeatureCache:
             if self._files is None:
                 self._files = tempfile.TemporaryDirectory(prefix="features-", dir=self._folder)
             path = Path(self._files.name) / f"{len(self._features)}.bin"
+            _reserve(path, size)
             mapped = torch.from_file(
                 str(path), shared=True, size=features.numel(), dtype=features.dtype
             ).view(features.shape)
@@ -162,3 +164,10 @@ class FeatureCache:
         if self._files is not None:
             self._files.cleanup()
             self._files = None
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file with room for `size` bytes: writing to memory mapped onto a full disk kills."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)

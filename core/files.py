@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +23,16 @@ class BadFile(UserError):
     """A file that must not be used: damaged, or of another owner; the message names it."""
 
 
+class Damaged(BadFile):
+    """A file that is not as it was written; what it held is lost."""
+
+
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it where the block ends well, else deleted.
+
+    The new file outlasts a power cut, but for a shared one: there are many of these, and what
+    their users find damaged they make again.
 
     Args:
         shared: other processes may write `path` at the same time.
@@ -31,10 +40,37 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:
         yield part
+        if not shared:
+            _to_disk(part)
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+        if not shared:
+            _to_disk(path.parent)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # a write does not know where it went
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without it
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sweep_away(folder: Path) -> None:
+    """Delete temporary files of shared writes that were killed: those untouched for an hour."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".tmp") and time.time() - entry.stat().st_mtime > 3600:
+                os.unlink(entry.path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -53,6 +89,56 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
+def append(path: Path, content: bytes) -> None:
+    """Add to a file; the new part outlasts a power cut."""
+    try:
+        with open(path, "ab") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+# ------------------------------------------------------------------------------ records
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """As `write_json`, with a field `checksum` that `read_record` compares."""
+    plain = json.loads(json.dumps(content, default=str))
+    write_json(path, {**plain, "checksum": _sum_of(plain)})
+
+
+def read_record(path: Path, *fields: str) -> dict[str, Any]:
+    """The content of a file of `write_record`; of earlier versions, which have no checksum, too.
+
+    Args:
+        fields: what it must hold.
+
+    Raises:
+        Damaged: if it is not what was written.
+        OSError: if it cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged: {error}") from error
+    if not isinstance(record, dict):
+        raise Damaged(f"{path} is damaged: it holds no mapping")
+    checksum = record.pop("checksum", None)
+    if checksum is not None and checksum != _sum_of(record):
+        raise Damaged(f"{path} is damaged: its content does not fit its checksum")
+    if lacking := [name for name in fields if name not in record]:
+        raise Damaged(f"{path} is damaged: it lacks {', '.join(lacking)}")
+    return record
+
+
+def _sum_of(record: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
+
+
 # ------------------------------------------------------------------------------ checked files
 
 
@@ -61,13 +147,18 @@ class _Summed(io.RawIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.checksum = file, 0
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         self.checksum = zlib.crc32(data, self.checksum)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 @contextmanager
@@ -85,8 +176,12 @@ def write_checked(path: Path, kind: str, key: str, *, shared: bool = False) -> I
     """
     with replacing(path, shared=shared) as part, open(part, "wb") as file:
         summed = _Summed(file)
-        with io.BufferedWriter(summed) as buffer:
-            yield buffer
+        try:
+            with io.BufferedWriter(summed) as buffer:
+                yield buffer
+        except Exception as error:
+            # torch.save says that a write failed, and not why.
+            raise (summed.error or error) from None
         line = _line(f"{kind} {key}".encode(), summed.checksum)
         assert len(line) == LINE, f"{kind} {key} is too long"
         file.write(line)
@@ -97,8 +192,8 @@ def read_checked(path: Path, kind: str, key: str) -> Iterator[BinaryIO]:
     """The content of a file of `write_checked`, open for reading.
 
     Raises:
-        BadFile: if a bit of the file differs from what was written, or if it was written as
-            another kind or for another key.
+        Damaged: if a bit of the file differs from what was written.
+        BadFile: if it was written as another kind or for another key.
         OSError: if it cannot be read.
     """
     with open(path, "rb") as file:
@@ -109,9 +204,9 @@ def read_checked(path: Path, kind: str, key: str) -> Iterator[BinaryIO]:
         line = file.read()
         words = line.split()[1:3]  # kind and key
         if not line.startswith(MARK) or len(words) < 2:
-            raise BadFile(f"{path} is damaged, or of another version of this project")
+            raise Damaged(f"{path} is damaged, or of another version of this project")
         if line != _line(b" ".join(words), checksum):
-            raise BadFile(f"{path} is damaged: its content does not fit its checksum")
+            raise Damaged(f"{path} is damaged: its content does not fit its checksum")
         other_kind, other_key = (word.decode(errors="replace") for word in words)
         if other_kind != kind:
             raise BadFile(f"{path} is of another version ({other_kind}, not {kind})")

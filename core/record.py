@@ -1,27 +1,25 @@
-"""A run's folder: identity, records, environment, lock. Files are the truth; sinks mirror them."""
+"""A run's folder: records and environment. Files are the truth; sinks mirror them."""
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
-import socket
 import time
 import traceback
+import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from driftline.core import distributed
-from driftline.core.errors import UserError
-from driftline.core.files import write_json, write_text
-
-TABLES = ("batches", "experiences", "matrix")
+from driftline.core.files import Damaged, append, write_record, write_text
+from driftline.core.sinks import TABLES
 
 
 class Sink(Protocol):
@@ -64,39 +62,6 @@ def cpu_name() -> str:
         return platform.machine()
 
 
-class Lock:
-    """Keeps a second process out of a run folder; released by the kernel if the process dies."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = open(folder / ".lock", "a+")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the results folder {folder}: {error.strerror}. "
-                "Choose another one with root=/path/to/results"
-            ) from error
-        self.path = folder / ".lock"
-
-    def acquire(self) -> bool:
-        """True if this process now holds the folder."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        self._file.truncate(0)
-        self._file.write(f"{socket.gethostname()} pid {os.getpid()}")
-        self._file.flush()
-        return True
-
-    def holder(self) -> str:
-        """Host and process id written by the process that holds the folder."""
-        return self.path.read_text() or "another process"
-
-    def release(self) -> None:
-        self._file.close()
-
-
 class RunLogger:
     """Append-only JSON lines, one file a table, written in blocks; read with pandas at once.
 
@@ -107,6 +72,7 @@ class RunLogger:
 
     def __init__(self, folder: Path, label: str, sinks: Sequence[Sink] = ()) -> None:
         self.folder, self.label, self.sinks = folder, label, sinks
+        self.sums: dict[str, int] = {}  # CRC-32 of what each table holds
         self._pending: list[tuple[str, dict[str, Any]]] = []
 
     def path(self, table: str) -> Path:
@@ -135,21 +101,43 @@ class RunLogger:
             blocks.setdefault(table, []).append(json.dumps(row))
             for sink in self.sinks:
                 sink.log(table, row)
-        for table, lines in blocks.items():
-            with open(self.path(table), "a") as file:
-                file.write("\n".join(lines) + "\n")
         self._pending.clear()
+        for table, lines in blocks.items():
+            block = ("\n".join(lines) + "\n").encode()
+            append(self.path(table), block)
+            self.sums[table] = zlib.crc32(block, self.sums.get(table, 0))
 
     def offsets(self) -> dict[str, int]:
         """Bytes written so far, per table."""
         return {t: self.path(t).stat().st_size for t in TABLES if self.path(t).exists()}
 
-    def rewind(self, offsets: Mapping[str, int]) -> None:
-        """Cut the tables back to `offsets`, dropping rows written after a checkpoint."""
+    def rewind(self, offsets: Mapping[str, int], sums: Mapping[str, int] | None = None) -> None:
+        """Cut the tables back to `offsets`, dropping rows written after a checkpoint.
+
+        Args:
+            sums: CRC-32 of each table up to there; None does not compare them.
+
+        Raises:
+            Damaged: if a table is shorter, or is not what was written; then none is changed.
+        """
         self._pending.clear()
+        actual = {}
+        for table, size in offsets.items():
+            content = self.path(table).read_bytes()[:size] if self.path(table).exists() else b""
+            actual[table] = zlib.crc32(content)
+            if len(content) < size:
+                raise Damaged(
+                    f"{self.path(table)} is damaged: {len(content):,} of {size:,} bytes are there"
+                )
+            if sums is not None and actual[table] != sums[table]:
+                raise Damaged(f"{self.path(table)} is damaged: other rows than were written")
+        self.sums = actual
         for table in TABLES:
             if self.path(table).exists():
                 os.truncate(self.path(table), offsets.get(table, 0))
+            for row in self.rows(table):  # a mirror has them all, whatever it had before
+                for sink in self.sinks:
+                    sink.log(table, row)
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """All rows of a table written so far."""
@@ -157,24 +145,33 @@ class RunLogger:
             return []
         return [json.loads(line) for line in self.path(table).read_text().splitlines()]
 
+    def checksums(self) -> dict[str, str]:
+        """CRC-32 of what each table holds, 8 hex digits."""
+        self.flush()
+        return {table: f"{checksum:08x}" for table, checksum in self.sums.items()}
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, whose existence means that the run is done."""
         self.flush()
-        write_json(self.folder / "summary.json", summary)
+        write_record(self.folder / "summary.json", summary)
         (self.folder / "failure.txt").unlink(missing_ok=True)
         for sink in self.sinks:
             sink.finish(summary)
 
     def fail(self, error: BaseException) -> None:
         """Keep what was recorded and write the traceback beside it."""
-        self.flush()
-        text = "".join(traceback.format_exception(error))
-        write_text(self.folder / "failure.txt", text)
-        self.close()
+        with suppress(OSError):  # the disk may be full; the error itself is told either way
+            self.flush()
+            text = "".join(traceback.format_exception(error))
+            write_text(self.folder / "failure.txt", text)
+        self._end()
 
     def close(self) -> None:
         """Flush without a summary: the run is not done."""
         self.flush()
+        self._end()
+
+    def _end(self) -> None:
         for sink in self.sinks:
             sink.finish(None)
 
@@ -185,7 +182,7 @@ class NoRecords(RunLogger):
     def log(self, table: str, **values: float | int | str | Tensor | None) -> None:
         pass
 
-    def rewind(self, offsets: Mapping[str, int]) -> None:
+    def rewind(self, offsets: Mapping[str, int], sums: Mapping[str, int] | None = None) -> None:
         pass
 
     def rows(self, table: str) -> list[dict[str, Any]]:

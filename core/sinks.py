@@ -1,13 +1,16 @@
 """Mirrors of the run's files. A sink never prompts, never raises, never stops a run.
 
-A sink has three parts: a constructor that gets the run (`About`) and its settings from
-`conf/logger/`, `log(table, row)` for every row of the run's files, and `finish(summary)`.
+A sink has four parts: `check` says what is wrong with its settings before anything is computed; a
+constructor gets the run (`About`) and the settings from `conf/logger/`; `log(table, row)` gets
+every row of the run's files, of a resumed run those that are there first; and `finish(summary)`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +19,9 @@ from typing import Any, Literal
 
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count
+
+TABLES = ("batches", "experiences", "matrix")  # of a run folder, each a file of JSON lines
+LONGEST, LONGEST_TAG = 128, 64  # characters of a name and of a tag in Weights & Biases
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,18 @@ class Mirror:
 
     def __init__(self, about: About, *, every: int) -> None:
         self.about, self.every = about, every
-        self._batches: int | None = None
+        self._batches = 0
+        self._mirrored: Mapping[str, float] = {}  # the last step of each table that it has already
         self._matrix: list[tuple[int, str, str, float]] = []
         self._off = False
+
+    @classmethod
+    def check(cls, **settings: Any) -> None:
+        """See whether the sink can start here.
+
+        Raises:
+            UserError: if not, with what to do.
+        """
 
     def _try(self, call: Callable[[], Any]) -> Any:
         if self._off:
@@ -64,8 +79,6 @@ class Mirror:
         if self._off:
             return
         if table == "batches":
-            if self._batches is None:  # a resumed run goes on counting where its file ends
-                self._batches = _lines(self.about.folder / "batches.jsonl")
             self._batches += 1
             if self._batches % self.every:
                 return
@@ -81,7 +94,9 @@ class Mirror:
                 for k, v in row.items()
                 if isinstance(v, int | float) and k not in drop
             }
-        self._try(lambda: self._write(table, int(step or 0), values))
+        step = int(step or 0)
+        if step >= self._mirrored.get(table, 0):
+            self._try(lambda: self._write(table, step, values))
 
     def finish(self, summary: Mapping[str, Any] | None) -> None:
         """End the mirror; None marks the run as unfinished."""
@@ -104,13 +119,6 @@ class Mirror:
         return ["after", *columns], body
 
 
-def _lines(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)
-
-
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     """Metrics, cost and the gain over the source model as flat names."""
     parts = {
@@ -131,10 +139,8 @@ class WandbSink(Mirror):
 
     Offline unless `mode="online"` and a key is in the environment. The step axis of each table is
     its own: batches, experiences. The end adds the metrics, the accuracy matrix as a table and the
-    published figures.
-
-    Raises:
-        UserError: for `mode="online"` without WANDB_API_KEY, instead of a prompt.
+    published figures. A resumed run is one run there too: offline its records are written anew as
+    a whole, online they go on where they ended.
     """
 
     name = "wandb"
@@ -149,12 +155,9 @@ class WandbSink(Mirror):
         every: Count,
     ) -> None:
         super().__init__(about, every=every)
-        if mode == "online" and not os.environ.get("WANDB_API_KEY"):
-            raise UserError(
-                "logger.wandb.mode=online needs a key: set WANDB_API_KEY, or stay offline and "
-                "upload later with `python scripts/sync_wandb.py`"
-            )
         os.environ.setdefault("WANDB_SILENT", "true")
+        name = short(about.run_id, LONGEST)
+        before = list(about.folder.glob(f"wandb/offline-run-*-{name}"))
 
         def start() -> Any:
             import wandb
@@ -163,11 +166,12 @@ class WandbSink(Mirror):
                 mode=mode,
                 project=project,
                 entity=entity,
-                id=about.run_id,
-                name=about.run_id,
-                group=about.group,
+                id=name,
+                name=name,
+                group=short(about.group, LONGEST, "/[]() =,"),
                 job_type=about.job_type,
-                tags=list(about.tags),
+                tags=[short(tag, LONGEST_TAG, ":[]") for tag in about.tags],
+                resume="allow" if mode == "online" else None,
                 dir=str(about.folder),
                 config=dict(about.config),
                 reinit="create_new",
@@ -180,12 +184,33 @@ class WandbSink(Mirror):
                     init_timeout=30,
                 ),
             )
-            for table in ("batches", "experiences", "matrix"):
+            for table in TABLES:
                 run.define_metric(f"{table}/step", hidden=True)
                 run.define_metric(f"{table}/*", step_metric=f"{table}/step")
+            for folder in before:
+                shutil.rmtree(folder)  # a part of what the new one will hold
             return run
 
         self._run = self._try(start)
+        if self._run is not None and mode == "online":
+            steps = {table: self._run.summary.get(f"{table}/step") for table in TABLES}
+            self._mirrored = {table: step for table, step in steps.items() if step is not None}
+
+    @classmethod
+    def check(cls, **settings: Any) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError("logger=wandb needs the package: pip install wandb, or logger=files")
+        if settings["mode"] == "online" and not os.environ.get("WANDB_API_KEY"):
+            raise UserError(
+                "logger.wandb.mode=online needs a key: set WANDB_API_KEY, or stay offline and "
+                "upload later with `python scripts/sync_wandb.py`"
+            )
+        import wandb
+
+        try:
+            wandb.Settings(project=settings["project"], entity=settings["entity"])
+        except Exception as error:  # its rules for names
+            raise UserError(f"logger.wandb: {str(error).splitlines()[-1].strip()}") from error
 
     def _write(self, table: str, step: int, values: Mapping[str, float]) -> None:
         self._run.log({f"{table}/step": step, **values})
@@ -211,29 +236,32 @@ class WandbSink(Mirror):
 class TensorBoardSink(Mirror):
     """Mirrors rows to TensorBoard event files in `<run folder>/tensorboard/`.
 
-    Raises:
-        UserError: without the package `tensorboard`.
+    A resumed run makes them anew.
     """
 
     name = "tensorboard"
 
     def __init__(self, about: About, *, every: Count) -> None:
         super().__init__(about, every=every)
-        if importlib.util.find_spec("tensorboard") is None:
-            raise UserError(
-                'logger=tensorboard needs the package: pip install -e ".[tensorboard]", or take '
-                "logger=files"
-            )
 
         def start() -> Any:
             from torch.utils.tensorboard import SummaryWriter
 
+            shutil.rmtree(about.folder / "tensorboard", ignore_errors=True)
             writer = SummaryWriter(str(about.folder / "tensorboard"))
             lines = [f"    {k}: {v}" for k, v in about.config.items()]  # indented: kept as it is
             writer.add_text("config", "\n".join([f"{about.group} {about.run_id}", "", *lines]))
             return writer
 
         self._writer = self._try(start)
+
+    @classmethod
+    def check(cls, **settings: Any) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise UserError(
+                'logger=tensorboard needs the package: pip install -e ".[tensorboard]", or take '
+                "logger=files"
+            )
 
     def _write(self, table: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -256,12 +284,27 @@ class TensorBoardSink(Mirror):
 SINKS: dict[str, type[Mirror]] = {"wandb": WandbSink, "tensorboard": TensorBoardSink}
 
 
-def make_sinks(loggers: Mapping[str, Mapping[str, Any] | None], about: About) -> list[Mirror]:
-    """The sinks that `conf/logger/` names with settings; null means none.
+def short(text: str, limit: int, allowed: str = "") -> str:
+    """A name of letters, digits, `_.+-` and `allowed`, cut to `limit` with a hash of the whole."""
+    plain = "".join(c if c.isalnum() or c in f"_.+-{allowed}" else "-" for c in text)
+    if len(plain) <= limit:
+        return plain
+    return f"{plain[: limit - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def check_sinks(loggers: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """See whether the sinks that `conf/logger/` names with settings can start here.
 
     Raises:
-        UserError: from a sink that cannot start with these settings.
+        UserError: for the first that cannot.
     """
+    for name, settings in loggers.items():
+        if settings is not None:
+            SINKS[name].check(**settings)
+
+
+def make_sinks(loggers: Mapping[str, Mapping[str, Any] | None], about: About) -> list[Mirror]:
+    """The sinks that `conf/logger/` names with settings; null means none."""
     return [
         SINKS[name](about, **settings) for name, settings in loggers.items() if settings is not None
     ]

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from driftline.core import papers
-from driftline.core.errors import UserError, suggest
+from driftline.core.errors import UserError, shortage, suggest
 from driftline.core.paths import CONF, add_resolver
 from driftline.core.torchrun import requested, speaks
 
@@ -436,6 +436,11 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # before the run itself, which says what it lacks
+        if not (text := shortage(error)):
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -17,13 +17,13 @@ from driftline.core import distributed
 from driftline.core.build import nodes
 from driftline.core.checkpoint import Checkpointer, Signals, Stopped
 from driftline.core.console import Console
-from driftline.core.errors import UserError
+from driftline.core.errors import UserError, shortage
 from driftline.core.identity import VOLATILE, identity, method_folder, method_name
 from driftline.core.provenance import Code, code_of, git_state
 from driftline.core.record import NoRecords, RunLogger, environment
 from driftline.core.runner import Context, reference, run_shifts, run_tasks
 from driftline.core.seed import rng_state, seed_all, set_rng_state
-from driftline.core.sinks import About, Mirror, make_sinks
+from driftline.core.sinks import About, Mirror, check_sinks, make_sinks
 from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
 from driftline.core.stream import ShiftStream, TaskStream
 from driftline.kernels import dispatch
@@ -64,6 +64,21 @@ def run_experiment(
         UserError: for anything the user can fix.
         Stopped: after a signal, with the state saved.
     """
+    try:
+        return _find_or_run(cfg, overrides, quiet, wait, make_room)
+    except Exception as error:
+        if text := shortage(error):
+            raise UserError(text) from error
+        raise
+
+
+def _find_or_run(
+    cfg: DictConfig,
+    overrides: list[str],
+    quiet: bool,
+    wait: bool,
+    make_room: Callable[[], None] | None,
+) -> dict[str, Any]:
     check_settings(cfg)
     cfg = complete(cfg)
     device = set_up(cfg)
@@ -101,6 +116,7 @@ def run_experiment(
         # Before anything is written or run: a mistake in the settings leaves nothing behind.
         if make_room is not None:
             make_room()
+        check_sinks(cfg.logger)
         dispatch.use(cfg.kernel.backend)
         built = make_strategy(cfg, stream, geometry, device)
     with ExitStack() as stack:
@@ -183,7 +199,9 @@ def _execute(
     console.say(f"{name}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
     started = time.perf_counter()
     with Signals() as signals:
-        checkpoint = Checkpointer(log, signals, key=key, every=cfg.checkpoint.every)
+        checkpoint = Checkpointer(
+            log, signals, key=key, every=cfg.checkpoint.every, say=console.say
+        )
         run = Context(
             log,
             checkpoint,
@@ -242,6 +260,7 @@ def _execute(
         summary["tuned"] = OmegaConf.to_container(cfg.tuned, resolve=True)
     if cfg.reference is not None:
         summary["reference"] = _against_published(cfg, stream, overrides, summary)
+    summary["rows"] = log.checksums()
     log.finish(summary)
     if distributed.rank0() and not cfg.checkpoint.keep:
         checkpoint.remove()

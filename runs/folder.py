@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,10 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from driftline.core.console import Console
 from driftline.core.errors import UserError
-from driftline.core.files import replacing, write_json, write_text
+from driftline.core.files import Damaged, read_record, replacing, write_record, write_text
+from driftline.core.processes import Lock
 from driftline.core.provenance import Code, changed_files
-from driftline.core.record import Lock
 from driftline.core.stream import ShiftStream, TaskStream
+
+RECORD = "environment.json"
 
 
 class Place(NamedTuple):
@@ -38,21 +39,24 @@ def choose_folder(place: Path, name: str, on_exists: str, code: Code) -> Place:
     notes = []
     for number in count(1):
         folder = place / (name if number == 1 else f"{name}-{number}")
-        finished = (folder / "summary.json").exists()
-        if finished or (folder / "environment.json").exists():
-            recorded = _recorded(folder).get("code")
+        if any((folder / file).exists() for file in ("summary.json", RECORD, "last.pt")):
+            recorded = _code_in(folder)
             if recorded is None or (changed := changed_files("method", recorded, code)):
                 what = (
                     "is not recorded" if recorded is None else f"was another: {', '.join(changed)}"
                 )
                 notes.append(f"not the run of {folder}, the method's code of which {what}")
                 continue
-        if not finished:
+        try:
+            finished = _summary(folder)
+        except Damaged as error:
+            return Place(folder, None, [*notes, f"{error}; the run is made again"])
+        if finished is None:
             return Place(folder, None, notes + framework_notes(folder, code))
         if on_exists == "error":
             raise UserError(f"{folder} is finished already; use on_exists=skip or rerun")
         if on_exists == "skip":
-            return Place(folder, json.loads((folder / "summary.json").read_text()), [])
+            return Place(folder, finished, [])
     raise AssertionError
 
 
@@ -70,7 +74,7 @@ def hold(choose: Callable[[], Place], stack: ExitStack, console: Console, *, wai
             return place
         lock = Lock(place.folder)
         if lock.acquire():
-            if choose().folder == place.folder and not (place.folder / "summary.json").exists():
+            if (again := choose()).folder == place.folder and again.finished is None:
                 stack.callback(lock.release)
                 return place
             lock.release()
@@ -87,15 +91,35 @@ def hold(choose: Callable[[], Place], stack: ExitStack, console: Console, *, wai
         time.sleep(1)
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
-    """environment.json of a run folder; empty where there is none."""
-    path = folder / "environment.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def _summary(folder: Path) -> dict[str, Any] | None:
+    """The result of a run; None where it is not finished.
+
+    Raises:
+        Damaged: if it cannot be used.
+    """
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    return read_record(path, "run", "metrics", "cost")
+
+
+def _code_in(folder: Path) -> Code | None:
+    """The code that a run folder was made by; None where that is lost."""
+    try:
+        code = read_record(folder / RECORD).get("code")
+    except (Damaged, FileNotFoundError):
+        return None
+    parts = ("method", "framework")
+    return (
+        code
+        if isinstance(code, dict) and all(isinstance(code.get(p), dict) for p in parts)
+        else None
+    )
 
 
 def framework_notes(folder: Path, code: Code) -> list[str]:
     """One line if code outside the method has changed since a run that is used again."""
-    changed = changed_files("framework", _recorded(folder).get("code", code), code)
+    changed = changed_files("framework", _code_in(folder) or code, code)
     if not changed:
         return []
     files = ", ".join(changed[:3]) + (f" and {n} more" if (n := len(changed) - 3) > 0 else "")
@@ -114,7 +138,7 @@ def describe(
     with replacing(folder / "config.yaml") as part:
         OmegaConf.save(cfg, part, resolve=True)
     write_text(folder / "overrides.txt", "\n".join(overrides) + "\n")
-    write_json(folder / "environment.json", known)
+    write_record(folder / RECORD, known)
     if patch:
         write_text(folder / "patch.diff", patch)
     if stream.order:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -25,8 +24,8 @@ from torch import Tensor
 
 from driftline.core.errors import UserError
 from driftline.core.files import BadFile, read_checked, replacing, write_checked
+from driftline.core.processes import Lock
 from driftline.core.provenance import code_of
-from driftline.core.record import Lock
 from driftline.core.strategy import TTAStrategy
 from driftline.core.stream import SourceImages
 
@@ -59,10 +58,9 @@ class PartialFile:
         except BadFile as error:
             self.say(f"the unfinished preparation {error}; it starts again")
             return None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except OSError as error:
             raise UserError(
-                f"cannot read the unfinished preparation {self.path}: {error}. Delete it to start "
-                "the preparation again."
+                f"cannot read the unfinished preparation {self.path}: {error}"
             ) from error
 
     def save(self, state: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ The folder of a sweep, `<root>/.sweeps/<time>/`, holds `sweep.json` (what was pl
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import multiprocessing
@@ -19,6 +18,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,8 +27,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from driftline.core.files import write_json
+from driftline.core.errors import UserError
+from driftline.core.files import Damaged, read_record, write_record
 from driftline.core.paths import CONF
+from driftline.core.processes import end_with_parent
 from driftline.runs.schema import embedded
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -49,7 +51,14 @@ class Planned(Callback):
         words = [f"{k}={v}" for k, v in (config.hydra.sweeper.params or {}).items()]
         words += typed(config.hydra.overrides.task)
         folder = Path(config.hydra.sweep.dir)
-        plan(folder, expand(words), int(config.hydra.launcher.get("n_jobs") or 1))
+        try:
+            plan(folder, expand(words), int(config.hydra.launcher.get("n_jobs") or 1))
+        except (UserError, OSError) as error:  # Hydra takes errors of a callback for warnings
+            what = (
+                "" if isinstance(error, UserError) else f"the folder of the sweep {folder} fails: "
+            )
+            print(f"error: {what}{error}", file=sys.stderr)
+            raise SystemExit(2) from None
         Planned.folder = folder
 
 
@@ -71,14 +80,40 @@ def reader(words: list[str]) -> OverridesParser:
 
 
 def plan(folder: Path, runs: list[list[str]], at_once: int = 1) -> None:
-    """Begin a sweep: its folder and the list of its runs."""
+    """Begin a sweep: its folder and the list of its runs.
+
+    Raises:
+        UserError: if it is the folder of another sweep, whose outcomes would be taken for its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "sweep.json", {"runs": runs, "at_once": at_once, "command": sys.argv})
+    try:
+        with open(folder / "sweep.json", "x") as file:
+            json.dump({"runs": runs, "at_once": at_once, "command": sys.argv}, file, indent=2)
+    except FileExistsError as error:
+        raise UserError(
+            f"{folder} is the folder of another sweep; give this one another hydra.sweep.dir, or "
+            "leave that out"
+        ) from error
+
+
+def new_folder(place: Path) -> Path:
+    """A folder in `place` for a sweep that begins now; no two are alike."""
+    return place / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
 
 
 def note(folder: Path, number: int, **outcome: Any) -> None:
     """What became of one run: `state`, and `error` where it did not finish."""
-    write_json(folder / f"{number}.json", outcome)
+    write_record(folder / f"{number}.json", outcome)
+
+
+def _noted(folder: Path, number: int) -> Outcome:
+    """What `note` wrote about a run; nothing is known of one whose note is damaged."""
+    try:
+        return read_record(folder / f"{number}.json", "state")
+    except FileNotFoundError:
+        return {"state": "not started"}
+    except Damaged as error:
+        return {"state": "failed", "error": f"what became of it is lost: {error}"}
 
 
 # ------------------------------------------------------------------------------ one run
@@ -112,7 +147,7 @@ def run_job(cfg: DictConfig) -> float | None:
         assert child.pid is not None
         with _Forward(child.pid) as asked:
             child.join()
-    done = json.loads((folder / f"{number}.json").read_text())
+    done = _noted(folder, number)
     if done["state"] == "running":  # it could not say anything itself
         done |= _sudden(child.exitcode, asked.number)
         note(folder, number, **done)
@@ -129,14 +164,14 @@ def typed(words: Any) -> list[str]:
 
 def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> None:
     from driftline.core.checkpoint import Stopped
-    from driftline.core.errors import UserError
     from driftline.runs.execute import run_experiment
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for quiet in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(quiet, signal.SIG_IGN)
-    end_with_parent()
+    parent = multiprocessing.parent_process()
+    end_with_parent(parent=parent.pid if parent else None)
     outcome: Outcome = {"overrides": overrides, "pid": os.getpid()}
     note(folder, number, **outcome, state="running")
     started = time.time()
@@ -167,12 +202,6 @@ def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> 
         run=place,
         value=metrics.get("err_mean", metrics.get("acc_inc")),
     )
-
-
-def end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies, so that no run is left without an owner."""
-    with suppress(OSError, AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _sudden(code: int | None, asked: int | None) -> Outcome:
@@ -270,8 +299,10 @@ def _slot(folder: Path, launcher: DictConfig) -> Iterator[None]:
 def _try_lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:  # a file system without locks: no run can wait for another one
+        return True
     return True
 
 
@@ -282,8 +313,7 @@ def outcomes(folder: Path) -> list[Outcome]:
     """One entry a planned run; `state` is finished, failed, killed, stopped or not started."""
     rows = []
     for number, overrides in enumerate(json.loads((folder / "sweep.json").read_text())["runs"]):
-        path = folder / f"{number}.json"
-        one = json.loads(path.read_text()) if path.exists() else {"state": "not started"}
+        one = _noted(folder, number)
         if one["state"] == "running":
             one |= {"state": "killed", "error": "its process was killed together with the launcher"}
         rows.append({**one, "overrides": overrides})
@@ -331,10 +361,10 @@ def _seeds_agree(finished: Sequence[Outcome], fixed: set[str]) -> list[str]:
     repeats: dict[tuple[str, ...], list[Any]] = defaultdict(list)
     for run in finished:
         rest = tuple(o for o in run["overrides"] if not o.startswith("seed=") and o not in fixed)
-        path = Path(run.get("run") or "", "summary.json")
-        if len(rest) < len(run["overrides"]) and path.is_file():
-            summary = json.loads(path.read_text())
-            repeats[rest].append((summary["run"]["seed"], summary["metrics"]))
+        if len(rest) < len(run["overrides"]):
+            with suppress(OSError, Damaged):
+                summary = read_record(Path(run.get("run") or "", "summary.json"))
+                repeats[rest].append((summary["run"]["seed"], summary["metrics"]))
     same = [
         " ".join(rest) or "this sweep"
         for rest, runs in repeats.items()

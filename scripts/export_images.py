@@ -12,36 +12,47 @@ import argparse
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from driftline.core.errors import UserError
+from driftline.core.ranges import plain_name
 
 
 def export(archive: Path, folder: Path) -> int:
     """Write one archive; returns the number of images.
 
     Raises:
-        ValueError: if the archive has no image array or no matching label array.
+        UserError: if the archive has no image array, no matching label array, or classes whose
+            names would lead out of the folder.
     """
-    with np.load(archive) as data:
-        arrays = {k: data[k] for k in data.files}
+    try:
+        with np.load(archive, allow_pickle=False) as data:
+            arrays = {k: data[k] for k in data.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{archive}: no archive of arrays ({error})") from error
     images = next((a for a in arrays.values() if a.ndim == 4 and a.dtype == np.uint8), None)
     if images is None:
-        raise ValueError(f"{archive}: no uint8 array [N, H, W, 3]")
+        raise UserError(f"{archive}: no uint8 array [N, H, W, 3]")
     labels = next(
         (a for a in arrays.values() if a.shape == images.shape[:1] and a.dtype.kind in "iu"), None
     )
     if labels is None:
-        raise ValueError(f"{archive}: no integer array [{len(images)}] of labels")
+        raise UserError(f"{archive}: no integer array [{len(images)}] of labels")
     names = next(
         (a for a in arrays.values() if a.dtype.kind == "U" and len(a) == labels.max() + 1),
         np.asarray([str(i) for i in range(labels.max() + 1)]),
     )
+    places = [f"{label:03d}_{name}" for label, name in enumerate(names)]
+    if labels.min() < 0 or not all(map(plain_name, places)):
+        raise UserError(f"{archive}: labels below 0, or names of classes that are no folder's")
     part = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
     for row, (pixels, label) in enumerate(zip(images, labels, strict=True)):
-        place = part / f"{label:03d}_{names[label]}"  # sorted folders keep the label order
+        place = part / places[label]  # sorted folders keep the label order
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(place / f"{row:06d}.png")
     os.replace(part, folder)
@@ -60,7 +71,11 @@ def main() -> int:
             print(f"{target} exists already", file=sys.stderr)
             return 2
         args.out.mkdir(parents=True, exist_ok=True)
-        print(f"{target}: {export(getattr(args, split), target)} images")
+        try:
+            print(f"{target}: {export(getattr(args, split), target)} images")
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -33,7 +33,7 @@ from PIL import Image
 
 from driftline.core.errors import UserError
 from driftline.core.files import replacing, write_bytes, write_json, write_text
-from driftline.core.record import Lock
+from driftline.core.processes import Lock
 from driftline.core.stream import Skipped
 from driftline.streams import corruptions as C
 from driftline.streams.datasets import MANIFEST, cifar, existing_root, imagenet_clean

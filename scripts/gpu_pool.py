@@ -24,8 +24,9 @@ import time
 from pathlib import Path
 
 from driftline.core.paths import results_folder
+from driftline.core.processes import end_with_parent
 from driftline.runs.command import as_sweeps
-from driftline.runs.sweep import end_with_parent, expand, note, plan, report
+from driftline.runs.sweep import expand, new_folder, note, plan, report
 
 COMMAND = [sys.executable, str(Path(__file__).parents[1] / "run.py")]
 ARRAY = """#!/bin/bash
@@ -181,7 +182,7 @@ def main() -> int:
             "nvidia-smi lists no GPU here; name them with --gpus 0,1, or use processor cores: "
             "python run.py -m hydra/launcher=joblib ..."
         )
-    folder = results_folder(runs[0]) / ".sweeps" / time.strftime("%Y%m%d-%H%M%S")
+    folder = new_folder(results_folder(runs[0]) / ".sweeps")
     plan(folder, runs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     came_to_end = Pool(folder, runs, places * args.per_gpu).run()

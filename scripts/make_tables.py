@@ -21,7 +21,7 @@ import pandas as pd
 
 from driftline.analysis import load_runs, notes, select
 from driftline.analysis.runs import AVERAGE
-from driftline.analysis.tables import by_place, markdown, tables_of, with_intransigence
+from driftline.analysis.tables import by_place, markdown, quoted, tables_of, with_intransigence
 from driftline.core.errors import UserError
 from driftline.core.files import write_text
 
@@ -33,7 +33,7 @@ def tables(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> str:
         UserError: if no run is finished.
     """
     used = with_intransigence(select(runs, average))
-    remarks = "".join(f"> {note}\n" for note in notes(runs, used, average))
+    remarks = quoted(notes(runs, used, average))
     texts = [markdown(table) for _, some in by_place(used) for table in tables_of(some)]
     return "\n".join([remarks, *texts])
 

@@ -17,7 +17,6 @@ not read by us.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from omegaconf import OmegaConf
 from driftline.core import papers
 from driftline.core.console import table
 from driftline.core.errors import suggest
+from driftline.core.files import Damaged, read_record
 from driftline.core.paths import CONF, results_folder
 from driftline.streams.datasets import LAYOUT, ORIGIN
 
@@ -89,7 +89,11 @@ def measured(results: Path) -> Found:
         preset = next((w.split("=", 1)[1] for w in words if w.startswith("experiment=")), None)
         if preset is None:
             continue
-        summary = json.loads(path.read_text())
+        try:
+            summary = read_record(path)
+        except Damaged as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
         for row in summary.get("reference") or []:
             if row["ours"] is not None:
                 about = {"value": row["ours"], "comparable": row["comparable"]}

@@ -70,14 +70,14 @@ def report(
     tables = [table for *_, some in places for table in some]
     out.mkdir(parents=True, exist_ok=True)
     if "md" in formats:
-        quoted = "".join(f"> {note}\n" for note in told)
-        write_text(out / "tables.md", "\n".join([quoted, *map(tab.markdown, tables)]).lstrip())
+        text = "\n".join([tab.quoted(told), *map(tab.markdown, tables)])
+        write_text(out / "tables.md", text.lstrip())
     if "tex" in formats:
-        remarks = "".join(f"% {note}\n" for note in told)
+        remarks = "".join(f"% {tab.one_line(note)}\n" for note in told)
         write_text(out / "tables.tex", "\n".join([remarks, *map(tab.latex, tables)]).lstrip())
     if "csv" in formats:
-        write_text(out / "tables.csv", tab.statistics(runs).to_csv(index=False))
-        write_text(out / "runs.csv", every.to_csv(index=False))
+        write_text(out / "tables.csv", tab.csv(tab.statistics(runs)))
+        write_text(out / "runs.csv", tab.csv(every))
     sections = []
     for title, some, wanted, drawing in places if figures or "html" in formats else []:
         section = Section(title, drawing, [])

@@ -26,7 +26,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -39,9 +38,10 @@ from omegaconf import OmegaConf
 
 from driftline.core.console import table
 from driftline.core.errors import UserError
-from driftline.core.files import write_json, write_text
+from driftline.core.files import read_record, write_json, write_text
 from driftline.core.paths import results_folder
-from driftline.runs.sweep import outcomes
+from driftline.core.ranges import plain_name
+from driftline.runs.sweep import new_folder, outcomes
 
 RUN = Path(__file__).parents[1] / "run.py"
 LOWER = ("err", "mce", "forgetting", "source_forgetting", "ece", "collapse", "nan")
@@ -141,9 +141,7 @@ class Study:
 
     def sweep(self, names: list[str], words: list[str]) -> list[dict[str, Any]]:
         """Run the points on a stream; returns the outcome of every run with its `trial`."""
-        sweep = self.folder / "sweeps" / time.strftime("%Y%m%d-%H%M%S")
-        while sweep.exists():
-            sweep = sweep.with_name(sweep.name + "x")
+        sweep = new_folder(self.folder / "sweeps")
         command = [sys.executable, str(RUN), "-m", f"hydra.searchpath=[file://{self.folder}]"]
         command += [*self.common, *words, f"+trial={','.join(names)}", f"hydra.sweep.dir={sweep}"]
         code = subprocess.run(command, check=False).returncode
@@ -171,7 +169,7 @@ class Study:
 
 def value_of(folder: str, metric: str | None) -> tuple[str, float]:
     """Name and value of the metric of a finished run; None takes its headline number."""
-    metrics = json.loads((Path(folder) / "summary.json").read_text())["metrics"]
+    metrics = read_record(Path(folder) / "summary.json")["metrics"]
     name = metric or ("err_mean" if "err_mean" in metrics else "acc_inc")
     if name not in metrics:
         raise UserError(f"--metric {name}: the run has {', '.join(metrics)}")
@@ -223,6 +221,8 @@ def tune(args: argparse.Namespace) -> int:
                 "class order or sequence of domains"
             )
     asked = [args.words, args.search, tune_on, args.method, args.trials, args.seed]
+    if args.name is not None and not plain_name(args.name):
+        raise UserError(f"--name {args.name}: {plain_name.__doc__}")
     name = args.name or hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
     study = Study(results_folder(args.words) / ".tune" / name, args.words)
     lower = (args.metric or "").startswith(LOWER)

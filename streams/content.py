@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from driftline.core.errors import UserError
-from driftline.core.files import read_checked, write_checked
+from driftline.core.errors import UserError, scarce
+from driftline.core.files import read_checked, sweep_away, write_checked
 
 WHOLE = 2**16  # bytes; larger files are sampled
 PIECE = 2**13
@@ -128,7 +128,9 @@ def _stat(path: str) -> tuple[int, int, int, int]:
 def _read(read: Callable[[str], bytes], path: str) -> bytes | None:
     try:
         return read(path)
-    except OSError:
+    except OSError as error:
+        if scarce(error):
+            raise
         return None  # whoever wants the image says so
 
 
@@ -188,6 +190,7 @@ class Kept:
         path, key = Kept.place(self.folder)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            sweep_away(path.parent)
             with write_checked(path, KIND, key, shared=True) as file:
                 text = np.frombuffer(os.fsencode("\0".join(every)), np.uint8)
                 for array in (

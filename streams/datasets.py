@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
 import os
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from driftline.core.errors import UserError
+from driftline.core.errors import UserError, scarce
 from driftline.streams.images import Arrays, Files, ImageSet, NpyRows, fingerprint, image_folder
 
 Cifar = Literal["cifar10", "cifar100"]
@@ -187,11 +190,17 @@ def imagenet_clean(root: Path) -> Files:
     """
     for base in (root, root / "imagenet", root / "ImageNet"):
         if (base / "labels.csv").is_file():
-            with open(base / "labels.csv", newline="") as file:
-                rows = list(csv.DictReader(file))
-            if not rows or not {"filename", "class_index"} <= set(rows[0]):
+            try:
+                with open(base / "labels.csv", newline="") as file:
+                    rows = list(csv.DictReader(file))
+                labels = np.asarray([int(r["class_index"]) for r in rows if r["filename"]])
+            except (ValueError, TypeError, KeyError, csv.Error) as error:
+                raise UserError(
+                    f"{base / 'labels.csv'} needs the columns filename and class_index, a number: "
+                    f"{error}"
+                ) from error
+            if len(labels) < max(len(rows), 1):
                 raise UserError(f"{base / 'labels.csv'} needs the columns filename, class_index")
-            labels = np.asarray([int(r["class_index"]) for r in rows])
             if labels.min() < 0 or labels.max() >= 1000:
                 raise UserError(f"{base / 'labels.csv'}: class_index must lie in 0..999")
             return Files(base, [r["filename"] for r in rows], labels, wnids())
@@ -220,8 +229,25 @@ def imagenet_train(root: Path) -> Files:
 # ---------------------------------------------------------------- CIFAR
 
 
+class _Plain(pickle.Unpickler):
+    """Reads arrays, numbers, texts, lists and dictionaries; calls nothing that a file names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" in ARRAYS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no data")
+
+
+# What NumPy's arrays are made of in a pickle, under its old and its new name.
+ARRAYS = {f"{m}.multiarray._reconstruct" for m in ("numpy.core", "numpy._core")}
+ARRAYS |= {"numpy.ndarray", "numpy.dtype", "_codecs.encode"}
+
+
 def cifar(root: Path, which: Cifar, *, train: bool) -> Arrays:
-    """CIFAR-10/100 through torchvision, which also checks the files' MD5 sums.
+    """CIFAR-10/100 in the layout and with the MD5 sums that torchvision knows.
+
+    The files are pickles. They are read by a reader of our own, which makes nothing but data of
+    them.
 
     Raises:
         UserError: if the files are missing or damaged.
@@ -230,13 +256,46 @@ def cifar(root: Path, which: Cifar, *, train: bool) -> Arrays:
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if which == "cifar10" else datasets.CIFAR100
+    folder = root / kind.base_folder
+
+    def content(name: str, md5: str) -> dict[str, Any]:
+        path = folder / name
+        try:
+            text = path.read_bytes()
+            if not intact(text, md5):
+                raise ValueError("its MD5 sum is not the published one")
+            return _Plain(io.BytesIO(text), encoding="latin1").load()
+        except MemoryError:
+            raise
+        except Exception as error:  # pickles raise whatever their bytes lead to
+            if isinstance(error, OSError) and scarce(error):
+                raise
+            raise UserError(
+                f"{which} is missing or damaged: {path} ({error}). {expected(which)}"
+            ) from error
+
+    parts = [content(name, md5) for name, md5 in (kind.train_list if train else kind.test_list)]
+    pixels = np.vstack([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
+    labels = [y for part in parts for y in part.get("labels", part.get("fine_labels"))]
+    names = content(kind.meta["filename"], kind.meta["md5"])[kind.meta["key"]]
+    return Arrays(pixels.transpose(0, 2, 3, 1), np.asarray(labels), list(names))
+
+
+def intact(content: bytes, md5: str) -> bool:
+    """Whether a file of CIFAR is the published one."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
+
+
+def _npy(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """An array of a .npy file.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     try:
-        data = kind(str(root), train=train, download=False)
-    except RuntimeError as error:
-        raise UserError(
-            f"{which} is missing or damaged: {root / kind.base_folder}. {expected(which)}"
-        ) from error
-    return Arrays(np.asarray(data.data), np.asarray(data.targets), list(data.classes))
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read the array {path}: {error}; copy it here again") from error
 
 
 def cifar_c(
@@ -259,15 +318,22 @@ def cifar_c(
             f"{base} lacks {len(missing)} of {len(files)} files: {', '.join(missing[:6])}"
             f"{' ...' if len(missing) > 6 else ''}. {expected(key)}"
         )
-    labels = np.load(base / "labels.npy")
+    labels = _npy(base / "labels.npy")
+    number = 10 if which == "cifar10" else 100
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not set(labels) <= set(range(number)):
+        raise UserError(f"{base / 'labels.npy'}: expected labels 0..{number - 1}, one an image")
     block = len(labels) // 5
-    classes = [str(i) for i in range(10 if which == "cifar10" else 100)]
+    classes = [str(i) for i in range(number)]
     sets: dict[tuple[str, int], ImageSet] = {}
     for corruption in corruptions:
         path = base / f"{corruption}.npy"
-        shape = np.load(path, mmap_mode="r").shape
-        if len(shape) != 4 or shape[0] != 5 * block or shape[3] != 3:
-            raise UserError(f"{path}: expected {5 * block} images [N, H, W, 3], found {shape}")
+        pixels = _npy(path, "r")
+        shape = pixels.shape
+        if len(shape) != 4 or shape[0] != 5 * block or shape[3] != 3 or pixels.dtype != np.uint8:
+            raise UserError(
+                f"{path}: expected {5 * block} images uint8 [N, H, W, 3], found {pixels.dtype} "
+                f"{shape}"
+            )
         for severity in severities:
             start = block * (severity - 1)
             rows = labels[start : start + block]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from driftline.core.errors import UserError
-from driftline.core.files import BadFile, read_checked, write_checked
+from driftline.core.errors import UserError, scarce
+from driftline.core.files import BadFile, read_checked, sweep_away, write_checked
 from driftline.streams.content import SIZE, array_digest, file_digests, rows_digest
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
@@ -65,6 +66,8 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and scarce(error):
+            raise  # never taken for a fault of the image, which data.on_error=skip leaves out
         raise ImageError(f"cannot read the image {os.fspath(path)}: {error}") from error
 
 
@@ -173,6 +176,8 @@ class Derived:
         self._memory: dict[int, np.ndarray] | None = {} if cache == "memory" else None
         self._key = "" if cache is None or cache == "memory" else self.content()
         self._folder = Path(str(cache)) / self._key if self._key else None
+        if self._folder is not None:
+            sweep_away(self._folder)
 
     def content(self, rows: np.ndarray | None = None) -> str:
         return fingerprint(self.base.content(rows), self.identity)
@@ -196,10 +201,14 @@ class Derived:
         if self._memory is not None:
             self._memory[row] = pixels
         elif self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
             path, key = self._folder / f"{row:06d}.npy", f"{self._key}{row:06x}"
-            with write_checked(path, KIND, key, shared=True) as file:
-                np.save(file, pixels)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with write_checked(path, KIND, key, shared=True) as file:
+                    np.save(file, pixels)
+            except OSError as error:
+                warnings.warn(f"no more images go to data.cache: {error}", stacklevel=2)
+                self._folder = None  # the images are made anew wherever they are wanted
 
     def image(self, row: int) -> Image.Image:
         pixels = self.stored(row)

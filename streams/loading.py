@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from driftline.core.errors import UserError
 from driftline.core.exact import divide_
+from driftline.core.processes import end_with_parent, obey_parent, signals_wait
 from driftline.core.seed import derive
 from driftline.core.stream import Batch, Skipped
 from driftline.streams.images import Generated, ImageError, ImageSet, channels_last, fingerprint
@@ -149,11 +151,13 @@ def _generate(sets: Sequence[ImageSet], rows: Rows, at: np.ndarray, levels: Tens
     return generated
 
 
-def _quiet(_: int) -> None:
-    # Stopping is up to the main process, which saves first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # One whose pipe is full would wait for ever for a main process that was killed.
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        end_with_parent(signal.SIGKILL, parent.pid)
+        obey_parent(parent.pid)
 
 
 @dataclass(frozen=True)
@@ -242,10 +246,12 @@ class Reader:
             batch_sampler=plan,
             num_workers=min(self.workers, len(plan)),
             collate_fn=_as_is,
-            worker_init_fn=_quiet,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # keeps the loader away from the global generator
         )
-        for found in loader:
+        with signals_wait():  # stopping is up to the main process, which saves first
+            arriving = iter(loader)
+        for found in arriving:
             if isinstance(found, UserError):
                 raise found
             good = self._readable(found)

@@ -612,7 +612,10 @@ def chosen(names: Sequence[str], image_list: str, seed: int, root: Path) -> np.n
             f"scenario.image_list={image_list}: no such file; give a text file with one "
             "<wnid>/<file> a line, or `published` or `all`"
         )
-    listed = published_list() if image_list == "published" else path.read_text().split()
+    try:
+        listed = published_list() if image_list == "published" else path.read_text().split()
+    except ValueError as error:
+        raise UserError(f"scenario.image_list={image_list}: not a text file ({error})") from error
     position = {Path(n).with_suffix("").as_posix(): i for i, n in enumerate(names)}
     rows = [position.get(Path(n).with_suffix("").as_posix(), -1) for n in listed]
     missing = [n for n, r in zip(listed, rows, strict=True) if r < 0]

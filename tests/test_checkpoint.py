@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,17 @@ class Stub:
         return {"weight": torch.arange(3000.0), "half": torch.ones(5, dtype=torch.float16), "n": 3}
 
 
-def checkpointer(folder: Path, key: str = "0123abcd") -> Checkpointer:
-    return Checkpointer(RunLogger(folder, "s"), Signals(), key=key, every=1)
+def checkpointer(
+    folder: Path, key: str = "0123abcd", say: Callable[[str], None] = print
+) -> Checkpointer:
+    return Checkpointer(RunLogger(folder, "s"), Signals(), key=key, every=1, say=say)
+
+
+def begins_again(folder: Path, pattern: str) -> bool:
+    """Whether the run in `folder` begins again, and one line says why."""
+    lines: list[str] = []
+    state = checkpointer(folder, say=lines.append).load()
+    return state is None and len(lines) == 1 and bool(re.search(pattern, lines[0]))
 
 
 @pytest.fixture
@@ -58,15 +69,12 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(saved, tmp_path):
             damaged = bytearray(whole)
             damaged[place] ^= 1 << bit
             saved.write_bytes(damaged)
-            with pytest.raises(UserError, match=r"last\.pt is damaged.*Delete it to start"):
-                checkpointer(tmp_path).load()
+            assert begins_again(tmp_path, r"last\.pt is damaged.*; this run begins again$")
     for size in (0, 10, LINE, LINE + 1, len(whole) - LINE, len(whole) // 2, len(whole) - 1):
         saved.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"last\.pt is damaged"):
-            checkpointer(tmp_path).load()
+        assert begins_again(tmp_path, r"last\.pt is damaged")
     saved.write_bytes(whole + b"\0")
-    with pytest.raises(UserError, match=r"last\.pt is damaged"):
-        checkpointer(tmp_path).load()
+    assert begins_again(tmp_path, r"last\.pt is damaged")
 
 
 def test_a_checkpoint_without_one_of_its_tensors_is_noticed(saved, tmp_path):
@@ -77,8 +85,7 @@ def test_a_checkpoint_without_one_of_its_tensors_is_noticed(saved, tmp_path):
     with open(saved, "wb") as file:
         torch.save(state, file)
         file.write(line)
-    with pytest.raises(UserError, match=r"last\.pt is damaged"):
-        checkpointer(tmp_path).load()
+    assert begins_again(tmp_path, r"last\.pt is damaged")
 
 
 def test_a_checkpoint_of_another_run_is_refused(saved, tmp_path):
@@ -88,9 +95,7 @@ def test_a_checkpoint_of_another_run_is_refused(saved, tmp_path):
 
 def test_a_checkpoint_of_an_earlier_format_gets_one_sentence(tmp_path):
     torch.save({"format": 1, "cursor": {}}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="of another version of this project. Delete it") as caught:
-        checkpointer(tmp_path).load()
-    assert "\n" not in str(caught.value)
+    assert begins_again(tmp_path, "of another version of this project")
     with write_checked(tmp_path / "last.pt", "checkpoint-9", "0123abcd") as file:
         file.write(b"x")
     with pytest.raises(UserError, match=r"of another version \(checkpoint-9, not checkpoint-"):

@@ -16,7 +16,7 @@ from test_runs import CL, TTA, Kill, records, settings, stop_after
 from driftline.core import identity, provenance
 from driftline.core.build import nodes
 from driftline.core.errors import UserError
-from driftline.core.record import Lock
+from driftline.core.processes import Lock
 from driftline.runs import execute
 from driftline.runs.execute import complete, run_experiment
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from driftline.core.errors import UserError
-from driftline.core.files import write_json
+from driftline.core.files import read_record, write_json
 from driftline.core.identity import identity
-from driftline.core.record import Lock, RunLogger
+from driftline.core.processes import Lock
+from driftline.core.record import RunLogger
 
 
 def test_rows_are_tidy_tables_and_carry_the_label(tmp_path):
@@ -54,7 +55,7 @@ def test_finish_is_atomic_and_failure_keeps_the_traceback(tmp_path):
     assert "boom" in (tmp_path / "failure.txt").read_text()
     assert not (tmp_path / "summary.json").exists()
     log.finish({"a": 1})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"a": 1}
+    assert read_record(tmp_path / "summary.json") == {"a": 1}
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "failure.txt").exists()
 
 

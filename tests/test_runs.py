@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from driftline.core import checkpoint
 from driftline.core.build import locate
 from driftline.core.errors import UserError
 from driftline.core.features import FeatureCache
-from driftline.core.record import Lock
+from driftline.core.processes import Lock
 from driftline.runs import execute
 from driftline.runs import folder as folders
 from driftline.runs.execute import run_experiment
@@ -267,17 +268,18 @@ def test_labels_outside_the_head_are_refused(configure):
         run_experiment(cfg, [])
 
 
-def test_damaged_checkpoint_is_explained(configure, monkeypatch):
+def test_a_run_whose_checkpoint_is_damaged_begins_again(configure, monkeypatch, capsys):
     run_experiment(configure(*settings("source")), [])  # so that the kill does not hit this one
-    cfg = configure(*settings("tent"), "checkpoint.every=1")
+    whole = run_experiment(configure(*settings("tent")), [])
+    cfg = configure(*settings("tent"), "checkpoint.every=1", "on_exists=rerun")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Kill):
             run_experiment(cfg, [])
     stored = next(Path(cfg.root).rglob("tent/**/last.pt"))
     stored.write_bytes(stored.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"the checkpoint .*last\.pt is damaged"):
-        run_experiment(cfg, [])
+    assert run_experiment(cfg, [])["metrics"] == whole["metrics"]
+    assert re.search(r"last\.pt is damaged.*; this run begins again", capsys.readouterr().out)
 
 
 def test_skipped_images_are_counted_in_the_summary(configure, image_folder_root):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from conftest import HANG, ROOT
 
 from driftline.core.errors import UserError
 from driftline.core.record import RunLogger
-from driftline.core.sinks import About, TensorBoardSink, WandbSink, make_sinks
+from driftline.core.sinks import About, TensorBoardSink, WandbSink, check_sinks, short
 from driftline.runs.execute import run_experiment
 
 WANDB = {"mode": "offline", "project": "driftline-test", "entity": None, "every": 2}
@@ -47,10 +49,10 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in tags}
 
 
-def test_wandb_online_without_a_key_is_an_error_not_a_prompt(about, monkeypatch):
+def test_wandb_online_without_a_key_is_an_error_not_a_prompt(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(UserError, match="WANDB_API_KEY"):
-        WandbSink(about, **{**WANDB, "mode": "online"})
+        check_sinks({"wandb": {**WANDB, "mode": "online"}})
 
 
 def test_a_failing_tracker_warns_once_and_the_run_goes_on(about, monkeypatch):
@@ -69,28 +71,45 @@ def test_a_failing_tracker_warns_once_and_the_run_goes_on(about, monkeypatch):
     assert len([w for w in caught if "wandb is off" in str(w.message)]) == 1
 
 
-def test_wandb_gets_rows_with_their_own_steps_and_the_tables(about, monkeypatch):
+class Tracker:
+    """What Weights & Biases makes of a run: `rows` of this process, `summary` of the whole run."""
+
+    def __init__(self) -> None:
+        self.rows, self.summary, self.ended = [], {}, None
+        self.options: dict[str, object] = {}
+
+    def start(self, **options: object) -> Tracker:
+        self.options, self.rows = options, []
+        if options["mode"] == "offline":
+            self.summary = {}
+        return self
+
+    def define_metric(self, *_, **__): ...
+
+    def log(self, row):
+        self.rows.append(row)
+        self.summary.update({k: v for k, v in row.items() if k.endswith("/step")})
+
+    def finish(self, exit_code):
+        self.ended = exit_code
+
+
+@pytest.fixture
+def tracker(monkeypatch) -> Tracker:
     import wandb
 
-    class Run:
-        def __init__(self):
-            self.rows, self.summary, self.ended = [], {}, None
+    run = Tracker()
+    monkeypatch.setattr(wandb, "init", run.start)
+    return run
 
-        def define_metric(self, *_, **__): ...
 
-        def log(self, row):
-            self.rows.append(row)
-
-        def finish(self, exit_code):
-            self.ended = exit_code
-
-    run, given = Run(), {}
-    monkeypatch.setattr(wandb, "init", lambda **options: given.update(options) or run)
+def test_wandb_gets_rows_with_their_own_steps_and_the_tables(about, tracker):
+    run = tracker
     log = RunLogger(about.folder, "s", [WandbSink(about, **WANDB)])
     fill(log)
     log.finish(SUMMARY)
-    assert given["group"] == "s/tent/r" and given["job_type"] == "run"
-    assert given["tags"] == ["seed:0"] and given["config"] == {"seed": 0}
+    assert run.options["group"] == "s/tent/r" and run.options["job_type"] == "run"
+    assert run.options["tags"] == ["seed:0"] and run.options["config"] == {"seed": 0}
     batches = [r for r in run.rows if "batches/step" in r]
     assert [(r["batches/step"], r["batches/wrong"]) for r in batches] == [(2, 1), (4, 3)]
     assert [r["matrix/step"] for r in run.rows if "matrix/step" in r] == [0, 1]
@@ -129,19 +148,89 @@ def test_tensorboard_has_the_rows_and_the_summary(about):
     assert found["summary/metrics/err_mean"] == [(0, 1.0)]
 
 
-def test_a_resumed_run_goes_on_counting_batches(about):
-    pytest.importorskip("tensorboard")
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_resumed_run_is_one_run_for_the_tracker(about, tracker, mode):
+    """Killed two batches after its last checkpoint; offline each process begins the run anew."""
+    log = RunLogger(about.folder, "s", [WandbSink(about, **{**WANDB, "mode": mode})])
+    fill(log)
+    log.flush()
+    saved = log.offsets()
+    for i in (4, 5):
+        log.log("batches", batch=i, wrong=i, seconds=0.1)
+    log.flush()
+    before = list(tracker.rows)
+    log = RunLogger(about.folder, "s", [WandbSink(about, **{**WANDB, "mode": mode})])
+    log.rewind(saved)
+    for i in range(4, 8):
+        log.log("batches", batch=i, wrong=i, seconds=0.1)
+    log.finish(SUMMARY)
+    rows = tracker.rows if mode == "offline" else before + tracker.rows
+    steps = [r["batches/step"] for r in rows if "batches/step" in r]
+    assert sorted(set(steps)) == [2, 4, 6, 8]
+    assert steps == [2, 4, 6, 8] or (mode == "online" and steps == [2, 4, 6, 6, 8])  # 6 is 6
+    assert {r["matrix/step"] for r in rows if "matrix/step" in r} == {0, 1}
+    assert tracker.rows[-1]["tables/matrix"].data == [["start", 49.0], ["fog:5", 50.0]]
+
+
+def test_a_resumed_run_is_one_folder_of_wandb_and_one_curve_of_tensorboard(about, monkeypatch):
+    import wandb
+
+    def start(id: str, dir: str, **_: object) -> Tracker:
+        folders = Path(dir, "wandb").glob("offline-run-*")
+        Path(dir, "wandb", f"offline-run-2026_{len(list(folders))}-{id}").mkdir(parents=True)
+        return Tracker()
+
+    monkeypatch.setattr(wandb, "init", start)
+    (about.folder / "wandb" / "offline-run-2026_9-another").mkdir(parents=True)
+    sinks = [lambda: WandbSink(about, **WANDB)]
+    if importlib.util.find_spec("tensorboard"):
+        sinks.append(lambda: TensorBoardSink(about, every=3))
     for _ in range(2):
-        log = RunLogger(about.folder, "s", [TensorBoardSink(about, every=3)])
+        log = RunLogger(about.folder, "s", [make() for make in sinks])
+        log.rewind(log.offsets())
         fill(log)
         log.close()
-    assert [s for s, _ in scalars(about.folder / "tensorboard")["batches/wrong"]] == [3, 6]
+    assert len(list(about.folder.glob("wandb/offline-run-*-test-run"))) == 1
+    assert len(list(about.folder.glob("wandb/offline-run-*"))) == 2
+    if len(sinks) > 1:
+        assert [s for s, _ in scalars(about.folder / "tensorboard")["batches/wrong"]] == [3, 6]
 
 
-def test_tensorboard_without_its_package_names_the_fix(about, monkeypatch):
+@pytest.mark.parametrize("label", ["x" * 120, "a/b:c;d,e#f?g'h%i", "é" * 60, " lead", "0"])
+def test_any_label_makes_names_that_wandb_takes(about, tracker, label):
+    import wandb
+
+    names = {"run_id": f"{label}-tent-0", "group": f"{label}/tent/r/0a1b", "tags": (f"s:{label}",)}
+    WandbSink(dataclasses.replace(about, **names), **WANDB)
+    made = tracker.options
+    settings = wandb.Settings(run_id=made["id"], run_group=made["group"], run_tags=made["tags"])
+    assert settings.run_id and len(settings.run_id) <= 128 and len(made["group"]) <= 128
+    assert short("x" * 120, 64) != short("x" * 121, 64)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("logger.wandb.project='a/b'", "logger.wandb: .*project name"),
+        (f"logger.wandb.project={'x' * 129}", "logger.wandb: .*128"),
+        ("logger.wandb.mode=online", "WANDB_API_KEY"),
+        ("logger.wandb.every=0", "logger.wandb.every.*at least 1"),
+    ],
+)
+def test_what_is_wrong_with_a_logger_is_said_before_anything_is_computed(
+    configure, monkeypatch, word, expected
+):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    cfg = configure("strategy=tent", "logger=wandb", word)
+    with pytest.raises(UserError, match=expected):
+        run_experiment(cfg, [])
+    assert not list(Path(cfg.root).rglob("*.json"))  # nothing of a source run either
+
+
+def test_tensorboard_without_its_package_names_the_fix(monkeypatch):
     monkeypatch.setattr("driftline.core.sinks.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[tensorboard\]"'):
-        make_sinks({"wandb": None, "tensorboard": {"every": 1}}, about)
+        check_sinks({"wandb": None, "tensorboard": {"every": 1}})
 
 
 def test_groups_hold_the_seeds_of_one_setting(configure, monkeypatch):

@@ -70,8 +70,8 @@ def test_a_sweep_that_fails_for_its_settings_alone_ends_as_single_runs_do(tmp_pa
     wrong = {"state": "failed", "error": "seed must be", "wrong_settings": True}
     planned(tmp_path, {"state": "finished"}, wrong, wrong)
     assert sweep.report(tmp_path)[1] == 2
-    planned(tmp_path, wrong, {"state": "failed", "error": "RuntimeError"})
-    assert sweep.report(tmp_path)[1] == 1
+    planned(tmp_path / "b", wrong, {"state": "failed", "error": "RuntimeError"})
+    assert sweep.report(tmp_path / "b")[1] == 1
 
 
 def test_a_complete_sweep_is_one_line(tmp_path):
