@@ -24,14 +24,11 @@ the head names a task, and so on until both agree.
   (`batch_dependent`). Prototypes of later tasks are computed with dropout active, as the alignment
   leaves the network in training mode. Use it to reproduce published figures.
 
-Deviations: covariances and means are computed in float64. The Cholesky factor of a class is
-computed once, not in every epoch (same draws, same samples). Retrieval is a table of next indices
-instead of a loop over images; past five tasks and without kept features, an image goes only
-through the sets that it is sent to, at most five passes (with bottlenecks beside MLPs; of another
-kind, all sets answer). A class of which no covariance can be had gets a diagonal one, with a
-warning; the official code stops there. Which task a class belongs to is a table, and a class that
-comes back belongs to its last task. `multi-centroid` statistics, used by no official setting, are
-left out.
+Deviations: those of parts/alignment.py. Retrieval is a table of next indices instead of a loop
+over images; past five tasks and without kept features, an image goes only through the sets that it
+is sent to, at most five passes (with bottlenecks beside MLPs; of another kind, all sets answer).
+Which task a class belongs to is a table, and a class that comes back belongs to its last task.
+`multi-centroid` statistics, used by no official setting, are left out.
 """
 
 from __future__ import annotations
@@ -46,16 +43,16 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone, weights_hash
-from driftline.core.errors import Diverged, UserError
+from driftline.core.errors import UserError
 from driftline.core.ranges import Below1, Count, CountOrZero, NonNegative
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
 from driftline.parts.adapters.plan import Plan
+from driftline.parts.alignment import ClassGaussians, Statistics, check_features, collect
 from driftline.parts.heads import PrototypeHead
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.objectives import scoped_cross_entropy
-from driftline.parts.optim import Optim, SameOptim
-from driftline.parts.statistics import covariance as unbiased_covariance
+from driftline.parts.optim import SameOptim
 
 CURRENT = "current"  # the working set; stored ones are task0, task1, ...
 TEMPERATURE = 0.8  # of the self-similarity term
@@ -68,12 +65,6 @@ def self_similarity(features: Tensor) -> Tensor:
     """Cross-entropy that asks every row of [N, D] to be most similar to itself."""
     products = features @ features.T / TEMPERATURE
     return F.cross_entropy(products, torch.arange(len(features), device=features.device))
-
-
-def covariance(features: Tensor) -> Tensor:
-    """Covariance [D, D] of features [N, D], N > 1, plus `RIDGE` on the diagonal."""
-    spread = unbiased_covariance(features)
-    return spread + RIDGE * torch.eye(len(spread), dtype=spread.dtype, device=spread.device)
 
 
 def retrieve(scores: Tensor, start: Tensor, owner: Tensor, limit: int = EVALUATIONS) -> Tensor:
@@ -123,9 +114,6 @@ class Mos(CLStrategy):
 
     needs = frozenset({"features"})
     prefix: Tensor  # float [T, P], sum of the stored sets 0..t as they were stored
-    means: Tensor  # float [C, D]
-    factors: Tensor  # [C, D, D] Cholesky factor, or [C, D] standard deviation
-    counts: Tensor  # int64 [C], images behind the statistics; 0: none
     owner: Tensor  # int64 [C], task of each class
     finished: Tensor  # int64 [], tasks that have ended
 
@@ -141,7 +129,7 @@ class Mos(CLStrategy):
         mode: Literal["functional", "official"],
         pull: Below1,
         reg: NonNegative,
-        statistics: Literal["covariance", "variance"],
+        statistics: Statistics,
         statistics_batch: Count,
         align_epochs: CountOrZero,
         align_lr: NonNegative,
@@ -153,7 +141,7 @@ class Mos(CLStrategy):
         self.epochs, self.optim = epochs, optim
         self.mode, self.m, self.reg = mode, pull, reg
         self.batch_dependent = mode == "official"  # type: ignore[misc]
-        self.statistics, self.statistics_batch = statistics, statistics_batch
+        self.statistics_batch = statistics_batch
         self.align_epochs, self.align_lr = align_epochs, align_lr
         self.align_samples, self.ensemble = align_samples, ensemble
         self.bank = adapter.bank(backbone)
@@ -177,11 +165,8 @@ class Mos(CLStrategy):
         self.names: list[str] = []  # stored sets, one a task
         self.stops: list[int] = []  # classes seen at the end of each task
         self.columns = range(0)
-        spread = (dim, dim) if statistics == "covariance" else (dim,)
+        self.gaussians = ClassGaussians(dim, statistics, RIDGE)
         self.register_buffer("prefix", torch.zeros(0, sum(p.numel() for p in learned)))
-        self.register_buffer("means", torch.zeros(0, dim))
-        self.register_buffer("factors", torch.zeros(0, *spread))
-        self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("owner", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("finished", torch.zeros((), dtype=torch.int64))
         self._hashes: dict[str, str] = {}
@@ -245,14 +230,12 @@ class Mos(CLStrategy):
         self.bank.freeze(name)
         self.names.append(name)
         self.columns = task.classes
-        added = max(0, task.classes.stop - len(self.counts))
-        self.means = F.pad(self.means, (0, 0, 0, added))
-        self.factors = F.pad(self.factors, (*[0, 0] * (self.factors.ndim - 1), 0, added))
-        self.counts = F.pad(self.counts, (0, added))
+        self.gaussians.grow(task.classes.stop)
+        added = max(0, task.classes.stop - len(self.owner))
         self.owner = F.pad(self.owner, (0, added), value=len(self.names) - 1)
         self.prefix = F.pad(self.prefix, (0, 0, 0, 1))
-        self.prototypes.grow(len(self.counts))
-        self.stops.append(len(self.counts))
+        self.prototypes.grow(len(self.owner))
+        self.stops.append(len(self.owner))
         groups = {"adapter": self.bank.parameters_of(CURRENT), "head": self.head.parameters()}
         self.optimizer = self.optim.optimizer(groups, self.bank.second_factors(CURRENT))
 
@@ -276,7 +259,8 @@ class Mos(CLStrategy):
             features = self.bank.features(batch.x, CURRENT)
             scores = self.head(features)
             loss = scoped_cross_entropy(scores, batch.y, columns)
-            known = self.means[: columns.start][self.counts[: columns.start] > 0]
+            measured = self.gaussians.counts[: columns.start] > 0
+            known = self.gaussians.means[: columns.start][measured]
             loss = loss + self.reg * self_similarity(torch.cat([known, features]))
             self.optim.backward(self.optimizer, loss)
         return loss, scores
@@ -290,7 +274,8 @@ class Mos(CLStrategy):
         with evaluation_mode(self):
             features, y = self._measure(task)
         self.owner[task.classes.start : task.classes.stop] = len(self.names) - 1
-        self._describe(task.classes, features, y)
+        if warning := self.gaussians.measure(task.classes, features, y):
+            self.warn_once("covariance", warning)
         if len(self.names) > 1:
             self.align()
         with evaluation_mode(self):
@@ -302,7 +287,7 @@ class Mos(CLStrategy):
             for batch in task.fit():
                 batch = batch.to(self.device)
                 features_of_first = self.bank.features(batch.x, first)
-                self._check_features(features_of_first, batch.y)
+                check_features(features_of_first, batch.y, self.optim.lr)
                 self.prototypes.update(features_of_first, batch.y)
         self.finished.fill_(len(self.names))
 
@@ -315,26 +300,15 @@ class Mos(CLStrategy):
         flat = torch.cat([p.flatten() for p in own])
         self.prefix[task] = flat + self.prefix[task - 1] if task else flat
 
-    def _check_features(self, features: Tensor, y: Tensor) -> None:
-        bad = ~features.isfinite().all(1)
-        if bad.any():
-            raise Diverged(
-                f"non-finite feature of an image of class {int(y[bad][0])}: lower "
-                f"strategy.optim.lr ({self.optim.lr}), or look for NaN in the images"
-            )
-
     def _measure(self, task: Task) -> tuple[Tensor, Tensor]:
         """Features [N, D] of the training images under the working set, and labels [N]."""
-        features, labels = [], []
-        for batch in self._by_class(task) if self.mode == "official" else task.fit():
-            batch = batch.to(self.device)
+
+        def embed(x: Tensor) -> Tensor:
             with self.merging(CURRENT, len(self.names) - 1):
-                features.append(self.bank.features(batch.x, CURRENT))
-            labels.append(batch.y)
-            self._check_features(features[-1], batch.y)
-        if not features:
-            return self.means[:0], self.counts[:0]
-        return torch.cat(features), torch.cat(labels)
+                return self.bank.features(x, CURRENT)
+
+        batches = self._by_class(task) if self.mode == "official" else task.fit()
+        return collect(batches, embed, device=self.device, lr=self.optim.lr)
 
     def _by_class(self, task: Task) -> Iterator[Batch]:
         """Class after class, `statistics_batch` images at a time; a task is held in memory."""
@@ -344,97 +318,18 @@ class Mos(CLStrategy):
             for at in rows.split(self.statistics_batch) if len(rows) else ():
                 yield Batch(*(part[at] for part in whole))
 
-    def _describe(self, classes: range, features: Tensor, y: Tensor) -> None:
-        """Mean and spread of each class; where no covariance can be had, a diagonal one."""
-        alone, flat = [], []
-        for c in classes:
-            own = features[y == c]
-            self.counts[c] = len(own)
-            if len(own) == 0:
-                continue
-            self.means[c] = own.double().mean(0)
-            if len(own) == 1:
-                alone.append(c)
-                continue
-            spread = covariance(own)
-            if self.statistics == "variance":
-                self.factors[c] = spread.diagonal().sqrt()
-                continue
-            factor, failed = torch.linalg.cholesky_ex(spread)
-            if len(own) < 3 or failed or not factor.isfinite().all():
-                factor = spread.diagonal().sqrt().diag()
-                flat.append(c)
-            self.factors[c] = factor
-        for c in alone:
-            several = self.factors[self.counts > 1].double()
-            # The mean variance of the classes with more images; the diagonal of L L' for these.
-            squares = several**2 if several.ndim == 2 else (several**2).sum(2)
-            spread = squares.mean(0) if len(squares) else torch.zeros_like(self.means[c]).double()
-            deviation = spread.clamp_min(RIDGE).sqrt()
-            self.factors[c] = deviation if self.factors.ndim == 2 else deviation.diag()
-        said = []
-        if flat:
-            said.append(
-                f"no covariance from so few images of class {', '.join(map(str, flat[:5]))}: "
-                "the variances alone are used"
-            )
-        if alone:
-            said.append(
-                f"one image of class {', '.join(map(str, alone[:5]))}: the mean variance of "
-                "the other classes is used"
-            )
-        if said:
-            self.warn_once(
-                "covariance",
-                "; ".join(said) + ". strategy.statistics=variance needs fewer images (this is "
-                "said once)",
-            )
-
-    def draw(self, classes: Tensor) -> Tensor:
-        """Gaussian features [C, n, D] of `classes` int64 [C]."""
-        mean, factor = self.means[classes], self.factors[classes]
-        size = len(classes), self.align_samples, mean.shape[1]
-        noise = torch.randn(size, generator=self.rng("align")).to(mean)
-        spread = noise * factor[:, None] if factor.ndim == 2 else noise @ factor.mT
-        return mean[:, None] + spread
-
-    def shuffle(self, count: int) -> Tensor:
-        """A permutation of the drawn features."""
-        return torch.randperm(count, generator=self.rng("align"))
-
-    @torch.enable_grad()
     def align(self) -> Tensor:
         """Train the head on Gaussian features of all classes seen; returns the loss per step."""
-        classes = (self.counts > 0).nonzero().flatten()
-        y = classes.repeat_interleave(self.align_samples)
-        optim = Optim(
-            kind="sgd",
+        seen = len(self.owner)
+        return self.gaussians.align(
+            self.head.parameters(),
+            lambda features, y: F.cross_entropy(self.head(features)[:, :seen], y),
+            optim=self.optim,
             lr=self.align_lr,
-            momentum=self.optim.momentum,
-            weight_decay=self.optim.weight_decay,
-            schedule="cosine",
+            epochs=self.align_epochs,
+            samples=self.align_samples,
+            rng=self.rng("align"),
         )
-        optimizer = optim.optimizer({"head": self.head.parameters()})
-        losses: list[Tensor] = []
-        for epoch in range(self.align_epochs):
-            optim.set_rates(optimizer, epoch, self.align_epochs)
-            drawn = self.draw(classes)
-            order = self.shuffle(len(y)).to(y.device)
-            for rows in order.split(self.align_samples):
-                scores = self.head(drawn.flatten(0, 1)[rows])[:, : len(self.counts)]
-                loss = F.cross_entropy(scores, y[rows])
-                loss.backward()
-                optim.update(optimizer)
-                losses.append(loss.detach())
-            if losses and not losses[-1].isfinite():
-                bad = classes[~drawn.isfinite().all(2).all(1)].tolist()
-                bad = bad or [int(c) for c in classes if not self.head.weight[c].isfinite().all()]
-                raise Diverged(
-                    f"classifier alignment of MOS gives {float(losses[-1])}, first at class "
-                    f"{bad[0] if bad else int(classes[0])}: lower strategy.align_lr "
-                    f"({self.align_lr}), or use strategy.statistics=variance"
-                )
-        return torch.stack(losses) if losses else self.means.new_zeros(0)
 
     # -------------------------------------------------------------- prediction
 
@@ -480,7 +375,7 @@ class Mos(CLStrategy):
         """
         names = self.names[: int(self.finished)]
         if not names:
-            return x.new_zeros(len(x), len(self.counts))
+            return x.new_zeros(len(x), len(self.owner))
         several = self.mode == "functional" and len(names) > EVALUATIONS + 1
         if several and self.bank.indexable(names[0]):
             return self._follow(x, names)

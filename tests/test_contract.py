@@ -91,6 +91,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "hpcr": {"capacity": 12, "replay_batch": 3, "period": 4},
     "rogo": {"images": 8, "open_at": [1], "share": 0.5, "closeness": 0.1},
     "ease": {"rank": 4},
+    "slca": {"align_epochs": 1, "align_samples": 8},
+    "ssiat": {"align_epochs": 1, "align_samples": 8, "rank": 4, "epochs_later": 1},
     "aper": {"rank": 4},
     "ranpac": {"rank": 4, "projection": 32},
     "fecam": {"rank": 4},
@@ -162,6 +164,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     ),
     "ease-adam": ("ease", {"use_init_ptm": True, "optim": {"kind": "adam"}}, None),
     "mos-official": ("mos", {"mode": "official", "statistics": "variance"}, None),
+    "slca-resnet": ("slca", {"final_norm": "pretrained", "statistics": "variance"}, "resnet"),
+    "ssiat-unpaired": ("ssiat", {"shift_pairing": "unpaired", "statistics": "variance"}, None),
     "lae-lora": (
         "lae",
         {"adapter": "lae_lora", "freeze_epochs": 1, "ema_start": "init"},
@@ -224,8 +228,8 @@ QUICK_RULES: dict[str, dict[str, Any]] = {
 }
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
 HEAD_ALONE = "linear_probe"
-# On finetune, Tent and RanPAC, which are tried with every kind.
-DERIVED = ("l2", "ewc", "lwf", "come", "er", "der", "derpp", "ser", "fecam", "fsa", "acil")
+# On finetune, Tent and RanPAC, which are tried with every kind; or with one set, as LAE's.
+DERIVED = ("l2", "ewc", "lwf", "come", "er", "der", "derpp", "ser", "fecam", "fsa", "acil", "ssiat")
 REFUSED = {("olora", kind) for kind in ("dora", "prefix", "prompt", "scale_shift")}
 if find_spec("peft"):
     REFUSED.add(("olora", "peft/vera"))

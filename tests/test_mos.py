@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch.optim.optimizer import (
 )
 
 from driftline.backbones.backbone import Backbone
-from driftline.cl.mos import CURRENT, Mos, covariance, retrieve
+from driftline.cl.mos import CURRENT, Mos, retrieve
 from driftline.core.build import build
 from driftline.core.errors import Diverged, UserError
 from driftline.core.features import FeatureCache
@@ -151,8 +152,8 @@ def test_recorded_run(name, record_property):
 
     handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     draws: dict[str, Iterator[Tensor]] = {}
-    strategy.draw = lambda classes: next(draws["samples"])
-    strategy.shuffle = lambda count: next(draws["permutation"])
+    strategy.gaussians.draw = lambda *_: next(draws["samples"])
+    strategy.gaussians.shuffle = lambda *_: next(draws["permutation"])
     align, measure = strategy.align, strategy._measure
 
     def aligning():
@@ -167,8 +168,9 @@ def test_recorded_run(name, record_property):
     def measuring(task):
         features, y = measure(task)
         check(case, f"task{t}/current_adapter_after_class_statistics", adapter(strategy))
-        spread = torch.stack([covariance(features[y == c]) for c in task.classes]).float()
-        if strategy.statistics == "variance":
+        spread = [strategy.gaussians.spread(features[y == c]) for c in task.classes]
+        spread = torch.stack(spread).float()
+        if h["ca_storage_efficient_method"] == "variance":
             spread = spread.diagonal(dim1=1, dim2=2)
         case.close(f"task{t}/class_cov", spread)
         return features, y
@@ -211,7 +213,7 @@ def test_recorded_run(name, record_property):
             check(case, f"task{t}/after_training/adapter", adapter(strategy))
             check(case, f"task{t}/after_training", head(strategy))
             strategy.end_task(now)
-            case.close(f"task{t}/class_mean", strategy.means[now.classes.start :])
+            case.close(f"task{t}/class_mean", strategy.gaussians.means[now.classes.start :])
             if t:
                 case.close(f"task{t}/ca/lr_per_step", np.asarray(seen[f"task{t}/ca/lr"]))
             case.close(f"task{t}/fc_prototypes", strategy.prototypes.weight)
@@ -400,10 +402,9 @@ def test_drawn_features_are_those_of_a_multivariate_normal():
     for kind in ("covariance", "variance"):
         strategy = make(statistics=kind, align_samples=7)
         strategy.grow(task(0, range(0, 2)))
-        strategy._describe(range(0, 2), x, torch.arange(50) % 2)
-        assert strategy.counts.tolist() == [25, 25]
-        strategy._generators["align"] = torch.Generator().manual_seed(4)
-        drawn = strategy.draw(torch.arange(2))
+        strategy.gaussians.measure(range(0, 2), x, torch.arange(50) % 2)
+        assert strategy.gaussians.counts.tolist() == [25, 25]
+        drawn = strategy.gaussians.draw(torch.arange(2), 7, torch.Generator().manual_seed(4))
         torch.manual_seed(4)
         noise = torch.randn(2, 7, 16)
         for c in range(2):
@@ -421,15 +422,17 @@ def test_alignment_moves_the_head_alone_and_learns_the_class_gaussians():
     tasks = [task(i, range(2 * i, 2 * i + 2), 12) for i in range(3)]
     strategy = learned(tasks, align_epochs=20, align_lr=0.05, ensemble=False)
     with torch.no_grad():
-        strategy.means.copy_(20 * torch.eye(*strategy.means.shape))
-        strategy.factors.copy_(torch.eye(strategy.means.shape[1]).expand_as(strategy.factors))
+        strategy.gaussians.means.copy_(20 * torch.eye(*strategy.gaussians.means.shape))
+        strategy.gaussians.factors.copy_(
+            torch.eye(strategy.gaussians.means.shape[1]).expand_as(strategy.gaussians.factors)
+        )
         strategy.head.weight.zero_()
         strategy.head.bias.zero_()
     before = {k: v.clone() for k, v in strategy.state_dict().items()}
     losses = strategy.align()
     moved = {k for k, v in strategy.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"head.weight", "head.bias"} and len(losses) == 20 * 6
-    drawn = strategy.draw(torch.arange(6))
+    drawn = strategy.gaussians.draw(torch.arange(6), 8, strategy.rng("align"))
     predicted = strategy.head(drawn)[..., :6].argmax(-1)
     assert torch.equal(predicted, torch.arange(6)[:, None].expand_as(predicted))
     assert losses[-1] < 0.1 < losses[0]
@@ -512,9 +515,9 @@ def test_few_images_are_named_once(mode, statistics):
             learn(strategy, now)
     said = [str(w.message) for w in caught if w.category is UserWarning]
     assert len(said) == 1 and "one image of class 4" in said[0] and "mean variance" in said[0]
-    assert strategy.counts.tolist() == [6, 6, 6, 5, 1, 2, 4, 4, 4, 4]
+    assert strategy.gaussians.counts.tolist() == [6, 6, 6, 5, 1, 2, 4, 4, 4, 4]
     assert strategy.predict(torch.rand(4, 3, 16, 16)).isfinite().all()
-    assert strategy.factors.isfinite().all()
+    assert strategy.gaussians.factors.isfinite().all()
 
 
 def test_what_replaces_a_covariance():
@@ -522,31 +525,35 @@ def test_what_replaces_a_covariance():
     strategy.grow(task(0, range(0, 4)))
     x = torch.randn(13, 16, generator=generator(0, "x"))
     y = torch.tensor([0] * 9 + [1] * 2 + [2] * 1 + [3])
-    with pytest.warns(UserWarning, match=r"class 1: the variances alone.*class 2, 3: the mean"):
-        strategy._describe(range(0, 4), x, y)
-    spread = strategy.factors @ strategy.factors.mT
-    torch.testing.assert_close(spread[0], covariance(x[:9]).float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(spread[1], covariance(x[9:11]).diagonal().float().diag())
+    said = strategy.gaussians.measure(range(0, 4), x, y)
+    assert re.search(r"class 1: the variances alone.*class 2, 3: the mean", said)
+    spread = strategy.gaussians.factors @ strategy.gaussians.factors.mT
+    torch.testing.assert_close(
+        spread[0], strategy.gaussians.spread(x[:9]).float(), rtol=1e-4, atol=1e-5
+    )
+    two = strategy.gaussians.spread(x[9:11])
+    torch.testing.assert_close(spread[1], two.diagonal().float().diag())
     mean = (spread[0].diagonal() + spread[1].diagonal()) / 2
     torch.testing.assert_close(spread[2], mean.diag())
     lonely = make(tiny())
     lonely.grow(task(0, range(0, 1)))
-    with pytest.warns(UserWarning):
-        lonely._describe(range(0, 1), x[:1], y[:1])
-    torch.testing.assert_close(lonely.factors[0], 0.01 * torch.eye(16))
+    assert lonely.gaussians.measure(range(0, 1), x[:1], y[:1])
+    torch.testing.assert_close(lonely.gaussians.factors[0], 0.01 * torch.eye(16))
 
 
 @pytest.mark.parametrize("mode", ["functional", "official"])
 def test_a_class_without_images(mode):
     strategy = learned([task(0, range(0, 2), [3, 0]), task(1, range(2, 4), [0, 3])], mode=mode)
-    assert strategy.counts.tolist() == [3, 0, 0, 3]
+    assert strategy.gaussians.counts.tolist() == [3, 0, 0, 3]
     assert strategy.predict(torch.rand(4, 3, 16, 16)).isfinite().all()
 
 
 def test_a_class_that_comes_back_belongs_to_its_last_task():
     strategy = learned([task(0, range(0, 3)), task(1, range(3, 5)), task(2, range(1, 3), 4)])
     assert strategy.owner.tolist() == [0, 2, 2, 1, 1]
-    assert strategy.counts.tolist() == [6, 4, 4, 6, 6] == strategy.prototypes.counts.tolist()
+    assert (
+        strategy.gaussians.counts.tolist() == [6, 4, 4, 6, 6] == strategy.prototypes.counts.tolist()
+    )
     assert strategy.predict(torch.rand(2, 3, 16, 16)).shape == (2, 5)
 
 
@@ -571,7 +578,7 @@ def test_nan_is_reported_with_class_and_setting():
     with pytest.raises(Diverged, match=r"class 0.*strategy\.optim\.lr"):
         strategy.end_task(now)
     strategy = learned(stream()[:2])
-    strategy.means[3] = torch.nan
+    strategy.gaussians.means[3] = torch.nan
     with pytest.raises(Diverged, match=r"class 3.*strategy\.align_lr"):
         strategy.align()
 
