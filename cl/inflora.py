@@ -130,6 +130,7 @@ class InfLoRA(CLStrategy):
     """
 
     needs = frozenset({"features"})
+    averageable = True
 
     def __init__(
         self,
