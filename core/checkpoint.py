@@ -16,7 +16,8 @@ from driftline.core.record import RunLogger
 from driftline.core.seed import rng_state, set_rng_state
 from driftline.core.strategy import Strategy
 
-KIND = "checkpoint-3"  # 2: with the run's key and a checksum; 3: state of inner strategies
+# 2: with the run's key and a checksum; 3: state of inner strategies; 4: with the guard
+KIND = "checkpoint-4"
 
 
 class Stopped(Exception):

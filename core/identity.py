@@ -19,7 +19,7 @@ VOLATILE_DATA = ("root", "cache")
 # `_target_` of a node ("" for the top level) -> option -> that value.
 OURS = "driftline."  # before our targets, which had no such prefix at first
 SINCE: dict[str, dict[str, Any]] = {
-    "": {"around": []},
+    "": {"around": [], "guard": "warn"},
     "driftline.cl.finetune.Finetune": {"adapter": None},
     "driftline.tta.tent.Tent": {"adapter": None},
 }

@@ -371,6 +371,50 @@ class OnlineError:
         self._flags = state["flags"].clone()
 
 
+class Predictions:
+    """Whether the answers on the test images of all tasks seen are finite and take many classes."""
+
+    def __init__(self) -> None:
+        self._nan = self._evaluations = self._collapsed = 0
+
+    def update(self, predicted: Sequence[int], nan: int, tasks: Sequence[range]) -> str:
+        """Add the evaluation after a task.
+
+        Args:
+            predicted: how often each class was predicted, over all test images.
+            nan: rows of scores with a NaN or an infinity.
+            tasks: the classes of every task seen, the newest last.
+
+        Returns:
+            What is wrong, or an empty text.
+        """
+        seen = max(classes.stop for classes in tasks)
+        few = min(2, len(tasks[-1]) - 1)  # a task of two may well get all predictions
+        distinct = sum(n > 0 for n in predicted)
+        self._nan += nan
+        text = f"{nan} rows of scores are not finite" if nan else ""
+        if seen > 2 and sum(predicted) > 2 and few:
+            self._evaluations += 1
+            if distinct <= few:
+                self._collapsed += 1
+                text = text or f"all predictions fall in {distinct} of {seen} classes"
+        return text
+
+    def summary(self) -> dict[str, float]:
+        """collapse  share of the evaluations of more than 2 classes, after a task each, whose
+                  predictions fall in at most 2 classes and in fewer than the newest task has
+        nan       number of rows of scores with a NaN or an infinity, in all evaluations
+        """
+        share = {"collapse": self._collapsed / self._evaluations} if self._evaluations else {}
+        return {**share, "nan": self._nan}
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"counts": [self._nan, self._evaluations, self._collapsed]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._nan, self._evaluations, self._collapsed = state["counts"]
+
+
 # AlexNet's error as a fraction, mean over the five severities, in the benchmark's order. Published
 # in many evaluation scripts; the script of hendrycks/robustness prints un-normalised means only.
 ALEXNET = {

@@ -80,6 +80,7 @@ Size = Annotated[int, Ge(1), Le(2**14)]  # of a layer, a kernel, a side in pixel
 Seed = Annotated[int, Ge(0), Lt(2**32)]  # NumPy's legacy generator takes no other
 PlainName = Annotated[str, Predicate(plain_name)]
 OwnLabel = Annotated[str, Predicate(own_label)]
+Reaction = Literal["warn", "stop", "skip", "rollback", "reset"]  # of core/guard.py
 
 
 def bare(kind: Any) -> tuple[Any, list[Any]]:

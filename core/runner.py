@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from driftline.core.console import Console
 from driftline.core.cost import Costs, reset_peak_memory
 from driftline.core.errors import Diverged, UserError
 from driftline.core.features import FeatureCache
-from driftline.core.metrics import AccuracyMatrix, NearFuture, OnlineError
+from driftline.core.guard import Guard
+from driftline.core.metrics import AccuracyMatrix, NearFuture, OnlineError, Predictions
+from driftline.core.ranges import Reaction
 from driftline.core.record import RunLogger
 from driftline.core.seed import rng_state, set_rng_state
 from driftline.core.strategy import CLStrategy, TTAStrategy
-from driftline.core.stream import Batch, ShiftStream, Task, TaskStream
+from driftline.core.stream import Batch, ShiftStream, Skipped, Task, TaskStream
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Context:
     forgetting: str = "standard"  # which definition the summary reports
     feature_cache_mb: float = 2048  # of test features in memory, MiB; 0 = nothing is kept
     meters: Mapping[str, Snapshots] = field(default_factory=dict)  # more that checkpoints hold
+    guard: Reaction = "warn"  # what is done about numbers that go bad
 
 
 TOLD = ("acc_last", "acc_inc", "plasticity", "forgetting")  # with the task known at test
@@ -51,14 +54,24 @@ class Answers:
     def __init__(self, classes: range, num_classes: int, device: torch.device) -> None:
         self.classes = classes
         self._counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+        # of each class, and rows that are not finite
+        self._predicted = torch.zeros(num_classes + 1, dtype=torch.int64, device=device)
 
     def add(self, scores: Tensor, y: Tensor) -> None:
         """Scores [B, C] over all classes seen, labels int64 [B]."""
         first, stop = self.classes.start, self.classes.stop
-        right = scores.argmax(1) == y
+        predicted = scores.argmax(1)
+        right = predicted == y
         within = scores[:, first:stop].argmax(1) + first == y
         rows = torch.stack([torch.ones_like(y), right.long(), within.long()])
         self._counts.index_add_(1, y, rows)
+        predicted = torch.where(scores.isfinite().all(1), predicted, len(self._predicted) - 1)
+        self._predicted.index_add_(0, predicted, torch.ones_like(y))
+
+    def predictions(self) -> tuple[list[int], int]:
+        """Predictions of each class, and rows of scores that are not finite."""
+        *classes, bad = self._predicted.tolist()
+        return classes, bad
 
     def read(self) -> tuple[int, int, int, list[list[int]]]:
         """Images, right, right within the task; and these three per class of the task."""
@@ -123,6 +136,8 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
     ahead = NearFuture(stream.order["label"], stream.batch_size) if stream.single_pass else None
     place = run.log.folder if distributed.rank0() else None
     features = FeatureCache(place, run.feature_cache_mb)
+    guard = Guard(strategy, run.guard, run.console.say, stream.num_classes)
+    predictions = Predictions()
     cache = features if run.feature_cache_mb else None
     per_class = PerClass()
     meters: dict[str, Snapshots] = {
@@ -130,6 +145,8 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         "told": til_matrix,
         "costs": costs,
         "skipped": stream.skipped,
+        "guard": guard,
+        "predictions": predictions,
         "per_class": per_class,
         **run.meters,
         **({"ahead": ahead} if ahead else {}),
@@ -153,6 +170,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
     def score(tasks: Iterable[Task], after: int, name: str) -> dict[int, float]:
         """Accuracy on the test images of `tasks` after task `after`; returns that per class."""
         accuracies = {}
+        predicted, bad = [0] * stream.num_classes, 0
         for task in tasks:
             with costs.evaluation():
                 answers = evaluate_task(strategy, task, run, stream.num_classes, cache)
@@ -163,13 +181,21 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
             _log_cell(run.log, after, name, task.name, correct, total)
             for c, (n, right, _) in zip(task.classes, classes, strict=True):
                 accuracies |= {c: 100 * right / n} if n else {}
+            of_task, bad_of_task = answers.predictions()
+            predicted = [a + b for a, b in zip(predicted, of_task, strict=True)]
+            bad += bad_of_task
+        if after >= 0:
+            seen = [task.classes for task in stream.tasks[: after + 1]]
+            if text := predictions.update(predicted, bad, seen):
+                guard.evaluated(text, f"after task {after} ({name})")
         return accuracies
 
     # Forward transfer exists where the next task has no new classes, as between domains.
     known = [t.index for t in stream.tasks[1:] if t.classes.stop <= stream.tasks[0].classes.stop]
-    for task in stream.tasks[at["task"] :]:
+    for task in (_readable(task, stream.skipped) for task in stream.tasks[at["task"] :]):
         if not at["begun"]:
             strategy.begin_task(task)
+            guard.begin()
             if task.index == 0 and known:
                 score(stream.tasks, -1, "start")
         for epoch in range(at["epoch"], strategy.epochs):
@@ -183,14 +209,15 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
                 if batch is None:
                     continue
                 batch = batch.to(run.device)
-                with costs.step(len(batch.y)):
-                    logged = strategy.observe(batch)
                 where = {"task": task.index, "epoch": epoch, "step": step}
-                run.log.log("batches", **where, n=len(batch.y), seconds=costs.seconds, **logged)
+                with costs.step(len(batch.y)):
+                    logged = guard.observe(batch, f"task {task.name}, epoch {epoch}, batch {step}")
+                known = {"n": len(batch.y), "seconds": costs.seconds, **guard.row}
+                run.log.log("batches", **where, **known, **logged)
                 where["step"] += 1
                 run.checkpoint.tick(strategy, meters, **where, begun=1)
             at["step"] = 0
-        with costs.end_of_task():
+        with costs.end_of_task(), guard.end_of_task(f"the end of task {task.name}"):
             strategy.end_task(task)
         distributed.require_equal(
             strategy.parameters(), f"of {type(strategy).__name__} after task {task.index}"
@@ -207,10 +234,13 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         at = {"task": task.index + 1, "begun": 0, "epoch": 0, "step": 0}
     run.console.stop()
     metrics = matrix.summary(forgetting=run.forgetting)
+    if not metrics:
+        raise UserError(f"no test image can be read{_reasons(stream.skipped)}")
     task_incremental = til_matrix.summary(forgetting=run.forgetting)
     metrics |= {f"til/{k}": task_incremental[k] for k in TOLD if k in task_incremental}
     if ahead:
         metrics |= ahead.summary()
+    metrics |= predictions.summary()
     cost = costs.summary(strategy)
     if cache is not None:
         cost |= {"features_computed": cache.computed, "features_reused": cache.reused}
@@ -219,8 +249,38 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         "metrics": metrics,
         "cost": cost,
         "method": strategy.report(),
+        "guard": guard.summary(),
         "per_class": per_class.accuracy,
     }
+
+
+def _readable(task: Task, skipped: Skipped) -> Task:
+    """The same task, which ends the run where a pass over its training images brings none."""
+
+    def checked(images: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def passed(*args: Any, **options: Any) -> Iterator[Any]:
+            some = False
+            for batch in images(*args, **options):
+                some = some or batch is not None
+                yield batch
+            from_start = not (args[1:] or options.get("start"))  # epoch, then the first batch
+            if not some and (from_start or args[1] == 0):
+                raise UserError(
+                    f"task {task.index} ({task.name}) has no training image to learn from"
+                    f"{_reasons(skipped)}"
+                )
+
+        return passed
+
+    return replace(task, train=checked(task.train), fit=checked(task.fit))
+
+
+def _reasons(skipped: Skipped) -> str:
+    """What was left out, for the end of a message."""
+    if not skipped.reasons:
+        return ""
+    first = next(iter(skipped.reasons))
+    return f": {len(skipped.reasons)} were left out by data.on_error=skip, the first: {first}"
 
 
 def _later_batches(stream: TaskStream, start: int) -> Iterator[Batch | None]:
@@ -245,6 +305,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     matrix = AccuracyMatrix([stream.domains[d] for d in columns], [first[d] for d in columns])
     clean, clean_adapting = AccuracyMatrix(["clean"], [0]), AccuracyMatrix(["clean"], [0])
     costs = Costs(strategy.backbone, run.device)
+    guard = Guard(strategy, run.guard, run.console.say, stream.num_classes)
     meters = {
         "online": online,
         "matrix": matrix,
@@ -252,6 +313,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         "clean_adapting": clean_adapting,
         "costs": costs,
         "skipped": stream.skipped,
+        "guard": guard,
         **run.meters,
     }
     predict = torch.no_grad()(strategy.predict)
@@ -286,10 +348,10 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         """The method's scores.
 
         Raises:
-            Diverged: where they are not finite and no rule takes them.
+            Diverged: where they are not finite and neither a rule nor the guard takes them.
         """
-        scores = strategy.adapt(x)
-        if strategy.records_nan or scores.isfinite().all():
+        scores = guard.adapt(x, where)
+        if strategy.records_nan or guard.goes_on or scores.isfinite().all():
             return scores
         raise Diverged(
             f"{type(strategy.method).__name__} returned NaN or infinite scores in {where}: it has "
@@ -300,6 +362,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     at = {"segment": 0, "batch": 0}
     state = run.checkpoint.load()
     strategy.begin_stream()
+    guard.begin()
     if state:
         at = run.checkpoint.apply(state, strategy, meters)
         run.console.say(f"resuming in segment {at['segment']}, batch {at['batch']}")
@@ -328,6 +391,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
                 n=len(batch.y),
                 wrong=wrong,
                 seconds=costs.seconds,
+                **guard.row,
             )
             run.checkpoint.tick(strategy, meters, segment=segment.index, batch=i + 1)
         last = segment.index == len(stream.segments) - 1
@@ -335,6 +399,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             score(segment.index, segment.name)
         if last:
             score_adapting(segment.index)
+        guard.tell()
         now = online.segment(segment.index)
         run.log.log("experiences", index=segment.index, name=segment.name, **now)
         place = f"{segment.index + 1}/{len(stream.segments)}"
@@ -343,10 +408,14 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         at["batch"] = 0
     run.console.stop()
     metrics = {**online.summary(), **matrix.summary(forgetting=run.forgetting)}
+    if "err_mean" not in metrics:
+        raise UserError(f"no image of the stream can be read{_reasons(stream.skipped)}")
+    metrics |= guard.collapse() | metrics  # the guard's for batches of one or two alone
     metrics.update(_source_forgetting(clean, ""))
     metrics.update(_source_forgetting(clean_adapting, "_adapting"))
     cost = costs.summary(strategy)
-    return {"metrics": metrics, "cost": cost, "method": strategy.report()}
+    report = strategy.report()
+    return {"metrics": metrics, "cost": cost, "method": report, "guard": guard.summary()}
 
 
 def _source_forgetting(clean: AccuracyMatrix, variant: str) -> dict[str, float]:

@@ -34,7 +34,8 @@ def complete(cfg: DictConfig) -> DictConfig:
 
     Without `data.root` a scenario of ours is embedded and labelled so. Corruptions
     made on the fly from real images are labelled as well: they are not the released files. The
-    frozen model has no rules around it: one run serves all that are compared with it.
+    frozen model has no rules around it and no guard that acts: one run serves all that are compared
+    with it.
     """
     cfg = cfg.copy()
     expand_paths(cfg)
@@ -51,7 +52,7 @@ def complete(cfg: DictConfig) -> DictConfig:
         if cfg.scenario.get("single_pass") and "epochs" in cfg.strategy:
             cfg.strategy.epochs = 1
         if cfg.strategy.name == "source":
-            cfg.around = {}
+            cfg.around, cfg.guard = {}, "warn"
         on_the_fly = cfg.scenario.get("corrupt") == "on_the_fly"
         cfg.scenario.label = (
             label + ("[on_the_fly]" if on_the_fly else "") if real else f"{label}[embedded]"

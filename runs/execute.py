@@ -210,6 +210,7 @@ def _execute(
             cfg.forgetting,
             cfg.runtime.feature_cache_mb,
             {"kernel": dispatch.Record()},
+            cfg.guard,
         )
         try:
             if isinstance(stream, TaskStream):
@@ -436,6 +437,7 @@ def _beside(
     console.say(f"{text} (kept as a run of its own) ...")
     with open_dict(cfg := cfg.copy()):
         cfg.strategy, cfg.around, cfg.reference, cfg.on_exists = strategy, {}, None, "skip"
+        cfg.guard = "warn"
         cfg.pop("tuned", None)
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
         cfg.scenario.label = cfg.scenario.label.split("[")[0]

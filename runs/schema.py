@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from driftline.core.build import check, check_call, check_options, check_value, locate, result
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF
-from driftline.core.ranges import CountOrZero, OwnLabel, PlainName, Seed
+from driftline.core.ranges import CountOrZero, OwnLabel, PlainName, Reaction, Seed
 from driftline.core.sinks import SINKS
 
 
@@ -67,6 +67,7 @@ class Settings(TypedDict):
     channels_last: bool
     kernel: Kernel
     forgetting: Literal["standard", "nonnegative", "first_minus_last"]
+    guard: Reaction
     data: Data
     root: str
     stage: Literal["run", "prepare"]

@@ -21,7 +21,9 @@ def result_table(summary: dict[str, Any]) -> str:
         "parameters updated"
     ]
     if "err_mean" not in metrics:
-        rows = [(k, f"{v:.2f}") for k, v in metrics.items()]
+        rows = [(k, f"{v:.2f}") for k, v in metrics.items() if k not in ("collapse", "nan")]
+        bad = [f"{k} {metrics[k]:.2f}" for k in ("collapse", "nan") if metrics.get(k)]
+        foot = [*([", ".join(bad)] if bad else []), *_guarded(summary), *foot]
         foot += _published(summary)
         return "\n".join([title, table(("metric", "%"), rows), *foot])
     against = {
@@ -44,10 +46,17 @@ def result_table(summary: dict[str, Any]) -> str:
     figures = [f"{k} {metrics[k]:.2f}" for k in names if k in metrics]
     figures += [f"{k} {v:g}" for k, v in summary.get("method", {}).items()]
     figures = [text for text in figures if text not in ("collapse 0.00", "nan 0.00")]
-    if figures:
-        foot.insert(0, ", ".join(figures))
+    foot = [*([", ".join(figures)] if figures else []), *_guarded(summary), *foot]
     foot += _published(summary)
     return "\n".join([title, table(head, rows), *foot])
+
+
+def _guarded(summary: dict[str, Any]) -> list[str]:
+    """What went bad and how it was answered, in one line; none where nothing did."""
+    guard = summary.get("guard") or {"first": {}}
+    kinds = [f"{kind} {guard[kind]} (first in batch {n})" for kind, n in guard["first"].items()]
+    answered = f"; answered {n}" if (n := guard.get("answered")) else ""
+    return [f"guard={guard['answer']}: {', '.join(kinds)}{answered}"] if kinds else []
 
 
 def _published(summary: dict[str, Any]) -> list[str]:

@@ -184,6 +184,7 @@ def test_global_options_are_these():
         "data.root",
         "deterministic",
         "forgetting",
+        "guard",
         "kernel.backend",
         "on_exists",
         "precision",
