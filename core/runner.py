@@ -161,7 +161,10 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         run.console.say(f"resuming in task {at['task']}, epoch {at['epoch']}, batch {at['step']}")
     reset_peak_memory(run.device)
     if stream.single_pass and strategy.epochs > 1:
-        raise UserError("scenario.single_pass=true needs strategy.epochs=1")
+        raise UserError(
+            "scenario.single_pass=true needs strategy.epochs=1, and a method that goes through a "
+            f"task once: {type(strategy).__name__} does {strategy.epochs} times with these settings"
+        )
     steps = sum(t.steps * strategy.epochs for t in stream.tasks)
     run.console.start(steps, costs.steps, type(strategy).__name__)
     done = sum(t.steps for t in stream.tasks[: at["task"]]) + at["step"]

@@ -86,6 +86,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "er": {"capacity": 12, "replay_batch": 3},
     "der": {"capacity": 12, "replay_batch": 3},
     "derpp": {"capacity": 12, "replay_batch": 3},
+    "adab2n": {"capacity": 12, "replay_batch": 3},
     "icarl": {"capacity": 20},
     "ser": {"capacity": 12, "replay_batch": 3},
     "hpcr": {"capacity": 12, "replay_batch": 3, "period": 4},
@@ -102,6 +103,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "codyra": {"rank": 4, "levels": 2, "threshold": 0.3},
     "moram": {"rank": 4, "top_k": 4},
     "coil": {"capacity": 20, "refresh": 2},
+    "sema": {"rank": 4, "hidden": 8, "expandable": 2, "threshold": 0.9, "sweep_batch": 3}
+    | {"epochs_descriptor": 1},
 }
 # Further settings with a state of their own: case -> strategy, options, network.
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -269,6 +272,7 @@ def settings(name: str, options: dict[str, Any]) -> dict[str, Any]:
 def case_of(name: str, plain: dict[str, Any], network: str | None = None) -> Case:
     kind = locate(plain["_target_"])
     vit = issubclass(kind, CLStrategy) or kind.prefers == "vit" or "blocks" in kind.needs
+    vit = vit and "batch_norm" not in kind.needs
     return Case(name, plain, network or ("vit" if vit else "resnet"))
 
 
@@ -455,7 +459,7 @@ def drive(strategy: Any, case: Case, at: Cursor = START) -> Iterator[tuple[Curso
         for e in range(epoch, strategy.epochs):
             if step == 0:
                 strategy.begin_epoch(t, e)
-            for i, batch in enumerate(t.train(e, step), step):
+            for i, batch in enumerate(strategy.batches(t, e, step), step):
                 yield (t.index, 1, e, i + 1), strategy.observe(batch)
             step = 0
         strategy.end_task(t)
