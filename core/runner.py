@@ -215,8 +215,8 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
                 where = {"task": task.index, "epoch": epoch, "step": step}
                 with costs.step(len(batch.y)):
                     logged = guard.observe(batch, f"task {task.name}, epoch {epoch}, batch {step}")
-                known = {"n": len(batch.y), "seconds": costs.seconds, **guard.row}
-                run.log.log("batches", **where, **known, **logged)
+                measured = {"n": len(batch.y), "seconds": costs.seconds, **guard.row}
+                run.log.log("batches", **where, **measured, **logged)
                 where["step"] += 1
                 run.checkpoint.tick(strategy, meters, **where, begun=1)
             at["step"] = 0

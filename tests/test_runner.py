@@ -1,4 +1,4 @@
-"""The adaptation loop: diverging methods, the adapting clean score, rounds."""
+"""The loops: diverging methods, the adapting clean score, rounds; transfer to the next domain."""
 
 from __future__ import annotations
 
@@ -65,6 +65,14 @@ def test_rounds_are_reported(configure):
     metrics = run_experiment(configure(*words), [])["metrics"]
     errors = [metrics[f"err_round/{r}"] for r in (1, 2, 3)]
     assert errors[0] == errors[1] == errors[2] == metrics["err_mean"]  # BN-adapt learns nothing
+
+
+def test_the_next_domain_is_scored_before_a_method_learns_it(configure):
+    """With a method that logs batches, and with one that has none."""
+    words = ["scenario=domains_imagefolder", "scenario.embedded_images=[2,1]"]
+    words += ["scenario.domains=[clean,contrast]"]
+    for method in (["strategy=linear_probe", "strategy.epochs=1"], ["strategy=simplecil"]):
+        assert "fwt" in run_experiment(configure(*words, *method), [])["metrics"]
 
 
 @pytest.mark.slow
