@@ -188,6 +188,7 @@ class ClassGaussians(nn.Module):
         samples: int,
         rng: torch.Generator,
         scale: Tensor | None = None,
+        period: int | None = None,
     ) -> Tensor:
         """Train a head on features of all classes seen.
 
@@ -200,6 +201,7 @@ class ClassGaussians(nn.Module):
             lr: initial rate, the method's `align_lr`.
             rng: CPU generator.
             scale: see `draw`.
+            period: epochs in which the rate falls to 0, to rise again after them; None: `epochs`.
 
         Returns:
             the loss of each step.
@@ -219,7 +221,7 @@ class ClassGaussians(nn.Module):
         optimizer = settings.optimizer({"head": parameters})
         losses: list[Tensor] = []
         for epoch in range(epochs):
-            settings.set_rates(optimizer, epoch, epochs)
+            settings.set_rates(optimizer, epoch, period or epochs)
             drawn = self.draw(classes, samples, rng, scale)
             order = self.shuffle(len(y), rng).to(y.device)
             for rows in order.split(samples):

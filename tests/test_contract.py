@@ -102,6 +102,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "coda": {"pool": 12, "blocks": [0, 1]},
     "codyra": {"rank": 4, "levels": 2, "threshold": 0.3},
     "moram": {"rank": 4, "top_k": 4},
+    "tuna": {"align_epochs": 1, "align_samples": 8, "rank": 4},
     "coil": {"capacity": 20, "refresh": 2},
     "sema": {"rank": 4, "hidden": 8, "expandable": 2, "threshold": 0.9, "sweep_batch": 3}
     | {"epochs_descriptor": 1},
@@ -166,6 +167,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         None,
     ),
     "ease-adam": ("ease", {"use_init_ptm": True, "optim": {"kind": "adam"}}, None),
+    "tuna-merged": (
+        "tuna",
+        {"universal": "merged", "orthogonality": 0.1, "shrink": "code", "statistics": "variance"},
+        None,
+    ),
     "mos-official": ("mos", {"mode": "official", "statistics": "variance"}, None),
     "slca-resnet": ("slca", {"final_norm": "pretrained", "statistics": "variance"}, "resnet"),
     "ssiat-unpaired": ("ssiat", {"shift_pairing": "unpaired", "statistics": "variance"}, None),
@@ -232,7 +238,21 @@ QUICK_RULES: dict[str, dict[str, Any]] = {
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
 HEAD_ALONE = "linear_probe"
 # On finetune, Tent and RanPAC, which are tried with every kind; or with one set, as LAE's.
-DERIVED = ("l2", "ewc", "lwf", "come", "er", "der", "derpp", "ser", "fecam", "fsa", "acil", "ssiat")
+DERIVED = (
+    "l2",
+    "ewc",
+    "lwf",
+    "come",
+    "er",
+    "der",
+    "derpp",
+    "ser",
+    "fecam",
+    "fsa",
+    "acil",
+    "ssiat",
+    "tuna",
+)
 REFUSED = {("olora", kind) for kind in ("dora", "prefix", "prompt", "scale_shift")}
 if find_spec("peft"):
     REFUSED.add(("olora", "peft/vera"))
