@@ -146,6 +146,7 @@ class AdaB2N(DERpp):
     """
 
     needs = frozenset({"features", "batch_norm"})
+    prefers = "cnn"
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from driftline.backbones.backbone import Backbone, weights_hash
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count
-from driftline.core.strategy import CLStrategy
+from driftline.core.strategy import CLStrategy, Preferred
 from driftline.core.stream import Batch, Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import ExpandingLinear, freeze_pretrained_head
@@ -116,7 +116,7 @@ class Finetune(CLStrategy):
         self._hash = ""
 
     @classmethod
-    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
+    def preferred_backbone(cls, options: Mapping[str, Any]) -> Preferred:
         return "vit" if options.get("adapter") else cls.prefers
 
     # ------------------------------------------------------------------ tasks

@@ -16,6 +16,8 @@ from driftline.core.errors import UserError
 from driftline.core.seed import generator
 from driftline.core.stream import Batch, SourceImages, Task
 
+Preferred = Literal["vit", "cnn"] | None
+
 
 class Strategy(nn.Module):
     """A method: a module that owns a backbone, perhaps an optimiser, and its random generators.
@@ -34,7 +36,7 @@ class Strategy(nn.Module):
     static: ClassVar[bool] = False  # True: `predict` never changes once the stream has begun
     outputs: ClassVar[Literal["logits", "probabilities"]] = "logits"
     records_nan: ClassVar[bool] = False  # True: non-finite scores are counted and stop no run
-    prefers: ClassVar[Literal["vit"] | None] = None  # which kind backbone=auto picks
+    prefers: ClassVar[Preferred] = None  # which kind backbone=auto picks
 
     def __init__(self, backbone: nn.Module, *, seed: int = 0) -> None:
         super().__init__()
@@ -49,7 +51,7 @@ class Strategy(nn.Module):
         return next(self.backbone.parameters()).device
 
     @classmethod
-    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
+    def preferred_backbone(cls, options: Mapping[str, Any]) -> Preferred:
         """Which kind backbone=auto picks for the method with these settings."""
         return cls.prefers
 

@@ -64,8 +64,8 @@ def _automatic(cfg: DictConfig, choice: DictConfig, real: bool) -> str:
     """The backbone that `backbone=auto` stands for."""
     kind = "real" if real else "embedded"
     preferred = locate(cfg.strategy._target_).preferred_backbone(cfg.strategy)
-    if preferred == "vit" and f"{kind}_vit" in choice:
-        kind += "_vit"
+    if preferred and f"{kind}_{preferred}" in choice:
+        kind += f"_{preferred}"
     if choice[kind] is None:
         what = "a vision transformer" if kind.endswith("_vit") else "a network"
         raise UserError(

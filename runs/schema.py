@@ -90,6 +90,8 @@ class Choice(TypedDict):
     embedded: str | None
     real_vit: NotRequired[str | None]
     embedded_vit: NotRequired[str | None]
+    real_cnn: NotRequired[str | None]
+    embedded_cnn: NotRequired[str | None]
 
 
 # Parameters that get an object no configuration can hold, see runs/compose.py.

@@ -51,7 +51,7 @@ QUICK = {  # what keeps a run of seconds
     "ecotta": ["scenario.source_images=40"],
     "ranpac": ["strategy.projection=32"],
     "acil": ["strategy.projection=32", "strategy.optim.lr=0.01"],
-    "adab2n": ["backbone=embedded_resnet", "strategy.replay_batch=4"],
+    "adab2n": ["strategy.replay_batch=4"],
     "coda": ["strategy.pool=30"],
     "becotta": ["strategy.blocks=1", "scenario.source_images=40"],
     "lsa": ["scenario.source_images=40"],

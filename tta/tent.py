@@ -20,7 +20,7 @@ from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.ranges import Count
-from driftline.core.strategy import TTAStrategy
+from driftline.core.strategy import Preferred, TTAStrategy
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, train_norms, train_only
@@ -76,7 +76,7 @@ class Tent(TTAStrategy):
         self.optimizer = optim.optimizer({"trained": trained}, second)
 
     @classmethod
-    def preferred_backbone(cls, options: Mapping[str, Any]) -> Literal["vit"] | None:
+    def preferred_backbone(cls, options: Mapping[str, Any]) -> Preferred:
         return "vit" if options.get("adapter") else cls.prefers
 
     def scores(self, x: Tensor) -> Tensor:
