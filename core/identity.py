@@ -22,6 +22,8 @@ SINCE: dict[str, dict[str, Any]] = {
     "": {"around": [], "guard": "warn"},
     "driftline.cl.finetune.Finetune": {"adapter": None},
     "driftline.tta.tent.Tent": {"adapter": None},
+    "driftline.streams.shifts.corruption_stream": {"label_budget": None},
+    "driftline.streams.pairs.pair_stream": {"label_budget": None},
 }
 # Options that are gone, with the value at which a run of then is a run of now.
 UNTIL: dict[str, dict[str, Any]] = {

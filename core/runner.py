@@ -19,6 +19,7 @@ from driftline.core.errors import Diverged, UserError
 from driftline.core.features import FeatureCache
 from driftline.core.guard import Guard
 from driftline.core.metrics import AccuracyMatrix, NearFuture, OnlineError, Predictions
+from driftline.core.oracle import Oracle
 from driftline.core.ranges import Reaction
 from driftline.core.record import RunLogger
 from driftline.core.seed import rng_state, set_rng_state
@@ -309,7 +310,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     clean, clean_adapting = AccuracyMatrix(["clean"], [0]), AccuracyMatrix(["clean"], [0])
     costs = Costs(strategy.backbone, run.device)
     guard = Guard(strategy, run.guard, run.console.say, stream.num_classes)
-    meters = {
+    meters: dict[str, Snapshots] = {
         "online": online,
         "matrix": matrix,
         "clean": clean,
@@ -319,6 +320,10 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         "guard": guard,
         **run.meters,
     }
+    oracle = Oracle(stream.label_budget, sum(s.images for s in stream.segments))
+    if strategy.buys_labels:
+        strategy.use_oracle(oracle)
+        meters["oracle"] = oracle
     predict = torch.no_grad()(strategy.predict)
     counts: dict[str, tuple[int, int]] = {}  # domain -> images right, images seen
 
@@ -384,7 +389,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             if batch is None:
                 continue
             batch = batch.to(run.device)
-            with costs.step(len(batch.y)):
+            with costs.step(len(batch.y)), oracle.batch(batch.y):
                 scores = adapt(batch.x, f"segment {segment.name}, batch {i}")
             wrong = online.update(scores, batch.y, segment.index, batch.domain, strategy.outputs)
             run.log.log(
@@ -417,7 +422,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     metrics.update(_source_forgetting(clean, ""))
     metrics.update(_source_forgetting(clean_adapting, "_adapting"))
     cost = costs.summary(strategy)
-    report = strategy.report()
+    report = strategy.report() | (oracle.report() if strategy.buys_labels else {})
     return {"metrics": metrics, "cost": cost, "method": report, "guard": guard.summary()}
 
 

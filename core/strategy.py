@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from driftline.core.errors import UserError
+from driftline.core.oracle import Oracle
 from driftline.core.seed import generator
 from driftline.core.stream import Batch, SourceImages, Task
 
@@ -37,6 +38,7 @@ class Strategy(nn.Module):
     outputs: ClassVar[Literal["logits", "probabilities"]] = "logits"
     records_nan: ClassVar[bool] = False  # True: non-finite scores are counted and stop no run
     prefers: ClassVar[Preferred] = None  # which kind backbone=auto picks
+    buys_labels: ClassVar[bool] = False  # True: gets an `Oracle`; no other method meets a label
 
     def __init__(self, backbone: nn.Module, *, seed: int = 0) -> None:
         super().__init__()
@@ -366,7 +368,8 @@ class TTAStrategy(Strategy):
     A method that needs the source defines `uses_source`, `preparation`, `prepare` and
     `use_prepared`. `prepare` runs on an instance of its own, which is then thrown away: what it
     returns is all that reaches the run, from memory or from the cache alike. One that goes on
-    reading source images during the stream defines `replays_source` and `use_source`.
+    reading source images during the stream defines `replays_source` and `use_source`; one that
+    pays for labels sets `buys_labels` and defines `use_oracle`.
     """
 
     counters: ClassVar[tuple[str, ...]] = ()  # attributes that count over the whole stream
@@ -410,6 +413,15 @@ class TTAStrategy(Strategy):
         for one in self._inner_methods():
             one.use_source(source)
 
+    def use_oracle(self, oracle: Oracle) -> None:
+        """Where a method that `buys_labels` asks for those of the batch that it adapts to.
+
+        Called on every object of such a method before the first batch. The oracle is no state, and
+        what it sold counts over the whole stream.
+        """
+        for one in self._inner_methods():
+            one.use_oracle(oracle)
+
     @property
     def method(self) -> TTAStrategy:
         """The method without rules around it, which is what a preparation belongs to."""
@@ -445,7 +457,15 @@ class TTAStrategy(Strategy):
         return [one for one in self.strategies().values() if isinstance(one, TTAStrategy)]
 
 
-FACTS = ("needs", "batch_dependent", "static", "outputs", "records_nan", "prefers")
+FACTS = (
+    "needs",
+    "batch_dependent",
+    "static",
+    "outputs",
+    "records_nan",
+    "prefers",
+    "buys_labels",
+)
 
 
 class Around(Strategy):

@@ -142,5 +142,6 @@ class ShiftStream:
     holdout: Batches | None = None  # clean images, for source forgetting
     holdout_adapting: bool = False  # score them a second time with a method that adapts to them
     source: Callable[[], SourceImages] | None = None  # raises UserError where there are none
+    label_budget: float | None = None  # labels that may be bought, see core/oracle.py
     order: Mapping[str, np.ndarray] = field(default_factory=dict)  # int64 [N] each: what, when
     provides: frozenset[str] = frozenset()

@@ -439,6 +439,8 @@ def _beside(
         cfg.strategy, cfg.around, cfg.reference, cfg.on_exists = strategy, {}, None, "skip"
         cfg.guard = "warn"
         cfg.pop("tuned", None)
+        if "label_budget" in cfg.scenario and strategy.name == "source":
+            cfg.scenario.label_budget = None  # of no matter to the frozen model
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
         cfg.scenario.label = cfg.scenario.label.split("[")[0]
     return run_experiment(cfg, [override], quiet=True, wait=True, make_room=make_room)

@@ -34,7 +34,7 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from driftline.core.errors import UserError, suggest
-from driftline.core.ranges import Count, CountOrZero, Percent, PlainName, Seed, distinct
+from driftline.core.ranges import Count, CountOrZero, Percent, PlainName, Seed, Unit, distinct
 from driftline.core.seed import derive
 from driftline.core.stream import Batch, Segment, ShiftStream, Skipped
 from driftline.streams import corruptions as C
@@ -390,6 +390,7 @@ def pair_stream(
     clean_adapting: bool,
     source_from: str,
     source_images: CountOrZero | None,
+    label_budget: CountOrZero | Unit | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,
@@ -515,6 +516,7 @@ def pair_stream(
         holdout=around.holdout,
         holdout_adapting=clean_adapting,
         source=around.source,
+        label_budget=label_budget,
         order={
             "segment": dealt.walk,
             "domain": domain,

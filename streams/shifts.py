@@ -21,7 +21,16 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from driftline.core.errors import UserError, suggest
-from driftline.core.ranges import Count, CountOrZero, PlainName, Positive, Seed, Size, distinct
+from driftline.core.ranges import (
+    Count,
+    CountOrZero,
+    PlainName,
+    Positive,
+    Seed,
+    Size,
+    Unit,
+    distinct,
+)
 from driftline.core.seed import derive
 from driftline.core.stream import (
     SINGLE_IMAGES,
@@ -231,6 +240,7 @@ def corruption_stream(
     clean_adapting: bool,
     source_from: str,
     source_images: CountOrZero | None,
+    label_budget: CountOrZero | Unit | None,
     data_root: str | None,
     on_error: Literal["raise", "skip"],
     cache: str | None,
@@ -386,6 +396,7 @@ def corruption_stream(
         holdout=around.holdout,
         holdout_adapting=clean_adapting,
         source=around.source,
+        label_budget=label_budget,
         order={
             "segment": np.concatenate([np.full(len(r), i) for i, (*_, r) in enumerate(dealt)]),
             "domain": np.concatenate([r.domain for *_, r in dealt]),

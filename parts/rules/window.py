@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from driftline.core.errors import UserError
 from driftline.core.ranges import Count
 from driftline.core.strategy import TTAStrategy, Wrapper
 from driftline.core.stream import SINGLE_IMAGES
@@ -22,12 +23,20 @@ class Window(Wrapper):
     Args:
         inner: the method, or the rule, inside, for which a batch is a full buffer.
         length: W.
+
+    Raises:
+        UserError: for a method that buys labels: those of earlier images are for sale no more.
     """
 
     images: Tensor | None
 
     def __init__(self, *, inner: TTAStrategy, length: Count) -> None:
         super().__init__(inner, needs=inner.needs | {SINGLE_IMAGES})
+        if self.buys_labels:
+            raise UserError(
+                f"around=window: {type(self.method).__name__} buys labels of the batch that it "
+                "gets, and of a window only the newest image is still for sale; leave it out"
+            )
         self.length = length
         self.position = -1  # of the newest image
         self.register_buffer("images", None)  # [1..W, 3, H, W]
