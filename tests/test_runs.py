@@ -60,6 +60,7 @@ QUICK = {  # what keeps a run of seconds
     "come_eata": ["scenario.source_images=40"],
     "rmt": ["strategy.warmup_images=128", "scenario.source_images=40"],
     "memo": ["strategy.views=2"],
+    "simatta": ["strategy.max_updates=1", "strategy.train_batch=4"],
     "foa": ["strategy.population=6", "scenario.source_images=40"],
     "petal": ["strategy.views=2", "scenario.source_images=40"],
 }

@@ -31,6 +31,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -264,18 +265,19 @@ class SimATTA(TTAStrategy):
     @torch.enable_grad()
     def _train(self) -> None:
         """Updates on both kinds of images, weighted by their numbers."""
-        kept, bought = self.kept if len(self.kept) else self.bought, self.bought
-        share = len(bought) / (len(bought) + len(kept))
+        kept, n = self.kept if len(self.kept) else self.bought, len(self.bought)
+        share = n / (n + len(kept))
         if len(kept) < self.cold_start:
             share = min(COLD_SHARE, share)
         rng, size = self.rng("training"), self.train_batch
-        draws = zip(passes(len(kept), size, rng), passes(len(bought), size, rng), strict=False)
+        draws = zip(passes(len(kept), size, rng), passes(n, size, rng), strict=False)
         lowest, idle, losses = math.inf, 0, list[Tensor]()
-        for update, (of_kept, of_bought) in enumerate(draws, 1):
-            on_kept, on_bought = self._loss(kept, of_kept), self._loss(bought, of_bought)
-            self.optim.step(self.optimizer, (1 - share) * on_kept + share * on_bought)
+        for update, rows in enumerate(draws, 1):
+            each = partial(self._losses, kept, rows, share)
+            loss, on_bought = each()
+            self.optim.step(self.optimizer, loss, lambda each=each: each()[0])
             if len(losses) < self.window:
-                losses.append(on_bought.detach())
+                losses.append(on_bought)
             else:
                 mean, losses = float(torch.stack(losses).double().mean()), []
                 idle = 0 if mean < lowest else idle + 1
@@ -287,6 +289,12 @@ class SimATTA(TTAStrategy):
         assert self.optimizer is not None
         self.optimizer.state.clear()
 
-    def _loss(self, memory: Memory, rows: list[int]) -> Tensor:
-        labels = torch.tensor([memory.labels[row] for row in rows], device=self.device)
-        return F.cross_entropy(self.backbone(memory.images(rows)), labels)
+    def _losses(
+        self, kept: Memory, rows: tuple[list[int], list[int]], share: float
+    ) -> tuple[Tensor, Tensor]:
+        """The loss on kept and bought images, of which these have weight `share`, and on these."""
+        each = []
+        for memory, chosen in zip((kept, self.bought), rows, strict=True):
+            labels = torch.tensor([memory.labels[row] for row in chosen], device=self.device)
+            each.append(F.cross_entropy(self.backbone(memory.images(chosen)), labels))
+        return (1 - share) * each[0] + share * each[1], each[1].detach()
