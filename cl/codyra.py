@@ -32,7 +32,7 @@ from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Le, MinLen
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
@@ -199,7 +199,7 @@ class CoDyRA(NewRanks):
         at: Annotated[list[str], MinLen(1)],
         dense: Unit,
         threshold: NonNegative,
-        levels: Annotated[Count, Ge(2)],
+        levels: Annotated[int, Ge(2), Le(10**9)],
         shrink: Literal["code", "soft"],
         optim: Optim,
     ) -> None:

@@ -15,6 +15,7 @@ and head may differ. New head rows alone are drawn (see `parts/heads.py`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -136,10 +137,12 @@ class Finetune(CLStrategy):
         known = self.seen
         super().begin_task(task)
         if len(self.columns) == 1:
+            chosen = "loss_scope" in inspect.signature(type(self)).parameters
+            under = f" under strategy.loss_scope={self.loss_scope}" if chosen else ""
             self.warn_once(
                 "one class",
-                f"task {task.index} has one class in its softmax under "
-                f"strategy.loss_scope={self.loss_scope}: the loss is 0 and nothing is learned",
+                f"task {task.index} has one class in its softmax{under}: the loss is 0 and nothing "
+                "is learned; take larger tasks (scenario.increment)",
             )
         if self.penalty is not None:
             self.penalty.begin_task(self, task, known)

@@ -30,7 +30,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import MinLen
+from annotated_types import Ge, Le, MinLen
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
@@ -46,7 +46,7 @@ class RankExperts(Adapter):
     Args:
         dim, out: input and output width of the layer.
         rank: new ranks a projection.
-        top_k, temperature, threshold: see the top of the file; at least two are chosen.
+        top_k, temperature, threshold: see the top of the file.
         generator: of a, U(-1/sqrt(dim), 1/sqrt(dim)); b starts at 0.
     """
 
@@ -66,7 +66,7 @@ class RankExperts(Adapter):
     ) -> None:
         super().__init__()
         parts = projections(dim, out)
-        self.top_k, self.temperature, self.threshold = max(top_k, 2), temperature, threshold
+        self.top_k, self.temperature, self.threshold = top_k, temperature, threshold
         self.register_buffer("old_a", torch.zeros(parts, 0, dim))
         self.register_buffer("old_b", torch.zeros(parts, out // parts, 0))
         self.a = nn.Parameter(torch.empty(parts, rank, dim))
@@ -108,7 +108,7 @@ class MoRAM(NewRanks):
         epochs: passes over the training images of a task.
         rank: new ranks a task, of q, k, v and of every other layer.
         at: linear layers that are updated, as patterns.
-        top_k: ranks a token and projection, of all tasks together.
+        top_k: ranks a token and projection, of all tasks together, at least 2.
         temperature: of the softmax over them.
         threshold: of s in evaluation; None: all that are chosen count.
         optim: of the groups `backbone` (the new ranks) and `head`, made anew for each task. Its
@@ -127,7 +127,7 @@ class MoRAM(NewRanks):
         epochs: Count,
         rank: Size,
         at: Annotated[list[str], MinLen(1)],
-        top_k: Size,
+        top_k: Annotated[int, Ge(2), Le(2**14)],
         temperature: Positive,
         threshold: Positive | None,
         optim: Optim,

@@ -265,6 +265,23 @@ def asked(make: Callable[..., Any], live: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in live.items() if k in parameters}
 
 
+def made(make: Callable[..., Any], live: Mapping[str, Any], *, at: str) -> Any:
+    """What an option that is called by its owner makes (`core.ranges.Later`), as in `build`.
+
+    Args:
+        at: where its node stands in the configuration: its own messages name its settings as if it
+            stood at `strategy`.
+
+    Raises:
+        UserError: as raised by `make`, with the names of settings as they are typed.
+    """
+    try:
+        return make(**asked(make, live))
+    except UserError as error:
+        error.args = (re.sub(r"\bstrategy\.(?=\w)", f"{at}.", str(error)),)
+        raise
+
+
 def nodes(node: DictConfig) -> Iterator[DictConfig]:
     """`node` and every node with a `_target_` inside it."""
     yield node

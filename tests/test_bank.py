@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -17,6 +19,7 @@ from driftline.parts.adapters.bottleneck import Bottleneck
 from driftline.parts.adapters.dora import DoRA
 from driftline.parts.adapters.dual_rank import DualRank
 from driftline.parts.adapters.lora import LoRA
+from driftline.parts.adapters.plan import Plan
 from driftline.parts.adapters.prefix import Prefix
 from driftline.parts.adapters.prompt import Prompt
 from driftline.parts.adapters.scale_shift import ScaleShift
@@ -456,3 +459,13 @@ def test_each_image_has_rows_of_its_own_where_a_kind_reads_the_context(kind, poi
     assert any(p.grad is not None and p.grad.any() for n, p in learned.items() if "pool" in n)
     assert torch.equal(bank.features(x), plain)
     assert all(a.context is None for a in bank.adapters("pool").values())
+
+
+def test_named_blocks_that_a_network_lacks_are_said():
+    net = Backbone(timm.create_model("test_vit", img_size=32, num_classes=4))
+    plan = partial(Plan, at=["blocks.*.mlp:parallel"], kind=partial(Bottleneck, rank=2))
+    with pytest.raises(UserError, match=r"strategy\.adapter\.blocks=\[6, 7\].*blocks 0 to 5"):
+        plan(blocks=[6, 7]).bank(net)
+    with pytest.warns(UserWarning, match=r"blocks=\[1, 6\].*the others get no adapter"):
+        plan(blocks=[1, 6]).bank(net)
+    assert len(plan(blocks=9).adapters(net)) == 6

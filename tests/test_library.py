@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -13,12 +15,14 @@ import pytest
 import timm
 import torch
 from conftest import HANG, PACKAGES, ROOT, equal, strategy_node
+from torch import nn
 
 import driftline
 from driftline.backbones.backbone import Backbone
 from driftline.core.build import build, locate
 from driftline.core.errors import UserError
 from driftline.core.strategy import CLStrategy
+from driftline.core.stream import Batch, Task
 
 STRATEGIES = sorted(path.stem for path in (ROOT / "conf" / "strategy").glob("*.yaml"))
 SMALL = ["scenario.corruptions=[fog]", "scenario.images=8", "scenario.batch_size=4"]
@@ -42,6 +46,53 @@ def test_every_strategy_is_made_around_a_plain_network_as_its_file_says(name):
     want = build(node, at="strategy", backbone=Backbone(network(net)), seed=3, num_classes=10)
     assert type(method) is type(want) and equal(method.snapshot(), want.snapshot())
     assert isinstance(method, CLStrategy) or method.preparation() or method.reset() is None
+
+
+def bare_network() -> torch.nn.Module:
+    """No transformer, no normalisation layer, nothing of timm's."""
+    pixels = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(*pixels, nn.Flatten(), nn.Linear(8, 10))
+
+
+def places(node: dict, above: str = "") -> set[str]:
+    """Dotted names of all settings in a node."""
+    inner = [places(v, f"{above}{k}.") for k, v in node.items() if isinstance(v, dict)]
+    return {f"{above}{k}" for k in node}.union(*inner)
+
+
+def one_class(size: int) -> Task:
+    """A first task of two images of one class."""
+    y = torch.zeros(2, dtype=torch.int64)
+    batch = Batch(torch.rand(2, 3, size, size), y, torch.arange(2), y)
+    batches = lambda *_, **__: iter([batch])  # noqa: E731
+    return Task(0, "one class", range(1), 1, batches, batches, batches)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_a_method_says_of_an_odd_network_or_task_is_about_its_own_settings(name):
+    node = strategy_node(name)
+    learns_tasks = issubclass(locate(node["_target_"]), CLStrategy)
+    said = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for net in (bare_network(), network())[: 1 + learns_tasks]:
+            try:
+                live = {"backbone": Backbone(net), "seed": 0, "num_classes": 10}
+                method = build(node, at="strategy", **live)
+                if learns_tasks:
+                    method.begin_task(one_class(32))
+                elif method.preparation() is None and not method.replays_source(node):
+                    method.begin_stream()
+                    assert method.adapt(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+            except UserError as error:
+                said.append(str(error))
+    said += [str(w.message) for w in caught if "strategy." in str(w.message)]
+    for text in said:
+        if text.startswith("strategy=") and "inner" not in node:
+            assert re.match(rf"strategy={name}\b", text), text
+        of_others = r"(?<=strategy=)\w+ strategy\.\S+"
+        for key in re.findall(r"strategy\.([a-z_.]*[a-z_])", re.sub(of_others, "", text)):
+            assert key in places(node), text
 
 
 def test_settings_adapters_and_normalisation_are_options_of_make():

@@ -151,7 +151,7 @@ class BECoTTA(TTAStrategy):
     network teaches.
 
     Raises:
-        UserError: for more experts selected than there are.
+        UserError: for more experts selected than there are, or a network without such blocks.
     """
 
     needs = frozenset({"head", "blocks"})
@@ -181,6 +181,12 @@ class BECoTTA(TTAStrategy):
             raise UserError(
                 f"strategy.selected={selected} is more than strategy.experts={experts}: set it to "
                 f"at most {experts}"
+            )
+        if not self.needs <= backbone.provides:
+            raise UserError(
+                "strategy=becotta adds experts to the blocks of a vision transformer, and "
+                f"{backbone.tag} has none that it knows. Use a timm ViT with a head, for example "
+                "backbone=vit_b16_in1k, or strategy=cotta"
             )
         backbone.eval().requires_grad_(False)
         self.batch_dependent = router == "legacy"  # type: ignore[misc]

@@ -46,6 +46,8 @@ def opinion_entropy(logits: Tensor) -> Tensor:
 class COME(Tent):
     """Tent on the entropy of the opinion; options as there."""
 
+    option = "come"
+
     def loss(self, logits: Tensor) -> Tensor:
         """Mean entropy, in nats, of the opinions of `logits` [B, C]."""
         return opinion_entropy(logits).mean(0)

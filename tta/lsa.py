@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.core.build import asked
+from driftline.core.build import made
 from driftline.core.ranges import Positive, Size, Unit
 from driftline.core.seed import generator
 from driftline.core.strategy import Progress, TTAStrategy, Wrapper
@@ -126,7 +126,7 @@ class LSA(Wrapper):
         # No bound method: copies of the network share the adapter instead of copying it.
         head.register_forward_hook(lambda layer, x, out: shift(x[0], layer.weight, layer.bias))
         live = {"backbone": backbone, "seed": seed, "num_classes": num_classes}
-        method = inner(**asked(inner, live))
+        method = made(inner, live, at="strategy.inner")
         super().__init__(method, needs=method.needs | {"head"}, static=False)
         self.shift, self.limit, self.ema, self.warmup = shift, limit, ema, warmup
         balanced = torch.full((head.out_features,), 1 / head.out_features).to(head.weight)

@@ -13,7 +13,7 @@ running statistics are kept for BatchNorm1d either, which changes no prediction 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Tent(TTAStrategy):
 
     needs = frozenset({"head"})
     batch_dependent = True
+    option: ClassVar[str] = "tent"  # of conf/strategy
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Tent(TTAStrategy):
             self.bank.train(mode == "train")
             train_only(self.backbone, trained)
         else:
-            trained = list(train_norms(backbone, layers, strategy="tent").values())
+            trained = list(train_norms(backbone, layers, strategy=self.option).values())
         self.backbone.train(mode == "train")
         self.steps, self.optim = steps, optim
         second = [] if self.bank is None else self.bank.second_factors(NAME)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
 from driftline.core import distributed
-from driftline.core.build import asked, locate
+from driftline.core.build import locate, made
 from driftline.core.errors import UserError
 from driftline.core.ranges import Below1, Count, Later, Positive
 from driftline.core.seed import generator
@@ -164,7 +164,7 @@ class UnMixTNS(Wrapper):
                 "backbone with BatchNorm, or run the method inside alone"
             )
         live = {"backbone": backbone, "seed": seed, "num_classes": num_classes}
-        method = inner(**asked(inner, live))
+        method = made(inner, live, at="strategy.inner")
         super().__init__(method, needs=method.needs | {"batch_norm"}, static=False)
         if missing := {*layers} - {*self.modules()}:
             raise UserError(

@@ -11,6 +11,7 @@ the settings of its YAML. One with the argument `modules` (point -> module) make
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,6 +22,7 @@ from annotated_types import MinLen
 from torch import nn
 
 from driftline.backbones.backbone import Backbone
+from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, Later
 from driftline.parts.adapters.adapter import Adapter, AdapterSet
 from driftline.parts.adapters.bank import AdapterBank, no_place
@@ -53,14 +55,22 @@ class Plan:
     kind: Kind
 
     def bank(self, backbone: Backbone) -> AdapterBank:
-        """An empty bank on `backbone`.
+        """An empty bank on `backbone`; of named `blocks`, those of a deeper network are left out
+        with a warning.
 
         Raises:
-            UserError: for a network that lacks one of the points.
+            UserError: for a network that lacks one of the points, or all of the named blocks.
         """
         bank = AdapterBank(backbone)
-        for point, _ in self.points(backbone):
+        points = self.points(backbone)
+        for point, _ in points:
             bank.check(point)
+        depth = len(getattr(backbone.net, "blocks", ()))
+        if isinstance(self.blocks, list) and max(self.blocks) >= depth > 0:
+            text = f"blocks={self.blocks}: {backbone.tag} has the blocks 0 to {depth - 1}"
+            if not points:
+                raise UserError(f"strategy.adapter.{text}; name some of them")
+            warnings.warn(f"strategy.adapter.{text}; the others get no adapter", stacklevel=2)
         return bank
 
     def add(
