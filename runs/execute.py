@@ -122,7 +122,7 @@ def _find_or_run(
     with ExitStack() as stack:
         if finished is None:
             folder, finished, notes = distributed.from_rank0(
-                lambda: hold(choose, stack, console, wait=wait)
+                lambda: hold(choose, stack, console, wait=wait or cfg.runtime.wait)
             )
             for note in notes:
                 console.say(note)

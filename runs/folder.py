@@ -81,8 +81,9 @@ def hold(choose: Callable[[], Place], stack: ExitStack, console: Console, *, wai
             continue
         if not wait:
             raise UserError(
-                f"{place.folder} is being written by {lock.holder()}. Wait for it to end, or "
-                "change a setting (for example the seed) to get another run folder"
+                f"{place.folder} is being written by {lock.holder()}. Wait for it to end "
+                "(runtime.wait=true does), or change a setting (for example the seed) to get "
+                "another run folder"
             )
         if not waiting:
             console.say(f"waiting for {lock.holder()}, which is at the same run: {place.folder}")

@@ -48,6 +48,7 @@ class Runtime(TypedDict):
     workers: Annotated[int, Ge(0), Le(256)] | None
     image_store_mb: CountOrZero
     feature_cache_mb: CountOrZero
+    wait: bool
     threads: Annotated[int, Ge(1), Le(1024)] | None
 
 

@@ -29,6 +29,7 @@ from driftline.runs.command import as_sweeps
 from driftline.runs.sweep import expand, new_folder, note, plan, report
 
 COMMAND = [sys.executable, str(Path(__file__).parents[1] / "run.py")]
+WAIT = "runtime.wait=true"  # another run of the sweep may be making what this one needs
 ARRAY = """#!/bin/bash
 #SBATCH --job-name=driftline
 #SBATCH --array=0-{last}%{at_once}
@@ -46,7 +47,7 @@ runs=(
 {runs}
 )
 eval "set -- ${{runs[$SLURM_ARRAY_TASK_ID]}}"
-{command} "$@" &
+{command} {wait} "$@" &
 pid=$!
 warned() {{  # the time limit is near: save, then back into the queue
     kill -TERM $pid 2>/dev/null
@@ -74,7 +75,7 @@ def gpus() -> list[str]:
 def array_script(runs: list[list[str]], at_once: int) -> str:
     """One SLURM array job, a task a run."""
     lines = "\n".join(f"    {shlex.quote(shlex.join(run))}" for run in runs)
-    names = {"here": shlex.quote(os.getcwd()), "command": shlex.join(COMMAND)}
+    names = {"here": shlex.quote(os.getcwd()), "command": shlex.join(COMMAND), "wait": WAIT}
     return ARRAY.format(last=len(runs) - 1, at_once=at_once, runs=lines, **names)
 
 
@@ -90,8 +91,9 @@ class Pool:
     def start(self, number: int) -> None:
         gpu = self.free.pop(0)
         words = list(self.runs[number])
-        if not any(w.startswith("runtime.threads=") for w in words):
-            words.append(f"runtime.threads={self.threads}")
+        for setting in (f"runtime.threads={self.threads}", WAIT):
+            if not any(w.startswith(setting.partition("=")[0] + "=") for w in words):
+                words.append(setting)
         print(f"[{number}] GPU {gpu}: {' '.join(self.runs[number])}", flush=True)
         note(self.folder, number, state="running")
         with open(self.folder / f"{number}.log", "wb") as log:

@@ -404,7 +404,7 @@ def test_in_a_sweep_a_run_waits_for_another_one_that_is_at_it(configure, monkeyp
         other.release()
 
     monkeypatch.setattr(folders.time, "sleep", lambda seconds: finish())  # while it waits
-    assert run_experiment(configure(*words), [], wait=True) == done
+    assert run_experiment(configure(*words, "runtime.wait=true"), []) == done
     assert "which is at the same run" in capsys.readouterr().out
 
 

@@ -194,6 +194,7 @@ def test_global_options_are_these():
         "runtime.feature_cache_mb",
         "runtime.image_store_mb",
         "runtime.threads",
+        "runtime.wait",
         "runtime.workers",
         "seed",
         "stage",

@@ -225,7 +225,9 @@ def test_each_gpu_gets_one_run_at_a_time_and_sees_itself_only(tmp_path, monkeypa
     assert "because: seed 1 is broken" in text and "because: killed by SIGKILL" in text
     logs = sorted(tmp_path.glob(".sweeps/*/*.log"))
     used = [log.read_text().split()[1] for log in logs]
-    assert set(used) == {"3", "5"} and all("runtime.threads=" in p.read_text() for p in logs)
+    assert set(used) == {"3", "5"}
+    for setting in ("runtime.threads=", "runtime.wait=true"):
+        assert all(setting in log.read_text() for log in logs)
     assert busy[:2] == [["3"], ["3", "5"]] and len(busy) == 4
     assert all(gpus in (["3"], ["5"], ["3", "5"]) for gpus in busy)
 
@@ -263,7 +265,7 @@ def test_the_array_script_saves_and_requeues(tmp_path, monkeypatch):
         text=True,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "words ['x=[a, b]', 'seed=1']\n"
+    assert process.stdout.readline() == "words ['runtime.wait=true', 'x=[a, b]', 'seed=1']\n"
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=HANG)
     assert out == "saved\nscontrol requeue 77_1\n" and process.returncode == 0
