@@ -104,7 +104,7 @@ class ROGO(Finetune):
         share_step: by how much the share rises from task to task, up to 1.
         images: of a task, whose gradient is read.
         open_at: epochs of later tasks, counted from 0, before which directions are opened; one
-            after the last epoch: never.
+            after the last epoch: never; where all are, a warning says so.
         open_share: of the squared gradient whose leading directions are compared with used ones.
         closeness: cosine from which a used direction is opened.
         weight: of the pull of the scale to the identity.
@@ -157,6 +157,12 @@ class ROGO(Finetune):
             )
         self.share, self.share_step, self.images = share, share_step, images
         self.open_at = sorted({0, epochs, *(e for e in open_at if e < epochs)})[1:-1]
+        if open_at and not self.open_at:
+            self.warn_once(
+                "open",
+                f"strategy.open_at={open_at} is after the last of strategy.epochs={epochs}: no "
+                "directions are opened again, which is what the method is for; lower it too",
+            )
         self.open_share, self.closeness, self.weight = open_share, closeness, weight
         self.directions = nn.ModuleDict()
         for name, layer in self.layers.items():

@@ -10,6 +10,7 @@ The optimiser belongs to the method, whose state it is part of; an `Optim` holds
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -35,7 +36,8 @@ class Optim:
         rates, factors: of groups that have their own initial rate, by the method's name of the
             group: the rate itself, or as a multiple of `lr`.
         weight_decay: of everything that learns.
-        rise: epochs in which the rate grows from 0 to its initial value, step by step.
+        rise: epochs in which the rate grows from 0 to its initial value: step by step in a source
+            phase, else epoch by epoch, so that nothing moves in the first.
         schedule: after that, by epoch. `constant`; `cosine`: (1 + cos(pi e / E)) / 2 of the initial
             rate; `steps`: times `decay` at each of `milestones` (epochs); `linear`: in equal steps
             to `decay` times the initial rate, from the first of `milestones` to the last;
@@ -156,8 +158,14 @@ class Optim:
     def set_rates(
         self, optimizer: Optimizer | None, epoch: int, epochs: int, step: int = 0, steps: int = 1
     ) -> None:
-        """Give every group the rate that `factor` names."""
+        """Give every group the rate that `factor` names; a warning where that never has risen."""
         assert optimizer is not None
+        if epoch == step == 0 and 0 < epochs <= self.rise:
+            warnings.warn(
+                f"optim.rise={self.rise} takes all of the {epochs} epochs: the rate does not reach "
+                f"optim.lr={self.lr:g}{' and stays 0' if epochs == steps == 1 else ''}. Lower rise",
+                stacklevel=3,
+            )
         factor = self.factor(epoch, epochs, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -226,7 +234,7 @@ class Optim:
 StreamOptim = Annotated[
     Optim,
     Without(
-        ("rise", "schedule", "milestones", "later"),
+        ("rise", "schedule", "milestones", "decay", "later"),
         "this method learns from a stream, which has no epochs and no tasks",
     ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,18 @@ def test_groups_have_rates_of_their_own_and_empty_ones_are_left_out():
     optim.set_rates(optimizer, 1, 4)
     half = (1 + math.cos(math.pi / 4)) / 2
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1 * half, 0.5 * half])
+
+
+def test_a_rise_that_is_longer_than_the_learning_is_said():
+    optim = Optim(**SGD, rise=2)
+    optimizer = optim.optimizer({"a": pair()})
+    with pytest.warns(UserWarning, match=r"rise=2 takes all of the 1 epochs.*0\.1 and stays 0"):
+        optim.set_rates(optimizer, 0, 1)
+    with pytest.warns(UserWarning, match="rise=2 takes all of the 2 epochs"):
+        optim.set_rates(optimizer, 0, 2, 0, 4)
+    with warnings.catch_warnings(action="error"):
+        optim.set_rates(optimizer, 0, 3)
+        optim.set_rates(optimizer, 1, 2)
 
 
 def test_lora_plus_raises_the_rate_of_second_factors():
@@ -163,7 +176,7 @@ def test_every_method_takes_every_setting(case):
     assert ends[1].isfinite().all() and not torch.equal(*ends)
 
 
-UNREAD = {"schedule": "cosine", "rise": 1, "milestones": [1], "later": {"lr": 0.0}}
+UNREAD = {"schedule": "cosine", "rise": 1, "milestones": [1], "decay": 0.5, "later": {"lr": 0.0}}
 
 
 @pytest.mark.slow

@@ -139,3 +139,8 @@ def test_a_layer_without_free_directions_and_a_network_without_layers_are_refuse
         strategy.begin_task(task(1, []))
     with pytest.raises(UserError, match="linear layers"):
         make(network("resnet"))
+
+
+def test_directions_that_are_never_opened_are_said():
+    with pytest.warns(UserWarning, match=r"open_at=\[10, 15\] is after the last.*epochs=5"):
+        assert not make(epochs=5, open_at=[10, 15]).open_at
