@@ -91,10 +91,14 @@ def _row(folder: Path, files: set[str]) -> dict[str, Any]:
         config = _read(folder / "config.yaml") if "config.yaml" in files else {}
         environment = _read(folder / "environment.json") if "environment.json" in files else {}
         summary = _read(folder / "summary.json") if "summary.json" in files else {}
+        if summary and "config_checksum" in environment:
+            checksum = zlib.crc32((folder / "config.yaml").read_bytes())
+            if environment["config_checksum"] != f"{checksum:08x}":
+                raise ValueError("config.yaml is damaged: its content does not fit its checksum")
         metrics = summary.get("metrics")
         if "summary.json" in files and not (config and metrics and isinstance(metrics, dict)):
             raise ValueError("summary.json without config.yaml or metrics")
-    except (ValueError, yaml.YAMLError, OSError, Damaged) as error:
+    except (ValueError, OSError, Damaged) as error:
         reason = str(error).split("\n")[0]
         advice = f"{reason} (delete the folder and run it again)"
         return row | {"state": "unreadable", "problem": advice}
@@ -142,7 +146,7 @@ def _read(path: Path) -> dict[str, Any]:
         return read_record(path)
     try:
         return read_config(path.read_text())
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
 
 

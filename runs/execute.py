@@ -125,7 +125,7 @@ def _find_or_run(
                 lambda: hold(choose, stack, console, wait=wait or cfg.runtime.wait)
             )
             for note in notes:
-                console.say(note)
+                console.say(note, always=True)
         else:
             console.say(f"already done: {folder} (on_exists=rerun runs it again)")
             for note in framework_notes(folder, code):
@@ -200,7 +200,7 @@ def _execute(
     started = time.perf_counter()
     with Signals() as signals:
         checkpoint = Checkpointer(
-            log, signals, key=key, every=cfg.checkpoint.every, say=console.say
+            log, signals, key=key, every=cfg.checkpoint.every, say=partial(console.say, always=True)
         )
         run = Context(
             log,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
@@ -139,7 +140,8 @@ def describe(
     with replacing(folder / "config.yaml") as part:
         OmegaConf.save(cfg, part, resolve=True)
     write_text(folder / "overrides.txt", "\n".join(overrides) + "\n")
-    write_record(folder / RECORD, known)
+    checksum = zlib.crc32((folder / "config.yaml").read_bytes())
+    write_record(folder / RECORD, {**known, "config_checksum": f"{checksum:08x}"})
     if patch:
         write_text(folder / "patch.diff", patch)
     if stream.order:

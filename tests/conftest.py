@@ -48,6 +48,12 @@ def one_thread_and_seed():
 
 
 @pytest.fixture(autouse=True)
+def no_power_cut(monkeypatch) -> None:
+    """Nothing waits for the disk: thousands of small runs would."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch) -> Path:
     """Digests of images are kept in a folder of the test, not of the user."""
     folder = tmp_path / "digest-cache"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,6 +141,21 @@ def test_changed_rows_of_a_finished_run_are_in_no_table(finished, damage):
     harm(finished / "batches.jsonl", damage)
     with pytest.warns(UserWarning, match=r"batches\.jsonl is damaged and was left out"):
         assert load_batches(load_runs(finished.parent)).empty
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["config.yaml", "environment.json", "summary.json"])
+def test_a_finished_run_with_a_damaged_file_is_in_no_table(finished, file, damage):
+    OmegaConf.save({"seed": 0, "strategy": {"name": "tent"}}, finished / "config.yaml")
+    checksum = zlib.crc32((finished / "config.yaml").read_bytes())
+    record = {"code": CODE, "config_checksum": f"{checksum:08x}"}
+    write_record(finished / "environment.json", record)
+    assert load_runs(finished.parent)["state"].tolist() == ["done"]
+    if file == "environment.json" and damage == "other":
+        return  # as an earlier version may have written it
+    harm(finished / file, damage)
+    runs = load_runs(finished.parent)
+    assert runs["state"].tolist() == ["unreadable"] and file in runs["problem"].item()
 
 
 def test_a_run_made_again_has_the_same_numbers(configure, capsys):
