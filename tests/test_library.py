@@ -119,6 +119,10 @@ def test_settings_adapters_and_normalisation_are_options_of_make():
         ("tent", {"lr": -1.0}, "strategy.optim.lr must be a finite number, at least 0"),
         ("cotta", {"adapter": "lora"}, "has no adapters; these have"),
         ("ease", {"adapter": "lorra"}, "lorra"),
+        ("deyo", {"patches": 10**9}, "strategy.patches must be .* at most 16,384, got 1000000000"),
+        ("recap", {"patches": 10**9}, "strategy.patches must be .* at most 16,384, got 1000000000"),
+        ("moram", {"top_k": 1}, "strategy.top_k must be a whole number, at least 2 and at most"),
+        ("codyra", {"levels": 1}, "strategy.levels must be a whole number, at least 2 and at most"),
     ],
 )
 def test_a_mistake_is_one_clear_error(name, options, message):

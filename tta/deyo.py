@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
-from driftline.core.ranges import Count, NonNegative, Unit
+from driftline.core.ranges import Count, NonNegative, Size, Unit
 from driftline.core.strategy import TTAStrategy
 from driftline.parts.modes import evaluating
 from driftline.parts.norms import Layers, Top, train_norms
@@ -126,7 +126,7 @@ class DeYO(TTAStrategy):
         margin: NonNegative | None,
         drop: Unit,
         destroy: Destroy,
-        patches: Count,
+        patches: Size,
         window: Unit,
         draw_for: Literal["kept", "image"],
         weight_entropy: NonNegative | None,

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
-from driftline.core.ranges import Count, NonNegative, Positive, Unit
+from driftline.core.ranges import Count, NonNegative, Positive, Size, Unit
 from driftline.core.strategy import Progress
 from driftline.core.stream import SourceImages
 from driftline.parts.heads import linear_head
@@ -103,7 +103,7 @@ class ReCAP(SAR):
         level: NonNegative,
         cap: Positive,
         drop: Unit,
-        patches: Count,
+        patches: Size,
         recover_below: NonNegative,
         keep_momentum_on_recovery: bool,
         keep_average_on_recovery: bool,
