@@ -249,6 +249,7 @@ def stream(runs: pd.DataFrame, window: int | None = None) -> Figure | None:
     for method, look in looks(methods).items():
         errors = {}
         for path, run in rows[rows["method"] == method].groupby("path"):
+            _events(axes, run, look["color"])
             sums = run[["wrong", "n"]].rolling(window, min_periods=1).sum()
             errors[path] = pd.Series((100 * sums["wrong"] / sums["n"]).values, run["n"].cumsum())
         wide = pd.DataFrame(errors).sort_index()
@@ -263,6 +264,13 @@ def stream(runs: pd.DataFrame, window: int | None = None) -> Figure | None:
     _head(figure, runs, "Error along the stream")
     _legend(figure, axes)
     return figure
+
+
+def _events(axes: Axes, run: pd.DataFrame, color: Any) -> None:
+    """A tick below the curves where a rule or the guard did something."""
+    named = [name for name in ("event", "guard") if name in run]
+    at = run["n"].cumsum()[run[named].notna().any(axis=1)] if named else []
+    axes.plot(at, [0.012] * len(at), "|", color=color, transform=axes.get_xaxis_transform())
 
 
 def _bands(axes: Axes, images: pd.Series, names: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from driftline.core.oracle import Oracle
 from driftline.core.ranges import Reaction
 from driftline.core.record import RunLogger
 from driftline.core.seed import rng_state, set_rng_state
-from driftline.core.strategy import CLStrategy, TTAStrategy
+from driftline.core.strategy import CLStrategy, TTAStrategy, Wrapper
 from driftline.core.stream import Batch, ShiftStream, Skipped, Task, TaskStream
 
 
@@ -392,15 +392,10 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             with costs.step(len(batch.y)), oracle.batch(batch.y):
                 scores = adapt(batch.x, f"segment {segment.name}, batch {i}")
             wrong = online.update(scores, batch.y, segment.index, batch.domain, strategy.outputs)
-            run.log.log(
-                "batches",
-                segment=segment.index,
-                batch=i,
-                n=len(batch.y),
-                wrong=wrong,
-                seconds=costs.seconds,
-                **guard.row,
-            )
+            row = {"n": len(batch.y), "wrong": wrong, "seconds": costs.seconds, **guard.row}
+            if isinstance(strategy, Wrapper) and (events := strategy.events()):
+                row["event"] = ", ".join(events)
+            run.log.log("batches", segment=segment.index, batch=i, **row)
             run.checkpoint.tick(strategy, meters, segment=segment.index, batch=i + 1)
         last = segment.index == len(stream.segments) - 1
         if (segment.index + 1) % stream.probe_every == 0 or last:

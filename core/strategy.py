@@ -373,6 +373,7 @@ class TTAStrategy(Strategy):
     """
 
     counters: ClassVar[tuple[str, ...]] = ()  # attributes that count over the whole stream
+    event = ""  # what a rule did at the last batch, for its record
 
     @classmethod
     def uses_source(cls, options: Mapping[str, Any]) -> bool:
@@ -510,6 +511,10 @@ class Wrapper(Around, TTAStrategy):
     @property
     def method(self) -> TTAStrategy:
         return self.inner.method
+
+    def events(self) -> list[str]:
+        """What this rule and those inside did at the last batch."""
+        return [one.event for one in (self, *self.rules()) if one.event]
 
     def rules(self) -> Iterator[Wrapper]:
         """The rules inside this one, from the outside to the inside."""

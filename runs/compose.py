@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
+from inspect import signature
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -119,11 +121,15 @@ def build_strategy(
         around: settings of the rules by name, from the inside out.
     """
     device = next(backbone.parameters()).device
+    compared = any(
+        "source" in signature(locate(rule._target_)).parameters for rule in around.values()
+    )
+    source = deepcopy(backbone) if compared else None
     strategy: Strategy = build(
         node, at="strategy", backbone=backbone, seed=seed, num_classes=num_classes
     )
     for name, rule in around.items():
-        strategy = build(rule, at=f"around.{name}", inner=strategy)
+        strategy = build(rule, at=f"around.{name}", inner=strategy, source=source)
     return strategy.to(device)
 
 

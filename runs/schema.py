@@ -100,7 +100,7 @@ LIVE = {
     "scenario": ("data_root", "on_error", "cache", "workers", "seed", "geometry", "store"),
     "strategy": ("backbone", "seed", "num_classes"),
     "backbone": (),
-    "around": ("inner",),
+    "around": ("inner", "source"),
     "logger": ("about",),
 }
 

@@ -47,8 +47,18 @@ def result_table(summary: dict[str, Any]) -> str:
     figures += [f"{k} {v:g}" for k, v in summary.get("method", {}).items()]
     figures = [text for text in figures if text not in ("collapse 0.00", "nan 0.00")]
     foot = [*([", ".join(figures)] if figures else []), *_guarded(summary), *foot]
-    foot += _published(summary)
+    foot = [*_doubted(summary), *foot, *_published(summary)]
     return "\n".join([title, table(head, rows), *foot])
+
+
+def _doubted(summary: dict[str, Any]) -> list[str]:
+    """What `around=rails` said of the method, without a label."""
+    method = summary.get("method", {})
+    worse, judged = method.get("rails_worse", 0), method.get("rails_judged", 0)
+    if not worse:
+        return []
+    often = "worse than not adapting is likely" if 2 * worse > judged else "worse now and then"
+    return [f"{often}: {worse:g} of {judged:g} comparisons without labels (around=rails)"]
 
 
 def _guarded(summary: dict[str, Any]) -> list[str]:

@@ -62,6 +62,7 @@ from driftline.streams.orders import LABEL_ORDERS, SEQUENCES, Domain, Options, p
 from driftline.streams.pipelines import PHOTOMETRIC, Pipeline, as_stored
 from driftline.streams.store import ImageStore
 
+OUTAGES = ("noise", "black")  # what a camera that fails delivers; a severity changes nothing
 Dataset = Literal["imagenet_c", "cifar10_c", "cifar100_c"]
 Severity = Literal[1, 2, 3, 4, 5]
 LABELS = {"imagenet_c": "imagenet1k", "cifar10_c": "cifar10", "cifar100_c": "cifar100"}
@@ -107,6 +108,8 @@ class Sources:
 def corruption_names(corruptions: str | list[str]) -> list[str]:
     """`standard` (15), `extra` (4), `all` (19), a sequence of `streams.orders`, or a list.
 
+    A list may hold `OUTAGES`, too.
+
     Raises:
         UserError: for an unknown name, with the nearest known one.
     """
@@ -116,14 +119,17 @@ def corruption_names(corruptions: str | list[str]) -> list[str]:
         return list(groups[corruptions])
     names = corruptions if isinstance(corruptions, list) else [corruptions]
     for name in names:
-        if name not in groups["all"]:
-            known = [*groups, *groups["all"]]
+        if name not in (*groups["all"], *OUTAGES):
+            known = [*groups, *groups["all"], *OUTAGES]
             raise UserError(
                 f"scenario.corruptions: {name!r} is no corruption{suggest(name, known)}. "
                 f"Known: {', '.join(known)}"
             )
-    if not names or len(set(names)) != len(names):
-        raise UserError("scenario.corruptions must hold each corruption once, and at least one")
+    if not {*names} - {*OUTAGES} or len(set(names)) != len(names):
+        raise UserError(
+            "scenario.corruptions must hold each corruption once, and at least one beside "
+            f"{' and '.join(OUTAGES)}"
+        )
     return names
 
 
@@ -198,6 +204,26 @@ def corrupted(
     }
 
 
+def _outage(levels: Tensor, rows: Sequence[int], *, name: str, seed: int) -> Tensor:
+    """Uniform noise, of its own for each row, or black, in the shape of the images."""
+    if name == "black":
+        return torch.zeros_like(levels)
+    drawn = [
+        np.random.default_rng(derive(seed, name, row)).integers(256, size=levels.shape[1:])
+        for row in rows
+    ]
+    return torch.from_numpy(np.stack(drawn)).to(levels)
+
+
+def outages(base: ImageSet, domains: list[Domain], seed: int) -> dict[Domain, ImageSet]:
+    """What failing cameras deliver in place of the images of `base`, whose labels stay."""
+    base = base.base if isinstance(base, Generated) else base
+    return {
+        (name, s): Generated(base, partial(_outage, name=name, seed=seed), f"{name} {seed}")
+        for name, s in domains
+    }
+
+
 CROP = "resize 256, crop 224"  # how ImageNet-C was made from the validation images
 _CROP = T.Compose([T.Resize(256, T.InterpolationMode.BILINEAR), T.CenterCrop(224)])
 
@@ -257,8 +283,9 @@ def corruption_stream(
     domain_order, label_order = parse(order)
     steps = plan(domain_order, names, severities, rounds)
     domains = list(dict.fromkeys(s.domain for s in steps))
+    failing = [d for d in domains if d[0] in OUTAGES]
     request = Request(
-        domains=domains,
+        domains=[d for d in domains if d not in failing],
         images=images,
         image_list=image_list,
         probe=probe_images,
@@ -293,6 +320,8 @@ def corruption_stream(
     if on_the_fly and "frost" in names:
         found.notes["frost"] = frost
 
+    for kinds in (found.sets, found.probe_sets):
+        kinds |= outages(kinds[request.domains[0]], failing, corruption_seed)
     sets = [found.sets[d] for d in domains]
     skipped = Skipped()
 
@@ -342,7 +371,7 @@ def corruption_stream(
     probes = {
         d: partial(_again, store, probe_reader, Rows.of(s, found.probe, d), raw, batch_size)
         for d, s in enumerate(probe_reader.sets)
-        if domains[d][1] == hardest and len(found.probe)
+        if domains[d][1] == hardest and len(found.probe) and domains[d] not in failing
     }
     around = surroundings(
         found.clean,
@@ -381,7 +410,7 @@ def corruption_stream(
             *(np.stack([r.domain, r.row]) for *_, r in dealt),
             found.probe,
             *around.contents,
-            *([manifest.content(domains)] if manifest else []),
+            *([manifest.content(request.domains)] if manifest else []),
         ),
     }
     return ShiftStream(

@@ -236,6 +236,7 @@ QUICK_RULES: dict[str, dict[str, Any]] = {
     "reset_on_collapse": {"below": 2.0, "ema": 0.5},
     "window": {"length": 3},
     "weight_average": {"decay": 0.9, "every": 2},
+    "rails": {"probe": 2, "images": 4, "rest": 1, "gate": 0.99},
 }
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
 HEAD_ALONE = "linear_probe"
@@ -405,11 +406,12 @@ class AnyLabel(Oracle):
 
 def construct(case: Case, **options: Any) -> Strategy:
     net = network(case.network, **options)
+    source = deepcopy(net) if case.rule == "rails" else None
     strategy = build(case.node, at="strategy", backbone=net, seed=0, num_classes=CLASSES)
     if not case.rule:
         return strategy
     node = rule_node(case.rule, **QUICK_RULES.get(case.rule, {}))
-    return build(node, at=f"around.{case.rule}", inner=strategy)
+    return build(node, at=f"around.{case.rule}", inner=strategy, source=source)
 
 
 @cache

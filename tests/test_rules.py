@@ -196,6 +196,8 @@ def test_record_nan_hands_the_scores_on_and_a_method_that_gives_up_still_stops()
 REFUSED = {  # pairs from the inside to the outside -> what the error says
     **{(a, b): "leave one out" for a, b in itertools.permutations(("rollback", "record_nan"))},
     ("window", "episodic"): "around=[episodic,window]",
+    ("rails", "episodic"): "around=[episodic,rails]",
+    ("window", "rails"): "around=[rails,window]",
 }
 for other in ("reset_every", "reset_each_domain", "reset_on_collapse"):
     REFUSED |= {pair: "leave one out" for pair in [("episodic", other), (other, "episodic")]}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from driftline.core.errors import UserError
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.rules.rails import Rails
 from driftline.parts.rules.reset import Reset
 from driftline.parts.rules.window import Window
 
@@ -20,7 +21,8 @@ class Episodic(Reset):
         inner: the method, or the rule, inside.
 
     Raises:
-        UserError: around a window, which it would empty, or beside another rule that resets.
+        UserError: around a window or rails, which it would empty, or beside another rule that
+            resets.
     """
 
     before_each_batch = True
@@ -31,6 +33,11 @@ class Episodic(Reset):
             raise UserError(
                 "around=[window,episodic] empties the window before every image; "
                 "around=[episodic,window] begins every update at the start"
+            )
+        if any(isinstance(rule, Rails) for rule in self.rules()):
+            raise UserError(
+                "around=[rails,episodic] forgets what it judges by before every batch; "
+                "around=[episodic,rails] does not"
             )
 
     def adapt(self, x: Tensor) -> Tensor:
