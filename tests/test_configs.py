@@ -48,7 +48,8 @@ def test_strategy_yaml_states_every_option_and_no_other(name):
 def test_the_yaml_of_a_rule_holds_one_node_of_its_name_with_every_option(name):
     ((key, node),) = OmegaConf.load(CONF / "around" / f"{name}.yaml").items()
     parameters = inspect.signature(locate(node._target_)).parameters
-    assert key == name and {k for k in node if k != "_target_"} == set(parameters) - {"inner"}
+    options = set(parameters) - {"inner", "source"}
+    assert key == name and {k for k in node if k != "_target_"} == options
     assert all(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters.values())
 
 

@@ -114,7 +114,9 @@ def test_watching_alone_changes_no_answer():
         assert rule.adapt(images()).equal(alone.adapt(images()))
     assert rule.report()["rails_worse"] > 0 == rule.report()["rails_by_source"]
     assert method.updates == alone.updates == 12
-    without = build(rule_node("rails"), at="around.rails", inner=Moody())  # no source: no verdict
+    without = build(
+        rule_node("rails"), at="around.rails", inner=Moody(), source=None
+    )  # no source: no verdict
     without.begin_stream()
     assert without.adapt(images()).shape == (10, 4) and without.report()["rails_probes"] == 0
 
@@ -157,10 +159,10 @@ def test_the_source_is_no_part_of_the_state_and_its_passes_count():
     assert method.backbone.passes.forward == 20  # type: ignore[union-attr]  # images, and mirrored
 
 
-HOSTILE = ["scenario.corruptions=[zoom_blur,black]", "scenario.images=40"]
+HOSTILE = ["scenario.corruptions=[zoom_blur,black]", "scenario.images=80"]
 HOSTILE += ["scenario.batch_size=4", "scenario.order=continual+correlated"]
 HOSTILE += ["scenario.probe_images=0", "scenario.clean_images=0"]
-HOSTILE += ["around=rails", "around.rails.images=20", "around.rails.probe=4"]
+HOSTILE += ["around=rails", "around.rails.images=40", "around.rails.probe=1"]
 
 
 def test_a_killed_run_on_rails_ends_as_an_undisturbed_one(configure, monkeypatch):

@@ -58,7 +58,7 @@ def around(method: TTAStrategy, *rules: str, **options: object) -> Wrapper:
     made = method
     for name in rules:
         given = options if name == rules[-1] else {}
-        made = build(rule_node(name, **given), at=f"around.{name}", inner=made)
+        made = build(rule_node(name, **given), at=f"around.{name}", inner=made, source=None)
     made.begin_stream()
     assert isinstance(made, Wrapper)
     return made

@@ -60,7 +60,7 @@ class Rails(Wrapper):
     Args:
         inner: the method, or the rule, inside.
         source: the network before any method touched it; None: nothing is compared.
-        probe: batches from one comparison to the next, once a window is full.
+        probe: batches without a comparison for each that was compared, between two windows.
         images: of a window.
         margin: by how much, in nats, A of the method is below that of the source where it is likely
             worse.
@@ -82,7 +82,7 @@ class Rails(Wrapper):
         self,
         *,
         inner: TTAStrategy,
-        source: Backbone | None = None,
+        source: Backbone | None,
         probe: Count,
         images: Count,
         margin: NonNegative,
@@ -106,8 +106,7 @@ class Rails(Wrapper):
         self.jump, self.gate, self.ring, self.by_source = jump, gate, ring, answer == "source"
         # Classes by method and source, for images and mirror images, of those compared last.
         self.register_buffer("window", None)  # int64 [up to `images`, 2, 2]
-        self.batches = 0  # since the last reset
-        self.fresh = False  # a new window is being filled
+        self.burst, self.asleep = 0, 0  # batches compared for this window, and left until the next
         self.good = False  # it was judged better than the source since it last was at its start
         self.trial = 0  # batches that are still compared one by one, after the source has answered
         self.resting, self.rested = False, 0  # the source answers, for so many batches now
@@ -120,16 +119,16 @@ class Rails(Wrapper):
 
     def get_extra_state(self) -> dict[str, Any]:
         return {
-            "flags": [self.fresh, self.resting, self.good],
-            "batches": [self.batches, self.rested, self.trial],
+            "flags": [self.resting, self.good],
+            "batches": [self.burst, self.asleep, self.rested, self.trial],
             "entropy": self.entropy,
             "states": self.states,
             "counts": self.counts,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.fresh, self.resting, self.good = state["flags"]
-        self.batches, self.rested, self.trial = state["batches"]
+        self.resting, self.good = state["flags"]
+        self.burst, self.asleep, self.rested, self.trial = state["batches"]
         self.entropy, self.states = [*state["entropy"]], [*state["states"]]
         self.counts = dict(state["counts"])
 
@@ -142,7 +141,6 @@ class Rails(Wrapper):
 
     def adapt(self, x: Tensor) -> Tensor:
         """Scores [B, C] of the method, or of the source where the method is likely worse."""
-        self.batches += 1
         self.event = ""
         if self.resting:
             return self._rest(x)
@@ -156,16 +154,20 @@ class Rails(Wrapper):
         jumped = self._follow(scores)
         if self.source is None:
             return scores
-        if jumped or self.batches == 1:
-            self.window, self.fresh = None, True
+        if jumped:
+            self.window, self.asleep = None, 0
         self.trial = max(0, self.trial - 1)
-        if not (self.fresh or self.trial or self.batches % self.probe == 0):
+        if self.asleep and not self.trial:
+            self.asleep -= 1
             return scores
         answers = self._source(x)
+        self.burst += 1
         better = self._compare(x, scores, answers)
         if better is None:
             return scores
-        self.fresh = False
+        self.asleep, self.burst = self.probe * self.burst, 0
+        if not self.trial:
+            self.window = None  # the next one is of new images
         if better < -self.margin:
             self.event = "likely worse than the source"
             if self.by_source:
@@ -174,6 +176,7 @@ class Rails(Wrapper):
                 self.resting, self.rested, self.window = True, 0, None
                 self.counts["by_source"] += 1
                 return answers
+            self.trial = TRIAL * self.probe
         elif better > self.margin:
             self.good = True
             if self.ring:
