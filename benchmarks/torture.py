@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -222,10 +223,12 @@ def suicide(rng: random.Random) -> Callable[[], None]:
     return arrange
 
 
-def kills(number: int, rng: random.Random, work: Path) -> Iterator[Tried]:
+def kills(number: int, rng: random.Random, work: Path, rows: re.Pattern[str]) -> Iterator[Tried]:
     """Kill runs and sweeps again and again, until each has died often enough."""
     for name, words in {**RUNS, "sweep of 6 runs": SWEEP}.items():
         row = Tried(f"{name}, killed and continued until it ends")
+        if not rows.search(row.what):
+            continue
         if name in WITH_WORKERS:
             row.what += ", two loader processes"
             words = [*words, "runtime.workers=2"]
@@ -291,14 +294,15 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 }
 
 
-def damage(rng: random.Random, work: Path) -> Iterator[Tried]:
+def damage(rng: random.Random, work: Path, rows: re.Pattern[str]) -> Iterator[Tried]:
     """Damage each file that a run leaves or reads, finished and half way."""
     folder = work / "damage"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     log = work / "damage.log"
     data = images(folder / "data")
-    vida, tent = [*RUNS["ViDA"], *OFTEN], TENT
+    vida, tent = [*RUNS["ViDA"], *OFTEN, "strategy.warmup.every=1"], TENT
+    vida += ["strategy.warmup.batch_size=8"]
     simple = ["strategy=simplecil", "backbone=embedded_vit", "scenario=split_imagefolder"]
     simple += ["scenario.increment=1", f"data.root={data}", "scenario.batch_size=4"]
     cases = [
@@ -323,6 +327,8 @@ def damage(rng: random.Random, work: Path) -> Iterator[Tried]:
     ]
     for what, words, state, pattern in cases:
         row = Tried(f"{what}: `{pattern.rpartition('/')[2]}`")
+        if not rows.search(row.what):
+            continue
         name = f"{words[0]}-{state}".replace("=", "_")
         pristine, whole_root = folder / name, folder / f"{name}-whole"
         if not whole_root.exists():
@@ -402,7 +408,7 @@ def prepare_state(
     if state in (None, "no summary"):
         shutil.copytree(whole, root)
         if state == "no summary":
-            for path in root.glob("*/vida"):
+            for path in root.glob("*]/vida"):  # but not prepared/vida
                 shutil.rmtree(path)
         return
     strategy = words[0].removeprefix("strategy=")
@@ -430,8 +436,7 @@ def prepare_state(
 
         checkpoint.Checkpointer.tick = tick  # type: ignore[method-assign]
 
-    more = ["strategy.warmup.save_every=1"] if state == "preparing" else []
-    assert call([*words, *more, f"root={root}"], log, die_in_the_middle) == -signal.SIGKILL
+    assert call([*words, f"root={root}"], log, die_in_the_middle) == -signal.SIGKILL
 
 
 def images(root: Path) -> Path:
@@ -614,6 +619,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="of each method and of the sweep")
     parser.add_argument("--only", nargs="+", choices=list(TITLES), default=list(TITLES))
+    parser.add_argument(
+        "--rows", type=re.compile, default=re.compile(""), help="of kills and damage: a pattern"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
     parser.add_argument("--out", type=Path, help="write the report, docs/reliability.md")
     parser.add_argument("--work", type=Path, help="default: a temporary folder")
@@ -625,8 +633,8 @@ def main() -> int:
         work.mkdir(parents=True, exist_ok=True)
         rng = random.Random(args.seed)
         makers = {
-            "kills": lambda: kills(args.kills, rng, work),
-            "damage": lambda: damage(rng, work),
+            "kills": lambda: kills(args.kills, rng, work, args.rows),
+            "damage": lambda: damage(rng, work, args.rows),
             "starve": lambda: starve(rng, work),
         }
         sections: dict[str, list[Tried]] = {}

@@ -137,6 +137,8 @@ def describe(
     stream: TaskStream | ShiftStream,
 ) -> None:
     """The files of a run folder that say what is run: settings, environment, order of images."""
+    for part in folder.glob("*.tmp"):  # of a process that was killed, and nobody writes any more
+        part.unlink()
     with replacing(folder / "config.yaml") as part:
         OmegaConf.save(cfg, part, resolve=True)
     write_text(folder / "overrides.txt", "\n".join(overrides) + "\n")
