@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import warnings
@@ -497,7 +498,11 @@ def starve(rng: random.Random, work: Path) -> Iterator[Tried]:
         again = call([*words, f"root={root}"], log)
         found = difference(whole, result(root)) if again == 0 else f"again: {problems(log)}"
         fine = held and not found and not stale
-        text = f"`{said[0].removeprefix('error: ').split(':')[0].split(' (/')[0]}`" if held else ""
+        text = (
+            f"`{said[0].removeprefix('error: ').split(':')[0].split('/')[0].rstrip(' (')}`"
+            if held
+            else ""
+        )
         row.add(fine, text if fine else f"{case}: status {status} {said} {found} {stale}")
 
     def limited(what: str, kind: int, values: Sequence[int], words: Sequence[str]) -> Tried:
@@ -612,7 +617,8 @@ def page(sections: dict[str, list[Tried]], words: str) -> str:
             notes = "; ".join(row.notes).replace("|", "\\|")
             lines.append(f"| {row.what} | {row.tried or '-'} | {row.held if row.tried else '-'} "
                          f"| {notes} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
+    wrapped = [line if line.startswith(("|", "#")) else textwrap.fill(line, 100) for line in lines]
+    return "\n".join(wrapped) + "\n"
 
 
 def main() -> int:

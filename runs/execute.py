@@ -296,6 +296,7 @@ def _prepare(
             weights=weights["hash"],
             folder=Path(cfg.root) / "prepared" / cfg.strategy.name,
             say=console.say,
+            warn=partial(console.say, always=True),
         )
     except KeyboardInterrupt:
         console.say("stopped; the same command goes on with the preparation", always=True)

@@ -93,6 +93,7 @@ def prepare(
     weights: str,
     folder: Path,
     say: Callable[[str], None],
+    warn: Callable[[str], None] | None = None,
 ) -> dict[str, Any] | None:
     """Find or make what `strategy` needs from the source, and hand it over.
 
@@ -102,6 +103,8 @@ def prepare(
         find_source: the labelled source images of the scenario.
         weights: hash of the pretrained tensors.
         folder: where the artefacts of this strategy lie.
+        say: prints a line.
+        warn: prints one on a damaged file, also in a run inside another one; None: as `say`.
 
     Returns:
         what the result says about it, or None if the strategy needs nothing.
@@ -109,7 +112,7 @@ def prepare(
     Raises:
         UserError: without source images, or where a file cannot be read.
     """
-    settings = strategy.preparation()
+    settings, warn = strategy.preparation(), warn or say
     if settings is None:
         return None
     if find_source is None:
@@ -130,11 +133,11 @@ def prepare(
         try:
             stored = _load(path, text) if path.exists() else None
         except BadFile as error:
-            say(f"the prepared artefact {error}; it is made again")
+            warn(f"the prepared artefact {error}; it is made again")
         cached = stored is not None
         if not cached:
             say(f"preparing on {source.images:,} source images ({source.description}) -> {path}")
-            partial = PartialFile(folder / f"{key}.partial", key, say)
+            partial = PartialFile(folder / f"{key}.partial", key, warn)
             started = time.perf_counter()
             artefact = fresh().prepare(source, partial)
             facts = {
