@@ -34,21 +34,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.cl.olora import merged
+from driftline.cl.stacked import NAME, Stacked
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, Size, Unit
-from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import Task
 from driftline.kernels import adapter
 from driftline.parts.adapters.adapter import Product
-from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import PlainLinear
-from driftline.parts.modes import evaluating, evaluation_mode
-from driftline.parts.objectives import scoped_cross_entropy
+from driftline.parts.modes import evaluating
 from driftline.parts.optim import Optim
 from driftline.parts.subspace import ROUNDING, Subspace, input_moments
-
-NAME = "all"  # the one set of adapters: each holds the pairs of all tasks
 
 
 class DesignedLoRA(Product):
@@ -106,7 +101,7 @@ class DesignedLoRA(Product):
         return up @ down
 
 
-class InfLoRA(CLStrategy):
+class InfLoRA(Stacked):
     """A frozen transformer, updates of all tasks in disjoint input directions, an expanding head.
 
     Args:
@@ -129,9 +124,6 @@ class InfLoRA(CLStrategy):
             without enough free directions.
     """
 
-    needs = frozenset({"features"})
-    averageable = True
-
     def __init__(
         self,
         backbone: Backbone,
@@ -148,16 +140,17 @@ class InfLoRA(CLStrategy):
         optim: Optim,
         evaluation: Literal["merged", "branches"],
     ) -> None:
-        super().__init__(backbone, seed=seed)
-        self.num_classes, self.epochs, self.rank = num_classes, epochs, rank
+        super().__init__(
+            backbone,
+            seed=seed,
+            epochs=epochs,
+            optim=optim,
+            evaluation=evaluation,
+            kind=DesignedLoRA,
+        )
+        self.num_classes, self.rank = num_classes, rank
         self.share, self.last_share, self.tasks = share, last_share, tasks
-        self.moments, self.no_space, self.evaluation = moments, no_space, evaluation
-        self.optim = self.task_optim = optim
-        backbone.eval().requires_grad_(False)
-        plan = Plan(at=["blocks.*.attn.qkv:out"], blocks=None, kind=DesignedLoRA)
-        self.bank = plan.bank(backbone)
-        plan.add(self.bank, NAME)
-        self.layers = {p.removesuffix(":out"): m for p, m in plan.points(backbone)}
+        self.moments, self.no_space = moments, no_space
         width = min(lora.dim for lora in self.loras)
         if rank > width:
             raise UserError(
@@ -165,13 +158,6 @@ class InfLoRA(CLStrategy):
             )
         self.subspaces = nn.ModuleList(Subspace(lora.dim) for lora in self.loras)
         self.head = PlainLinear(backbone.dim)
-        self.seen = 0
-        self.columns = range(0)
-
-    @property
-    def loras(self) -> list[DesignedLoRA]:
-        """The updates of all tasks, layer by layer."""
-        return [cast(DesignedLoRA, a) for a in self.bank.adapters(NAME).values()]
 
     def parts(self) -> Iterator[tuple[str, DesignedLoRA, Subspace]]:
         """Name, updates and used directions of each layer."""
@@ -194,12 +180,6 @@ class InfLoRA(CLStrategy):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        if len(self.columns) == 1:
-            self.warn_once(
-                "one class",
-                f"task {task.index} has one class: its cross-entropy is 0 and nothing is learned; "
-                "take larger tasks (scenario.increment)",
-            )
         for name, _, space in self.parts():
             self.check_space(name, space.free, task)
         moments = self.measure(task, self.epochs)
@@ -249,9 +229,6 @@ class InfLoRA(CLStrategy):
                     self.bank.features(batch.x.to(self.device), NAME)
         return {name: moment.mean() for name, moment in moments.items()}
 
-    def begin_epoch(self, task: Task, epoch: int) -> None:
-        self.task_optim.set_rates(self.optimizer, epoch, self.epochs)
-
     def end_task(self, task: Task) -> None:
         """Use the directions of the inputs, as many as hold the share of this task."""
         assert self.tasks is not None
@@ -260,35 +237,3 @@ class InfLoRA(CLStrategy):
         moments = self.measure(task, self.epochs + 1)
         for name, _, space in self.parts():
             space.add(moments[name], share)
-
-    # ------------------------------------------------------------------ training
-
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Scores [B, C_seen] and the cross-entropy over the classes of the task."""
-        scores = self.head(self.bank.features(batch.x, NAME))
-        return scores, scoped_cross_entropy(scores, batch.y, self.columns)
-
-    def observe(self, batch: Batch) -> dict[str, Tensor]:
-        """One step; returns the loss and the accuracy in percent over the classes seen.
-
-        Raises:
-            Diverged: for a loss that is not finite, before anything is changed.
-        """
-        self.train()
-        self.backbone.eval()
-        scores, loss = self.losses(batch)
-        self.task_optim.step(self.optimizer, loss, lambda: self.losses(batch)[1])
-        right = scores.detach().argmax(1) == batch.y
-        return {"loss": loss.detach(), "acc": 100 * right.float().mean()}
-
-    # ------------------------------------------------------------------ prediction
-
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
-        """Scores [B, C_seen] for x float [B, 3, H, W] in [0, 1]."""
-        with evaluation_mode(self):
-            if self.evaluation == "branches":
-                return self.head(self.bank.features(x, NAME))
-            layers = cast(list[nn.Linear], list(self.layers.values()))
-            with merged(layers, (lora.delta() for lora in self.loras)):
-                return self.head(self.bank.features(x))

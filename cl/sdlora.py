@@ -22,23 +22,18 @@ is 0, for which the official code divides 0 by 0, adds nothing. More than 21 tas
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.cl.olora import StackedLoRA, merged
+from driftline.cl.olora import StackedLoRA
+from driftline.cl.stacked import NAME, Stacked
 from driftline.core.ranges import Count, Positive, Size
-from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
-from driftline.parts.adapters.plan import Plan
+from driftline.core.stream import Task
 from driftline.parts.heads import ExpandingLinear
-from driftline.parts.modes import evaluation_mode
-from driftline.parts.objectives import scoped_cross_entropy
 from driftline.parts.optim import Optim
-
-NAME = "all"  # the one set of adapters: each holds the pairs of all tasks
 
 
 class DecoupledLoRA(StackedLoRA):
@@ -74,7 +69,7 @@ def unit_norm(m: Tensor) -> Tensor:
     return m / norm.masked_fill(norm == 0, 1)
 
 
-class SDLoRA(CLStrategy):
+class SDLoRA(Stacked):
     """A frozen transformer, decoupled low-rank updates of all tasks, an expanding linear head.
 
     Args:
@@ -92,9 +87,6 @@ class SDLoRA(CLStrategy):
         UserError: for a network without fused qkv layers.
     """
 
-    needs = frozenset({"features"})
-    averageable = True
-
     def __init__(
         self,
         backbone: Backbone,
@@ -107,27 +99,21 @@ class SDLoRA(CLStrategy):
         optim: Optim,
         evaluation: Literal["merged", "branches"],
     ) -> None:
-        super().__init__(backbone, seed=seed)
-        self.epochs, self.magnitude, self.restart = epochs, magnitude, restart
-        self.optim = self.task_optim = optim
-        self.evaluation = evaluation
-        backbone.eval().requires_grad_(False)
-        plan = Plan(
-            at=["blocks.*.attn.qkv:out"], blocks=None, kind=partial(DecoupledLoRA, rank=rank)
+        super().__init__(
+            backbone,
+            seed=seed,
+            epochs=epochs,
+            optim=optim,
+            evaluation=evaluation,
+            kind=partial(DecoupledLoRA, rank=rank),
         )
-        self.bank = plan.bank(backbone)
-        plan.add(self.bank, NAME, self.rng("init"))
-        self.layers = [cast(nn.Linear, module) for _, module in plan.points(backbone)]
+        self.magnitude, self.restart = magnitude, restart
         self._share(torch.full((1,), magnitude))
         self.head = ExpandingLinear(backbone.dim)
-        self.seen = 0
         self.begun = 0  # tasks
-        self.columns = range(0)
 
-    @property
-    def loras(self) -> list[DecoupledLoRA]:
-        """The updates of all tasks, block by block."""
-        return [cast(DecoupledLoRA, a) for a in self.bank.adapters(NAME).values()]
+    def first_draws(self) -> torch.Generator:
+        return self.rng("init")
 
     @property
     def magnitudes(self) -> nn.Parameter:
@@ -159,46 +145,3 @@ class SDLoRA(CLStrategy):
             "head": self.head.parameters(),
         }
         self.optimizer = self.task_optim.optimizer(groups, self.bank.second_factors(NAME))
-
-    def begin_task(self, task: Task) -> None:
-        super().begin_task(task)
-        if len(self.columns) == 1:
-            self.warn_once(
-                "one class",
-                f"task {task.index} has one class: its cross-entropy is 0 and nothing is learned; "
-                "take larger tasks (scenario.increment)",
-            )
-
-    def begin_epoch(self, task: Task, epoch: int) -> None:
-        self.task_optim.set_rates(self.optimizer, epoch, self.epochs)
-
-    # ------------------------------------------------------------------ training
-
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Scores [B, C_seen] and the cross-entropy over the classes of the task."""
-        scores = self.head(self.bank.features(batch.x, NAME))
-        return scores, scoped_cross_entropy(scores, batch.y, self.columns)
-
-    def observe(self, batch: Batch) -> dict[str, Tensor]:
-        """One step; returns the loss and the accuracy in percent over the classes seen.
-
-        Raises:
-            Diverged: for a loss that is not finite, before anything is changed.
-        """
-        self.train()
-        self.backbone.eval()
-        scores, loss = self.losses(batch)
-        self.task_optim.step(self.optimizer, loss, lambda: self.losses(batch)[1])
-        right = scores.detach().argmax(1) == batch.y
-        return {"loss": loss.detach(), "acc": 100 * right.float().mean()}
-
-    # ------------------------------------------------------------------ prediction
-
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
-        """Scores [B, C_seen] for x float [B, 3, H, W] in [0, 1]."""
-        with evaluation_mode(self):
-            if self.evaluation == "branches":
-                return self.head(self.bank.features(x, NAME))
-            with merged(self.layers, (lora.delta() for lora in self.loras)):
-                return self.head(self.bank.features(x))
