@@ -16,7 +16,6 @@ import json
 import os
 import re
 import warnings
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import pandas as pd
 import yaml
 
 from driftline.core.errors import UserError
-from driftline.core.files import Damaged, read_record
+from driftline.core.files import Damaged, checksum, read_record
 from driftline.core.identity import VOLATILE, VOLATILE_DATA, typed_rules
 
 MARKERS = {"summary.json", "config.yaml", "environment.json", "failure.txt"}
@@ -91,10 +90,9 @@ def _row(folder: Path, files: set[str]) -> dict[str, Any]:
         config = _read(folder / "config.yaml") if "config.yaml" in files else {}
         environment = _read(folder / "environment.json") if "environment.json" in files else {}
         summary = _read(folder / "summary.json") if "summary.json" in files else {}
-        if summary and "config_checksum" in environment:
-            checksum = zlib.crc32((folder / "config.yaml").read_bytes())
-            if environment["config_checksum"] != f"{checksum:08x}":
-                raise ValueError("config.yaml is damaged: its content does not fit its checksum")
+        known = environment.get("config_checksum") if summary else None
+        if known is not None and known != checksum((folder / "config.yaml").read_bytes()):
+            raise ValueError("config.yaml is damaged: its content does not fit its checksum")
         metrics = summary.get("metrics")
         if "summary.json" in files and not (config and metrics and isinstance(metrics, dict)):
             raise ValueError("summary.json without config.yaml or metrics")
@@ -196,8 +194,8 @@ def _rows(runs: pd.DataFrame | str | Path, name: str) -> pd.DataFrame:
         runs = load_runs(runs)
     sums = runs.get(f"rows.{name}", pd.Series(index=runs.index, dtype=object))
     tables = [
-        json_lines(Path(path) / f"{name}.jsonl", checksum if isinstance(checksum, str) else None)
-        for path, checksum in zip(runs["path"], sums, strict=True)
+        json_lines(Path(path) / f"{name}.jsonl", expected if isinstance(expected, str) else None)
+        for path, expected in zip(runs["path"], sums, strict=True)
     ]
     rows = pd.DataFrame([row for some in tables for row in some])
     known = [k for k in ("path", "state", *IDENTITY, "method") if k in runs]
@@ -206,16 +204,16 @@ def _rows(runs: pd.DataFrame | str | Path, name: str) -> pd.DataFrame:
     return pd.concat([about.reset_index(drop=True), rows], axis=1)
 
 
-def json_lines(path: Path, checksum: str | None = None) -> list[dict[str, Any]]:
+def json_lines(path: Path, expected: str | None = None) -> list[dict[str, Any]]:
     """All rows; the last line of a killed run may be half a line and is left out.
 
     Args:
-        checksum: CRC-32 of the file where the run is finished; none of its rows count if another.
+        expected: CRC-32 of the file where the run is finished; none of its rows count if another.
     """
     if not path.exists():
         return []
     content = path.read_bytes()
-    if checksum in (None, f"{zlib.crc32(content):08x}"):
+    if expected in (None, checksum(content)):
         lines = content.decode(errors="replace").splitlines()
         for complete in (lines, lines[:-1]):
             with contextlib.suppress(ValueError):

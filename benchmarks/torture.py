@@ -105,7 +105,9 @@ def start(words: Sequence[str], log: Path, before: Callable[[], None] = lambda: 
         return pid
     status = 99
     try:
-        end_with_parent(signal.SIGKILL, parent)
+        end_with_parent(signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(status)
         os.dup2(write, 1)
         os.dup2(write, 2)
         os.close(read)

@@ -42,7 +42,6 @@ from driftline.parts.modes import evaluation_mode
 from driftline.parts.optim import Optim
 
 PRETRAINED = "pretrained"  # the subspace without adapter
-COPIES = 512  # images times sets that go through the network at once, which bounds memory
 
 
 def complete(means: Tensor, owner: Tensor, recalculate: bool) -> Tensor:
@@ -249,11 +248,10 @@ class Ease(CLStrategy):
     def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """[B, 3, H, W] -> [S, B, D]; the sets share one pass of the frozen weights."""
         sets = [n for n in names if n != PRETRAINED]
-        size = max(1, COPIES // len(x))
         features: dict[str, Tensor] = {}
         with evaluation_mode(self):
-            for group in (sets[i : i + size] for i in range(0, len(sets), size)):
-                features |= zip(group, self.bank.features_each(x, group), strict=True)
+            if sets:
+                features |= zip(sets, self.bank.features_in_parts(x, sets), strict=True)
             if PRETRAINED in names:
                 features[PRETRAINED] = self.bank.features(x)
         return torch.stack([features[n] for n in names])

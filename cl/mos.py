@@ -48,17 +48,17 @@ from driftline.core.ranges import Below1, Count, CountOrZero, NonNegative
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import Batch, Task
 from driftline.parts.adapters.plan import Plan
-from driftline.parts.alignment import ClassGaussians, Statistics, check_features, collect
+from driftline.parts.alignment import ClassGaussians, Statistics, collect
 from driftline.parts.heads import PrototypeHead
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.objectives import scoped_cross_entropy
 from driftline.parts.optim import SameOptim
+from driftline.parts.statistics import check_finite
 
 CURRENT = "current"  # the working set; stored ones are task0, task1, ...
 TEMPERATURE = 0.8  # of the self-similarity term
 RIDGE = 1e-4  # added to every variance
 EVALUATIONS = 4  # of the head per image, at most
-COPIES = 512  # images times sets that go through the network at once, which bounds memory
 
 
 def self_similarity(features: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class Mos(CLStrategy):
             for batch in task.fit():
                 batch = batch.to(self.device)
                 features_of_first = self.bank.features(batch.x, first)
-                check_features(features_of_first, batch.y, self.optim.lr)
+                check_finite(features_of_first, batch.y, self.optim.lr)
                 self.prototypes.update(features_of_first, batch.y)
         self.finished.fill_(len(self.names))
 
@@ -346,10 +346,8 @@ class Mos(CLStrategy):
     @torch.no_grad()
     def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """[B, 3, H, W] -> [T, B, D]; the sets share one pass of the frozen weights."""
-        size = max(1, COPIES // len(x))
         with evaluation_mode(self):
-            groups = [names[i : i + size] for i in range(0, len(names), size)]
-            return torch.cat([self.bank.features_each(x, group) for group in groups])
+            return self.bank.features_in_parts(x, names)
 
     @torch.no_grad()
     def classify(self, features: Mapping[str, Tensor]) -> Tensor:

@@ -50,7 +50,6 @@ from driftline.parts.optim import SameOptim
 
 CURRENT, UNIVERSAL = "current", "universal"  # the working and the merged set
 RIDGE = 1e-4  # added to every variance
-COPIES = 512  # images times sets that go through the network at once, which bounds memory
 
 
 def fuse(values: Tensor) -> Tensor:
@@ -291,10 +290,8 @@ class Tuna(CLStrategy):
     @torch.no_grad()
     def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """[B, 3, H, W] -> [S, B, D]; the sets share one pass of the frozen weights."""
-        size = max(1, COPIES // len(x))
         with evaluation_mode(self):
-            groups = [names[i : i + size] for i in range(0, len(names), size)]
-            return torch.cat([self.bank.features_each(x, group) for group in groups])
+            return self.bank.features_in_parts(x, names)
 
     @torch.no_grad()
     def classify(self, features: Mapping[str, Tensor]) -> Tensor:

@@ -188,9 +188,8 @@ def _check_result(target: str, options: Sequence[Any], kind: Any, *, at: str) ->
 
 def _check_unread(node: Mapping[str, Any], kind: Any, *, at: str) -> None:
     """Settings of a nested node that would do nothing."""
-    rules = [rule for one in alternatives(kind) for rule in bare(one)[1]]
     parameters = inspect.signature(locate(node["_target_"], at)).parameters
-    for rule in rules:
+    for rule in _rules(kind):
         for name in rule.names if isinstance(rule, Without) else ():
             if (value := node.get(name)) and value != parameters[name].default:
                 raise UserError(f"{at}.{name}={value!r} would do nothing: {rule.why}")
@@ -198,8 +197,12 @@ def _check_unread(node: Mapping[str, Any], kind: Any, *, at: str) -> None:
 
 def _later(kind: Any) -> tuple[str, ...]:
     """Names of the arguments that the owner of an option gives when it calls it."""
-    rules = [rule for one in alternatives(kind) for rule in bare(one)[1]]
-    return next((rule.names for rule in rules if isinstance(rule, Later)), ())
+    return next((rule.names for rule in _rules(kind) if isinstance(rule, Later)), ())
+
+
+def _rules(kind: Any) -> list[Any]:
+    """Those of all members of a union."""
+    return [rule for one in alternatives(kind) for rule in bare(one)[1]]
 
 
 def _hint(value: Any, kind: Any, at: str) -> str:

@@ -104,7 +104,7 @@ class Checkpointer:
         try:
             with read_checked(self.path, KIND, self.key) as file:
                 state = torch.load(file, weights_only=True, map_location="cpu")
-            self.log.rewind(state["log"], state.get("sums"))
+            self.log.rewind(state["log"], state["sums"])
         except Damaged as error:
             self.say(f"{error}; this run begins again")
             self.log.rewind({})

@@ -136,7 +136,12 @@ def read_record(path: Path, *fields: str) -> dict[str, Any]:
 
 
 def _sum_of(record: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
+    return checksum(json.dumps(record, sort_keys=True).encode())
+
+
+def checksum(content: bytes) -> str:
+    """CRC-32, 8 hex digits."""
+    return f"{zlib.crc32(content):08x}"
 
 
 # ------------------------------------------------------------------------------ checked files

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import multiprocessing
 import os
 import signal
 import socket
@@ -194,17 +195,16 @@ def obey_parent(parent: int) -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
-def end_with_parent(number: int = signal.SIGTERM, parent: int | None = None) -> None:
+def end_with_parent(number: int = signal.SIGTERM) -> None:
     """Ask the kernel for a signal when the parent dies, so that no process is left without one.
 
-    The parent is the thread that started this process: it has to live as long as the process.
-
-    Args:
-        parent: its process id; one that is dead already is noticed.
+    The parent is the thread that started this process: it has to live as long as the process. In a
+    process of `multiprocessing`, one that is dead already is noticed.
     """
     with suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-    if parent is not None and os.getppid() != parent:
+    parent = multiprocessing.parent_process()  # not `os.getppid()`: that may be a fork server
+    if parent is not None and not parent.is_alive():
         os.kill(os.getpid(), number)
 
 

@@ -24,26 +24,9 @@ from torch import Tensor, nn
 from driftline.core.errors import Diverged
 from driftline.core.stream import Batch
 from driftline.parts.optim import Optim
-from driftline.parts.statistics import covariance
+from driftline.parts.statistics import check_finite, covariance
 
 Statistics = Literal["covariance", "variance"]
-
-
-def check_features(features: Tensor, y: Tensor, lr: float) -> None:
-    """Whether the features [B, D] of images of the classes y [B] are finite.
-
-    Args:
-        lr: the rate at which the extractor has learned.
-
-    Raises:
-        Diverged: if not, naming the class.
-    """
-    bad = ~features.isfinite().all(1)
-    if bad.any():
-        raise Diverged(
-            f"non-finite feature of an image of class {int(y[bad][0])}: lower "
-            f"strategy.optim.lr ({lr}), or look for NaN in the images"
-        )
 
 
 def collect(
@@ -57,7 +40,7 @@ def collect(
 
     Args:
         embed: [B, 3, H, W] -> [B, D].
-        lr: see `check_features`, which says what this raises.
+        lr: see `parts.statistics.check_finite`, which says what this raises.
     """
     features, labels = [], []
     for batch in batches:
@@ -66,7 +49,7 @@ def collect(
         batch = batch.to(device)
         features.append(embed(batch.x))
         labels.append(batch.y)
-        check_features(features[-1], batch.y, lr)
+        check_finite(features[-1], batch.y, lr)
     if not features:
         return torch.zeros(0, 0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     return torch.cat(features), torch.cat(labels)

@@ -58,18 +58,23 @@ class ClassMeans(nn.Module):
         self.counts += member.sum(0)
 
 
-def check_finite(features: Tensor, y: Tensor) -> None:
+def check_finite(features: Tensor, y: Tensor, lr: float | None = None) -> None:
     """Whether the features [B, D] of images of the classes y [B] are finite.
+
+    Args:
+        lr: the rate at which the extractor has learned; None: it has not.
 
     Raises:
         Diverged: if not, naming the class.
     """
     bad = ~features.isfinite().all(1)
     if bad.any():
-        raise Diverged(
-            f"non-finite feature of an image of class {int(y[bad][0])}: look for images or "
-            "weights that are not finite numbers"
+        advice = (
+            "look for images or weights that are not finite numbers"
+            if lr is None
+            else f"lower strategy.optim.lr ({lr}), or look for NaN in the images"
         )
+        raise Diverged(f"non-finite feature of an image of class {int(y[bad][0])}: {advice}")
 
 
 def covariance(features: Tensor) -> Tensor:

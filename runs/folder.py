@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from driftline.core.console import Console
 from driftline.core.errors import UserError
-from driftline.core.files import Damaged, read_record, replacing, write_record, write_text
+from driftline.core.files import Damaged, checksum, read_record, replacing, write_record, write_text
 from driftline.core.processes import Lock
 from driftline.core.provenance import Code, changed_files
 from driftline.core.stream import ShiftStream, TaskStream
@@ -142,8 +141,8 @@ def describe(
     with replacing(folder / "config.yaml") as part:
         OmegaConf.save(cfg, part, resolve=True)
     write_text(folder / "overrides.txt", "\n".join(overrides) + "\n")
-    checksum = zlib.crc32((folder / "config.yaml").read_bytes())
-    write_record(folder / RECORD, {**known, "config_checksum": f"{checksum:08x}"})
+    content = (folder / "config.yaml").read_bytes()
+    write_record(folder / RECORD, {**known, "config_checksum": checksum(content)})
     if patch:
         write_text(folder / "patch.diff", patch)
     if stream.order:

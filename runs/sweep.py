@@ -170,8 +170,7 @@ def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for quiet in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(quiet, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    end_with_parent(parent=parent.pid if parent else None)
+    end_with_parent()
     outcome: Outcome = {"overrides": overrides, "pid": os.getpid()}
     note(folder, number, **outcome, state="running")
     started = time.time()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -158,8 +157,6 @@ def _begin_worker(_: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         end_with_parent(signal.SIGKILL)
-        if not parent.is_alive():  # it died before; that of a fork server is not `os.getppid()`
-            os.kill(os.getpid(), signal.SIGKILL)
         obey_parent(parent.pid)
 
 

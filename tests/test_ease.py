@@ -321,7 +321,7 @@ def test_many_images_and_sets_are_embedded_in_parts(monkeypatch):
     x, names = torch.rand(5, 3, 16, 16), ["task1", "pretrained", "task3", "task0"]
     whole = strategy.embed(x, names)
     strategy.eval()  # `embed` sees to that itself
-    monkeypatch.setattr("driftline.cl.ease.COPIES", 6)
+    monkeypatch.setattr("driftline.parts.adapters.bank.COPIES", 6)
     assert torch.allclose(strategy.embed(x, names), whole, atol=1e-5)
     for name, feature in zip(names, whole, strict=True):
         with torch.no_grad():

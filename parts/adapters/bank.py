@@ -35,6 +35,7 @@ from driftline.parts.adapters.prompt import Prompt
 
 Use = str | Mapping[str, float] | None
 KINDS = ("parallel", "out", "in", "keys", "tokens")
+COPIES = 512  # images times sets that go through the network at once
 
 
 class Reach:
@@ -248,6 +249,12 @@ class AdapterBank(nn.Module):
         if not outside:  # each copy counts as a pass, although block 0 is shared
             self.backbone.passes.forward += distributed.full_batch_size(len(x)) * (len(names) - 1)
         return out.view(len(names), len(x), -1)
+
+    def features_in_parts(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """As `features_each`, at most `COPIES` images times sets at once, which bounds memory."""
+        size = max(1, COPIES // len(x))
+        parts = [names[i : i + size] for i in range(0, len(names), size)]
+        return torch.cat([self.features_each(x, part) for part in parts])
 
     @distributed.shared()
     def features_indexed(self, x: Tensor, names: Sequence[str], index: Tensor) -> Tensor:
