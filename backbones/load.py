@@ -350,6 +350,16 @@ def _from_file(
     return net
 
 
+def label_space(full: str, outputs: int) -> str | None:
+    """What the head of `architecture.tag` predicts; None for a head of no size known to timm."""
+    subset = infer_imagenet_subset({"num_classes": outputs})
+    space = subset.replace("-", "", 1).replace("-", "_") if subset else None
+    tag = full.partition(".")[2]
+    if space == "imagenet1k" and tag and "in1k" not in tag:
+        return tag  # of DINO: 1,000 outputs, but not of these classes
+    return space
+
+
 def timm_backbone(
     *,
     name: PlainName,
@@ -413,9 +423,7 @@ def timm_backbone(
             with torch.no_grad():
                 net.eval()(torch.zeros(1, 3, other, other))
     if classes is None and checkpoint != RANDOM and net.num_classes == cfg.num_classes:
-        # e.g. "imagenet-21k-goog" -> "imagenet21k_goog"; None for a head of another size
-        subset = infer_imagenet_subset({"num_classes": net.num_classes})
-        classes = subset.replace("-", "", 1).replace("-", "_") if subset else None
+        classes = label_space(full, net.num_classes)
     return Backbone(
         net,
         name=name,

@@ -173,6 +173,13 @@ def check_kind(cfg: DictConfig, stream: Stream) -> type[Strategy]:
 
 
 def _check_labels(cfg: DictConfig, stream: Stream, backbone: Backbone) -> None:
+    labels = stream.order.get("label")
+    last = stream.num_classes - 1
+    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() <= last:
+        raise UserError(
+            f"scenario={stream.name} has labels from {labels.min()} to {labels.max()}, but its "
+            f"{stream.num_classes} classes are 0 ... {last}; correct the labels of the data set"
+        )
     if isinstance(stream, TaskStream):
         return
     space = stream.facts["label_space"]
@@ -182,6 +189,11 @@ def _check_labels(cfg: DictConfig, stream: Stream, backbone: Backbone) -> None:
             if space == "embedded"
             else "Choose a backbone trained for this label space"
         )
+        if "classes" in cfg.backbone and backbone.num_classes == stream.num_classes:
+            fix += (
+                f"; the number of outputs, {stream.num_classes}, says nothing about their meaning. "
+                f"If yours are these classes in this order, set backbone.classes={space}"
+            )
         raise UserError(
             f"backbone={cfg.backbone.name} predicts {backbone.classes} classes, but "
             f"scenario={stream.name} holds {space} classes. {fix}."

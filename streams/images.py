@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from driftline.streams.content import SIZE, array_digest, file_digests, rows_dig
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 KIND = "pixels-1"  # of cached images
+SAMPLE = 256  # images that show whether white is 1 or 255
 
 
 class ImageSet(Protocol):
@@ -40,6 +42,12 @@ class ImageSet(Protocol):
         ...
 
     def image(self, row: int) -> Image.Image: ...
+
+
+def unreadable(images: ImageSet, rows: np.ndarray | None = None) -> list[Path]:
+    """Files of `rows` (None: all) that are missing or cannot be opened, without decoding any."""
+    check = getattr(images, "unreadable", None)  # sets that are not made of files have none
+    return check(rows) if check is not None else []
 
 
 class ImageError(UserError):
@@ -64,11 +72,66 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and scarce(error):
             raise  # never taken for a fault of the image, which data.on_error=skip leaves out
-        raise ImageError(f"cannot read the image {os.fspath(path)}: {error}") from error
+        text = f"cannot read the image {os.fspath(path)}: {error}{_instead(path)}"
+        raise ImageError(text) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits. Of 16 bits the upper 8 count, in grey as Pillow does it in colour.
+
+    Raises:
+        ValueError: for numbers of which nobody can tell what white is.
+    """
+    if image.mode.startswith(("I", "F")):  # `convert` would cut these off at 255
+        values = np.asarray(image)
+        if image.mode == "F":
+            return Image.fromarray(to_levels(values, white_of(values))).convert("RGB")
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"grey levels from {values.min()} to {values.max()}, outside the 16 bits 0 ... "
+                "65535; save it with 8 or 16 bits"
+            )
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours, without a warning
+    return image.convert("RGB")
+
+
+def white_of(values: np.ndarray) -> int:
+    """Which number is white in images stored as `values`: 1 or 255."""
+    return 1 if values.dtype.kind == "f" and values.size and float(values.max()) <= 1 else 255
+
+
+def to_levels(values: np.ndarray, white: int) -> np.ndarray:
+    """Numbers from 0 to `white` as uint8 of the same shape.
+
+    Raises:
+        ValueError: for numbers outside.
+    """
+    if not 0 <= values.min() <= values.max() <= white:  # nor is something no number
+        raise ValueError(
+            f"values from {values.min():.4g} to {values.max():.4g}, where images have 0 ... "
+            f"{white}; normalised ones have to be saved before that step"
+        )
+    return (values.astype(np.float64) * (255 / white)).round().astype(np.uint8)
+
+
+def _instead(path: str | os.PathLike[str]) -> str:
+    """What a file that is no image is, where that is known to happen."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip().lower()
+    except OSError:
+        return ""
+    if start.startswith(b"version https://git-lfs"):
+        return "; it is a pointer of Git LFS, `git lfs pull` fetches the image"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "; it is a web page, fetch the image again"
+    return ""
 
 
 class Arrays:
@@ -118,6 +181,12 @@ class Files:
             self._read[new] = True
         return fingerprint("\n".join(self._named(rows)), self.labels[rows], self._digests[rows])
 
+    def unreadable(self, rows: np.ndarray | None = None) -> list[Path]:
+        """Which files of `rows` (None: all) cannot be opened, by the digests of `content`."""
+        self.content(rows)
+        rows = np.arange(len(self.names)) if rows is None else rows
+        return [self.root / name for name in self._named(rows[~self._digests[rows].any(1)])]
+
     def _named(self, rows: np.ndarray) -> list[str]:
         return [self.names[row] for row in rows.tolist()]
 
@@ -126,12 +195,23 @@ class Files:
 
 
 class NpyRows:
-    """A block of rows of a uint8 [N, H, W, 3] .npy file, memory-mapped (the CIFAR-C layout)."""
+    """A block of rows of a .npy file, memory-mapped (the CIFAR-C layout).
+
+    Args:
+        path: of an array [N, H, W, 3] or [N, 3, H, W], see `to_levels`; released files: uint8.
+        start: first row of the block.
+        white: which number is white.
+    """
 
     def __init__(
-        self, path: Path, start: int, labels: np.ndarray, class_names: Sequence[str]
+        self,
+        path: Path,
+        start: int,
+        labels: np.ndarray,
+        class_names: Sequence[str],
+        white: int = 255,
     ) -> None:
-        self.path, self.start = path, start
+        self.path, self.start, self.white = path, start, white
         self.labels = labels.astype(np.int64)
         self.class_names = class_names
         self.num_classes = len(class_names)
@@ -147,10 +227,95 @@ class NpyRows:
     def image(self, row: int) -> Image.Image:
         if self._pixels is None:
             self._pixels = np.load(self.path, mmap_mode="r")
-        return Image.fromarray(np.ascontiguousarray(self._pixels[self.start + row]))
+        pixels = self._pixels[self.start + row]
+        if pixels.shape[-1] != 3:
+            pixels = pixels.transpose(1, 2, 0)
+        if pixels.dtype != np.uint8:
+            try:
+                pixels = to_levels(pixels, self.white)
+            except ValueError as error:
+                place = f"image {self.start + row} of {self.path}"
+                raise ImageError(f"cannot read {place}: {error}") from error
+        return Image.fromarray(np.ascontiguousarray(pixels))
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_pixels": None}  # a worker process maps the file itself
+
+
+def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """An array of a .npy file.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read the array {path}: {error}; copy it here again") from error
+
+
+def corruption_arrays(
+    folder: Path, corruptions: Sequence[str], severities: Sequence[int], classes: int
+) -> dict[tuple[str, int], NpyRows]:
+    """`(corruption, severity) -> images` of <corruption>.npy and labels.npy in `folder`.
+
+    The released files hold five severities, one after the other, and so do their labels. Files of
+    one severity, and labels of one, are recognised by their number and by whether the labels come
+    five times; files of one severity are taken as the one that is asked for.
+
+    Raises:
+        UserError: for a file that cannot be read, of the wrong shape or range, or that lacks a
+            severity.
+    """
+    place = folder / "labels.npy"
+    labels = load_array(place)
+    if labels.dtype.kind not in "iuf" or labels.shape not in ((labels.size,), (labels.size, 1)):
+        raise UserError(f"{place}: expected labels 0..{classes - 1}, one an image")
+    if not set(labels.reshape(-1).tolist()) <= set(range(classes)):  # 3.0 is 3
+        raise UserError(f"{place}: expected labels 0..{classes - 1}, one an image")
+    labels = labels.reshape(-1).astype(np.int64)
+    once = labels[: len(labels) // 5]
+    if not len(once) or not np.array_equal(labels, np.tile(once, 5)):
+        once = labels
+    names = [str(i) for i in range(classes)]
+    sets = {}
+    for corruption in corruptions:
+        path = folder / f"{corruption}.npy"
+        pixels = load_array(path, "r")
+        count, *shape = pixels.shape or (0,)
+        if pixels.dtype.kind not in "iuf" or len(shape) != 3 or 3 not in (shape[0], shape[2]):
+            raise UserError(
+                f"{path}: expected images [N, H, W, 3], uint8 or other numbers, found "
+                f"{pixels.dtype} {pixels.shape}"
+            )
+        if count not in (len(once), 5 * len(once)):
+            raise UserError(
+                f"{path} holds {count} images, but {place} the labels of {len(once)} images a "
+                "severity; both must be of one release"
+            )
+        one = count == len(once)
+        if one and len(severities) > 1:
+            raise UserError(
+                f"{path} holds one severity ({count} images), but scenario.severity asks for "
+                f"{len(severities)}; name the one that it is"
+            )
+        if one:
+            warnings.warn(
+                f"{path} holds one severity and does not say which; it is taken as "
+                f"scenario.severity={severities[0]}",
+                stacklevel=2,
+            )
+        for severity in severities:
+            start = 0 if one else len(once) * (severity - 1)
+            sample = pixels[start : start + SAMPLE]
+            white = white_of(sample)
+            if pixels.dtype != np.uint8:
+                try:
+                    to_levels(sample, white)
+                except ValueError as error:
+                    raise UserError(f"{path}: {error}") from error
+            sets[corruption, severity] = NpyRows(path, start, once, names, white)
+    return sets
 
 
 class Derived:
@@ -181,6 +346,9 @@ class Derived:
 
     def content(self, rows: np.ndarray | None = None) -> str:
         return fingerprint(self.base.content(rows), self.identity)
+
+    def unreadable(self, rows: np.ndarray | None = None) -> list[Path]:
+        return unreadable(self.base, rows)
 
     def stored(self, row: int) -> np.ndarray | None:
         """The cached result, uint8 [H, W, 3]; None where there is none that can be read."""
@@ -255,22 +423,115 @@ def channels_last(levels: Tensor) -> np.ndarray:
     return levels.cpu().permute(0, 2, 3, 1).contiguous().numpy()
 
 
+# ------------------------------------------------------------------ folders
+
+# What systems and programs leave beside images; names that begin with a dot are left out, too.
+STRAY = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
+STRAY += ("lost+found", "desktop.ini", "Thumbs.db")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+def listed(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, sorted by name, without hidden and stray entries."""
+    with os.scandir(folder) as entries:
+        seen = [e for e in entries if not e.name.startswith(".") and e.name not in STRAY]
+    return sorted(seen, key=lambda entry: entry.name)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`: sorted, as numbers where all of them are (0, 1, ... 10)."""
+    names = [entry.name for entry in listed(folder) if entry.is_dir()]
+    return sorted(names, key=int) if all(map(is_number, names)) else names
+
+
+def is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
+
+
+def unfolded(folder: Path) -> Path:
+    """`folder`, or the folder of that name which lies alone in it, as some archives unpack."""
+    inside = subfolders(folder) if folder.is_dir() else []
+    if inside == [folder.name] and subfolders(folder / folder.name):
+        return folder / folder.name
+    return folder
+
+
+def still_packed(*folders: Path) -> str:
+    """A sentence that names archives in `folders` and how to unpack them; empty without any."""
+    for folder in folders:
+        if not folder.is_dir():
+            continue
+        names = [e.name for e in listed(folder) if e.name.lower().endswith(ARCHIVES)]
+        if names:
+            tool = "unzip" if names[0].lower().endswith(".zip") else "tar -xf"
+            return (
+                f"{folder} holds {_some(names)}, not unpacked: cd {folder} && {tool} {names[0]}. "
+            )
+    return ""
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" ... ({len(names)} in all)" if len(names) > most else "")
+
+
 def image_folder(root: Path, expected: str) -> Files:
-    """`<root>/<class>/<image>`, classes and images in sorted order (torchvision's ImageFolder).
+    """`<root>/<class>/<image>`, images in sorted order (torchvision's ImageFolder).
+
+    Classes are in the order of `subfolders`. A class folder that holds one folder and no image is
+    read from there. Files that are no images by their extension, and classes without images, are
+    counted and named in a warning.
 
     Raises:
         UserError: with `expected` (layout and origin) if the folder is missing or holds no image.
     """
     if not root.is_dir():
-        raise UserError(f"{root} does not exist. {expected}")
-    classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
-    names, labels = [], []
+        raise UserError(f"{root} does not exist. {still_packed(root.parent)}{expected}")
+    root = unfolded(root)
+    classes = subfolders(root)
+    names, labels, empty = [], [], []
+    unread: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        files = sorted(
-            e.name for e in os.scandir(root / name) if e.name.lower().endswith(EXTENSIONS)
-        )
-        names += [f"{name}/{file}" for file in files]
+        files = _images(root, name, unread)
+        names += files
         labels += [label] * len(files)
+        if not files:
+            empty.append(name)
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in unread.most_common(4))
     if not names:
-        raise UserError(f"{root} holds no images in class folders. {expected}")
+        loose = [e.name for e in listed(root) if e.name.lower().endswith(EXTENSIONS)]
+        reason = f"its {len(classes)} class folders hold {kinds or 'nothing'}"
+        if not classes:
+            reason = f"it holds {len(loose)} images, but no folders"
+        raise UserError(
+            f"{root} holds no images in class folders: {reason}. Images end with "
+            f"{', '.join(EXTENSIONS)}. {still_packed(root)}{expected}"
+        )
+    if unread:
+        warnings.warn(
+            f"{root}: {unread.total()} entries of class folders are not read: {kinds}. Images end "
+            f"with {', '.join(EXTENSIONS)}",
+            stacklevel=2,
+        )
+    if empty:
+        warnings.warn(
+            f"{root}: {len(empty)} of {len(classes)} classes have no images: {_some(empty)}",
+            stacklevel=2,
+        )
     return Files(root, names, np.asarray(labels), classes)
+
+
+def _images(root: Path, folder: str, unread: Counter[str]) -> list[str]:
+    """Image files in <root>/<folder>, relative to `root`; counts by kind what is not read."""
+    files, inside, others = [], [], []
+    for entry in listed(root / folder):
+        if entry.name.lower().endswith(EXTENSIONS):
+            files.append(f"{folder}/{entry.name}")
+        elif entry.is_dir():
+            inside.append(entry.name)
+        else:
+            others.append(os.path.splitext(entry.name)[1].lower() or "without an extension")
+    if not files and len(inside) == 1:
+        return _images(root, f"{folder}/{inside[0]}", unread)
+    unread.update(others)
+    unread.update(["folders"] * len(inside))
+    return files

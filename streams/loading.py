@@ -20,7 +20,14 @@ from driftline.core.exact import divide_
 from driftline.core.processes import end_with_parent, obey_parent, signals_wait
 from driftline.core.seed import derive
 from driftline.core.stream import Batch, Skipped
-from driftline.streams.images import Generated, ImageError, ImageSet, channels_last, fingerprint
+from driftline.streams.images import (
+    Generated,
+    ImageError,
+    ImageSet,
+    channels_last,
+    fingerprint,
+    unreadable,
+)
 from driftline.streams.pipelines import Pipeline, as_stored, seeded
 
 CPU = torch.device("cpu")
@@ -210,6 +217,24 @@ class Reader:
                 index=self._sent(torch.from_numpy(rows.row[at])),
                 domain=self._sent(torch.from_numpy(rows.domain[at])),
             )
+
+    def contents(self, rows: Sequence[np.ndarray | None]) -> list[str]:
+        """Hash of the images of some rows of each set; None: all its rows.
+
+        Raises:
+            ImageError: naming files that are missing, which would be noticed in the middle of a run
+                otherwise; not under `on_error="skip"`, which leaves them out.
+        """
+        contents = [s.content(chosen) for s, chosen in zip(self.sets, rows, strict=True)]
+        if self.on_error == "raise":
+            pairs = zip(self.sets, rows, strict=True)
+            lacking = list(dict.fromkeys(p for s, r in pairs for p in unreadable(s, r)))
+            if lacking:
+                raise ImageError(
+                    f"image files that are missing or cannot be opened: {len(lacking)} (first: "
+                    f"{lacking[0]}); complete the set, or leave them out with data.on_error=skip"
+                )
+        return contents
 
     def content(self, rows: Rows) -> str:
         """Hash of the images of `rows` in their order."""
