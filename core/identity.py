@@ -22,7 +22,12 @@ SINCE: dict[str, dict[str, Any]] = {
     "": {"around": [], "guard": "warn"},
     "driftline.cl.finetune.Finetune": {"adapter": None},
     "driftline.tta.tent.Tent": {"adapter": None},
-    "driftline.streams.shifts.corruption_stream": {"label_budget": None},
+    "driftline.streams.shifts.corruption_stream": {
+        "label_budget": None,
+        "stay": 0.95,
+        "burst_share": 0.5,
+        "burst_length": 10,
+    },
     "driftline.streams.pairs.pair_stream": {"label_budget": None},
 }
 # Options that are gone, with the value at which a run of then is a run of now.

@@ -9,6 +9,7 @@ An order is a domain part and a label part joined by `+`, each optional:
 | gradual_full | 1 2 3 4 5 4 3 2 1 for every corruption (mariodoebler/test-time-adaptation) |
 | mixed        | one segment: all domains joined and shuffled |
 | recurring    | the continual sequence, `rounds` times |
+| recurring_zipf | the same with gaps: in rounds 2.. a domain comes with probability k^-zipf (CIR) |
 
 | label part (within each segment) | every image once | source |
 |---|---|---|
@@ -21,11 +22,22 @@ An order is a domain part and a label part joined by `+`, each optional:
 | lame_zipf                | no  | LAME `IMBALANCE_SHIFT`: label shares by Zipf's law |
 | lame_zipf_grouped        | no  | both: LAME's own non-i.i.d. stream |
 | label_shift              | no  | SAR: one label at a time is `imbalance` times as likely |
+| prior_drift              | no  | OLS `sinusoidal`: label shares move smoothly, there and back |
+| prior_monotone           | no  | OLS `monotone`: from equal shares to one label alone |
+| prior_square             | no  | OLS `square`: the shares jump there and back, regularly |
+| prior_bernoulli          | no  | OLS `bernouli`: they jump at random times |
+| markov                   | no  | UniTTA: the label stays with probability `stay` |
+| bursts                   | yes | ours: runs of `burst_length` images of a label amid others |
 
-TTA-MD is github.com/mariodoebler/test-time-adaptation. So `correlated` is `continual+correlated`,
-and `mixed+dirichlet_note` the mixed stream with correlated labels. All draws come from the
-generator that is passed in. CCC, whose images change with their place in the stream, is a scenario
-of its own (streams/pairs.py).
+TTA-MD is github.com/mariodoebler/test-time-adaptation. OLS is acmi-lab/OnlineLabelShift d573d6f,
+`utils/label_shift_utils.py` (Baby et al., NeurIPS 2023, arXiv 2305.19570). UniTTA is
+LeapLabTHU/UniTTA 11d4270, `core/data/unittasampler.py` (Du et al., 2024, arXiv 2407.20080). CIR is
+HamedHemati/CIR 0a8941a, `cir/benchmarks/cir_utils.py` (Hemati et al., CoLLAs 2023, arXiv
+2301.11396), which has classes where domains are meant here; k is a place in a random ranking.
+
+So `correlated` is `continual+correlated`, and `mixed+dirichlet_note` the mixed stream with
+correlated labels. All draws come from the generator that is passed in. CCC, whose images change
+with their place in the stream, is a scenario of its own (streams/pairs.py).
 """
 
 from __future__ import annotations
@@ -39,9 +51,12 @@ from driftline.core.errors import UserError, suggest
 
 Domain = tuple[str, int]  # corruption, severity
 
-DOMAIN_ORDERS = ("continual", "gradual", "gradual_full", "mixed", "recurring")
+DOMAIN_ORDERS = (
+    "continual", "gradual", "gradual_full", "mixed", "recurring", "recurring_zipf",
+)  # fmt: skip
 NOTE_MINIMUM = 10  # images that a NOTE chunk holds at least
 NOTE_ATTEMPTS = 10_000
+ROUND = 10  # images of a round of OLS, in which the label shares stand still
 
 # Sequences of the 15 corruptions with a name. cotta_i: qinenergy/cotta,
 # imagenet/cfgs/10orders/cotta/cotta{i}.yaml; its published mean is over all ten.
@@ -73,6 +88,9 @@ class Options(NamedTuple):
     delta: float  # Dirichlet concentration; smaller = more correlated
     imbalance: float  # label_shift: probability of the favoured label over that of another
     zipf: float  # lame_zipf: exponent
+    stay: float = 0.95  # markov: probability that the next image has the same label
+    burst_share: float = 0.5  # bursts: share of the images of a label that come in runs
+    burst_length: int = 10  # bursts: images of a run
 
 
 class Step(NamedTuple):
@@ -105,8 +123,19 @@ def parse(order: str) -> tuple[str, str | None]:
     return domain or "continual", label
 
 
-def plan(order: str, names: list[str], severities: list[int], rounds: int) -> list[Step]:
-    """Segments of a domain order; `mixed` gives the domains that are to be joined."""
+def plan(
+    order: str,
+    names: list[str],
+    severities: list[int],
+    rounds: int,
+    zipf: float = 2.0,
+    rng: np.random.Generator | None = None,
+) -> list[Step]:
+    """Segments of a domain order; `mixed` gives the domains that are to be joined.
+
+    Args:
+        zipf, rng: of `recurring_zipf`: exponent, and the generator of ranking and returns.
+    """
     if order in ("gradual", "gradual_full"):
         ups, downs = [1, 2, 3, 4], [4, 3, 2, 1]
         steps = []
@@ -117,6 +146,17 @@ def plan(order: str, names: list[str], severities: list[int], rounds: int) -> li
     once = [(n, s) for n in names for s in severities]
     if order == "recurring":
         return [Step(f"r{r}/{n}:{s}", (n, s), r) for r in range(1, rounds + 1) for n, s in once]
+    if order == "recurring_zipf":
+        assert rng is not None
+        chance = (1.0 + rng.permutation(len(once))) ** -zipf
+        back = rng.random((rounds, len(once))) < chance
+        back[0] = True
+        return [
+            Step(f"r{r + 1}/{n}:{s}", (n, s), r + 1)
+            for r in range(rounds)
+            for (n, s), comes in zip(once, back[r], strict=True)
+            if comes
+        ]
     return [Step(f"{n}:{s}", (n, s), 1) for n, s in once]
 
 
@@ -251,10 +291,90 @@ def label_shift(labels: np.ndarray, options: Options, rng: np.random.Generator) 
     return np.asarray(found, np.int64)
 
 
+def _in_turn(labels: np.ndarray, drawn: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An image of each label in `drawn`; those of a label in random order, then from the start."""
+    order = np.empty(len(drawn), np.int64)
+    for value in np.unique(drawn):
+        rows = rng.permutation(np.flatnonzero(labels == value))
+        places = np.flatnonzero(drawn == value)
+        order[places] = rows[np.arange(len(places)) % len(rows)]
+    return order
+
+
+def _drifting(
+    labels: np.ndarray, share: Callable[[np.ndarray], np.ndarray], rng: np.random.Generator
+) -> np.ndarray:
+    """Labels drawn from (1 - a) uniform + a (one label alone), a share for rounds of 10 images.
+
+    The one label is drawn (the code takes label 0, and images of a round without replacement).
+
+    Args:
+        share: a of the rounds, from their numbers 0..T-1.
+    """
+    values = np.unique(labels)
+    rounds = -(-len(labels) // ROUND)
+    chosen = rng.choice(values)
+    alone = rng.random(len(labels)) < np.repeat(share(np.arange(rounds)), ROUND)[: len(labels)]
+    drawn = np.where(alone, chosen, rng.choice(values, len(labels)))
+    return _in_turn(labels, drawn, rng)
+
+
+def _period(rounds: np.ndarray) -> int:
+    return max(1, int(len(rounds) ** 0.5))
+
+
+def prior_drift(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """a = sin(pi (t mod L) / L) in round t of T, L = floor(sqrt(T)); see `_drifting`."""
+    return _drifting(labels, lambda t: np.sin(t % _period(t) * np.pi / _period(t)), rng)
+
+
+def prior_monotone(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """a = t / T in round t of T."""
+    return _drifting(labels, lambda t: t / len(t), rng)
+
+
+def prior_square(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """a = 0 for floor(sqrt(T)) rounds, then 1 for as many, and so on."""
+    return _drifting(labels, lambda t: t // _period(t) % 2 * 1.0, rng)
+
+
+def prior_bernoulli(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """a = 0 at first; after each round it becomes 1 - a with probability 1 / sqrt(T)."""
+
+    def share(t: np.ndarray) -> np.ndarray:
+        turns = rng.random(len(t)) < len(t) ** -0.5
+        return (np.cumsum(turns) - turns) % 2 * 1.0  # a turn counts from the round after it
+
+    return _drifting(labels, share, rng)
+
+
+def markov(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """A chain over the labels: the same one with probability `stay`, else any other."""
+    values = np.unique(labels)
+    count = len(values)
+    leaves = rng.random(len(labels)) >= options.stay
+    step = leaves * rng.integers(1, max(2, count), len(labels))
+    step[0] = rng.integers(count)
+    return _in_turn(labels, values[np.cumsum(step) % count], rng)
+
+
+def bursts(labels: np.ndarray, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """As many whole runs of each label as `burst_share` of its images fill, amid single images."""
+    pieces: list[np.ndarray] = []
+    for value in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == value))
+        length = options.burst_length
+        together = int(options.burst_share * len(rows)) // length * length
+        pieces += np.split(rows[:together], together // length) if together else []
+        pieces += np.split(rows[together:], len(rows) - together) if together < len(rows) else []
+    return np.concatenate([pieces[i] for i in rng.permutation(len(pieces))])
+
+
 LABEL_ORDERS: dict[str, LabelOrder] = {
     f.__name__: f
     for f in (
         shuffled, correlated, dirichlet_note, dirichlet_rotta, lame_grouped, lame_zipf,
-        lame_zipf_grouped, label_shift,
+        lame_zipf_grouped, label_shift, prior_drift, prior_monotone, prior_square,
+        prior_bernoulli, markov, bursts,
     )
 }  # fmt: skip

@@ -249,6 +249,9 @@ def corruption_stream(
     delta: Positive,
     imbalance: Annotated[float, Ge(1)],
     zipf: Annotated[float, Gt(1)],
+    stay: Unit,
+    burst_share: Unit,
+    burst_length: Count,
     index_file: str | None,
     images: Count | None,
     image_list: str,
@@ -281,7 +284,8 @@ def corruption_stream(
     names = corruption_names(corruptions)
     severities: list[int] = [*severity] if isinstance(severity, list) else [severity]
     domain_order, label_order = parse(order)
-    steps = plan(domain_order, names, severities, rounds)
+    returns = np.random.default_rng(derive(order_seed, "stream", domain_order))
+    steps = plan(domain_order, names, severities, rounds, zipf, returns)
     domains = list(dict.fromkeys(s.domain for s in steps))
     failing = [d for d in domains if d[0] in OUTAGES]
     request = Request(
@@ -343,7 +347,7 @@ def corruption_stream(
         rng = np.random.default_rng(derive(order_seed, "stream", label_order, name))
         return rows.take(LABEL_ORDERS[label_order](rows.label, options, rng))
 
-    options = Options(delta, imbalance, zipf)
+    options = Options(delta, imbalance, zipf, stay, burst_share, burst_length)
     listed = found.stream if index_file is None else _index_file(index_file, found.stream)
     dealt: list[tuple[str, int, Rows]] = []
     for step in steps:

@@ -17,7 +17,7 @@ from driftline.streams.pipelines import Geometry
 from driftline.streams.shifts import corruption_names
 from driftline.streams.store import ImageStore
 
-ONCE = ("shuffled", "correlated", "dirichlet_note", "dirichlet_rotta", "lame_grouped")
+ONCE = ("shuffled", "correlated", "dirichlet_note", "dirichlet_rotta", "lame_grouped", "bursts")
 OPTIONS = Options(delta=0.1, imbalance=100.0, zipf=2.0)
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 40))
 
@@ -90,6 +90,67 @@ def test_zipf_shares_are_skewed_and_label_shift_favours_one_label_at_a_time():
     assert np.mean([len(set(row)) for row in flat]) > 12
 
 
+def shares_of_one(name: str, rounds: int, options: Options = OPTIONS) -> np.ndarray:
+    """Share of the commonest label in each round of ten images, mean over seeds."""
+    labels = np.repeat(np.arange(20), rounds // 2)
+    found = []
+    for seed in range(30):
+        drawn = labels[LABEL_ORDERS[name](labels, options, np.random.default_rng(seed))]
+        common = np.bincount(drawn).argmax()
+        found.append((drawn.reshape(rounds, 10) == common).mean(1))
+    return np.mean(found, 0)
+
+
+def test_priors_drift_along_the_curves_of_their_source():
+    """E[share of the favoured label] = (1 - a) / 20 + a."""
+    rounds, t = 64, np.arange(64)
+    curves = {
+        "prior_drift": np.sin(t % 8 * np.pi / 8),
+        "prior_monotone": t / 64,
+        "prior_square": (t // 8) % 2,
+    }
+    for name, a in curves.items():
+        assert np.abs(shares_of_one(name, rounds) - (1 - a) / 20 - a).max() < 0.16, name
+    labels = np.repeat(np.arange(20), rounds // 2)
+    drawn = labels[LABEL_ORDERS["prior_bernoulli"](labels, OPTIONS, np.random.default_rng(0))]
+    common = (drawn == np.bincount(drawn).argmax()).reshape(rounds, 10).mean(1)
+    assert set(common[common > 0.6]) == {1.0} and common[0] < 0.6  # one label alone, or all
+    assert 2 <= (np.diff(common == 1) != 0).sum() <= 20  # about sqrt(64) turns
+
+
+def test_drawn_images_of_a_label_come_in_turn():
+    order = draw("markov")
+    times = np.bincount(order, minlength=len(LABELS))
+    for value in np.unique(LABELS):
+        assert np.ptp(times[value == LABELS]) <= 1
+
+
+def test_a_markov_chain_stays_as_often_as_asked_and_bursts_are_runs():
+    for stay in (0.95, 0.5, 1.0):
+        found = np.mean(
+            [same_as_next(draw("markov", OPTIONS._replace(stay=stay), s)) for s in range(9)]
+        )
+        assert abs(found - stay) < 0.03
+    order = draw("bursts")
+    runs = np.split(LABELS[order], np.flatnonzero(np.diff(LABELS[order])) + 1)
+    assert sum(len(run) >= 10 for run in runs) == 40  # two of each label: half of 40 images
+    assert np.mean([len(run) == 1 for run in runs]) > 0.8
+    assert same_as_next(draw("bursts", OPTIONS._replace(burst_share=0.0))) < 0.1
+
+
+def test_domains_come_back_by_a_power_law():
+    names = [f"d{i}" for i in range(5)]
+    counts = np.zeros(5)
+    for seed in range(20):
+        steps = plan("recurring_zipf", names, [5], 200, 1.5, np.random.default_rng(seed))
+        assert [s.name for s in steps[:5]] == [f"r1/{n}:5" for n in names]  # all of them once
+        assert [s.round for s in steps] == sorted(s.round for s in steps)
+        back = [s.domain[0] for s in steps[5:]]
+        counts += np.sort([back.count(n) for n in names])[::-1]
+    expected = 20 * 199 * np.arange(1, 6) ** -1.5
+    assert np.abs(counts / expected - 1).max() < 0.1
+
+
 def test_orders_are_parsed_and_typos_named():
     assert parse("correlated") == ("continual", "correlated")
     assert parse("mixed+dirichlet_rotta") == ("mixed", "dirichlet_rotta")
@@ -147,8 +208,12 @@ def make(configure, *more: str, workers: int = 0) -> ShiftStream:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "order", ["mixed+correlated", "correlated", "dirichlet_rotta", "gradual", "recurring+shuffled"]
-)
+    "order",
+    [
+        "mixed+correlated", "correlated", "dirichlet_rotta", "gradual", "recurring+shuffled",
+        "recurring_zipf+markov", "mixed+prior_drift",
+    ],
+)  # fmt: skip
 def test_a_stream_delivers_what_its_stored_order_says(configure, order):
     words = [f"scenario.order={order}", "scenario.rounds=2"]
     stream = make(configure, *words, "scenario.batch_size=7")
@@ -165,7 +230,9 @@ def test_a_stream_delivers_what_its_stored_order_says(configure, order):
         labels = stream.order["label"]
         assert np.array_equal(labels, np.sort(labels)) and len(stream.segments) == 1
         assert len(set(stream.order["domain"][:6])) == 2
-    if order.startswith("recurring"):
+    if order == "recurring_zipf+markov":
+        assert [s.round for s in stream.segments] in ([1, 1, 2], [1, 1, 2, 2])
+    elif order.startswith("recurring"):
         assert [s.round for s in stream.segments] == [1, 1, 2, 2]
 
 
