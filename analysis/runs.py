@@ -34,6 +34,7 @@ AVERAGE = ("scenario.order_seed",)  # settings that are repetitions, as the seed
 # Keys of a configuration that no number depends on, names, and the record of a search.
 NO_SETTING = (*VOLATILE, *(f"data.{key}" for key in VOLATILE_DATA), "seed", "tuned")
 NO_SETTING += tuple(f"{group}.{key}" for group in IDENTITY[:3] for key in ("name", "label"))
+NO_SETTING += ("time._target_",)
 SEEDS_AGREE = (
     "every seed gave the same numbers: nothing in it draws on the seed. The order of classes and "
     "images comes from scenario.order_seed ('scenario.order_seed=${seed}' makes it follow the seed)"
@@ -250,7 +251,7 @@ def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame
     done["order"] = orders.map(str).agg(", ".join, axis=1) if len(orders.columns) else ""
     done["stream"], done["method"] = "", done["strategy"]
     for _, group in done.groupby(["scenario", "backbone"]):
-        of_stream = [k for k in settings if k.startswith("config.scenario.")]
+        of_stream = [k for k in settings if k.startswith(("config.scenario.", "config.time."))]
         varied = [
             k
             for k in of_stream
@@ -259,7 +260,7 @@ def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame
         same = [group["strategy"], group["order"], *(labels.loc[group.index, k] for k in varied)]
         if labels.loc[group.index].groupby(same)["data.fingerprint"].nunique().max() > 1:
             varied.append("data.fingerprint")  # other images under one name
-        done.loc[group.index, "stream"] = _label(labels.loc[group.index, varied])
+        done.loc[group.index, "stream"] = _label(_without_implied(labels.loc[group.index, varied]))
     for (*_, rules), group in done.groupby([*PLACE, "strategy", "around"]):
         here = labels.loc[group.index].drop(columns="data.fingerprint")
         name = _label(_without_implied(here[[k for k in here if here[k].nunique() > 1]]))
@@ -287,11 +288,12 @@ def _without_implied(varied: pd.DataFrame) -> pd.DataFrame:
 
     `adapter=lora` says all that `conf/adapter/lora.yaml` holds.
     """
-    for name in [k for k in named(varied, "config.strategy.") if k.endswith(".name")]:
+    nodes = [k for group in ("strategy", "time") for k in named(varied, f"config.{group}.")]
+    for name in [k for k in nodes if k.endswith(".name")]:
         node = name.removesuffix("name")
         inside = [k for k in named(varied, node) if k != name]
         implied = [k for k in inside if varied.groupby(name)[k].nunique().max() == 1]
-        short = node.removeprefix("config.strategy.").rstrip(".")
+        short = node.removeprefix("config.").removeprefix("strategy.").rstrip(".")
         varied = varied.drop(columns=implied).rename(columns={name: short})
     return varied
 

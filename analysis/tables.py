@@ -33,6 +33,10 @@ SHIFT = (
     "forgetting",
     "source_forgetting",
     "source_forgetting_adapting",
+    "time/availability",
+    "time/err_served",
+    "time/timeliness",
+    "time/utility",
 )
 TASK = ("acc_inc", "acc_last", "plasticity", "stability", "forgetting", "bwt", "fwt")
 TASK += ("intransigence",)
@@ -53,7 +57,8 @@ SHARES = ("ece", "nll", "brier", "collapse")  # not in percent
 
 
 def smaller_is_better(metric: str) -> bool:
-    return metric.removeprefix("til/").startswith((*SMALLER, *SHARES, "nan"))
+    name = metric.removeprefix("til/").removeprefix("time/")
+    return name.startswith((*SMALLER, *SHARES, "nan", "missed", "spent"))
 
 
 def digits(metric: str) -> int:
@@ -62,7 +67,7 @@ def digits(metric: str) -> int:
         return COST[metric][1]
     if metric in SHARES:
         return 3
-    return 1 if metric.startswith(("err", "clean_err", "mce")) else 2
+    return 1 if metric.startswith(("err", "clean_err", "mce", "time/")) else 2
 
 
 def number(value: float, metric: str) -> str:
@@ -292,7 +297,14 @@ def main_table(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> Table:
     weights_text = [f"{tag} (hash {key})" for tag, key in weights.dropna().itertuples(index=False)]
     units = "" if {*SHARES} & {*chosen} else "In percent. "
     table.caption = f"{units}{table.caption} Weights: {', '.join(weights_text) or 'unknown'}."
+    table.caption += _timed(runs) if any(m.startswith("time/") for m in chosen) else ""
     return table
+
+
+def _timed(runs: pd.DataFrame) -> str:
+    """Which machine's time `time/...` speaks of."""
+    devices = runs.loc[runs["time.repeatable"] == False, "time.device"].unique()  # noqa: E712
+    return f" time/...: measured on {', '.join(devices) or 'no machine, latency given'}."
 
 
 def domain_table(runs: pd.DataFrame) -> Table | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,8 +64,7 @@ class Costs:
         self.end_seconds += time.perf_counter() - start
 
     def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
     def snapshot(self) -> dict[str, Any]:
         return {k: getattr(self, k) for k in KEPT}
@@ -102,6 +101,24 @@ class Costs:
             "parameters_total": sum(p.numel() for p in strategy.parameters()),
             "state_bytes": state_bytes(strategy),
         }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def durations(call: Callable[[], object], device: torch.device, times: int = 20) -> list[float]:
+    """Seconds of each of some calls, after three that are not counted."""
+    seconds = []
+    for _ in range(3 + times):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[3:]
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -37,17 +37,22 @@ def environment(device: torch.device) -> dict[str, Any]:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
-    cuda = device.type == "cuda"
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({cpu_name()})",
-        "driver": torch.version.cuda if cuda else None,
+        "device": device_name(device),
+        "driver": torch.version.cuda if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "processes": distributed.size(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU, or `cpu (MODEL)`."""
+    gpu = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if gpu else f"cpu ({cpu_name()})"
 
 
 def cpu_name() -> str:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from driftline.core import distributed
+from driftline.core.arrivals import Clock, Deadline
 from driftline.core.checkpoint import Checkpointer, Snapshots
 from driftline.core.console import Console
-from driftline.core.cost import Costs, reset_peak_memory
+from driftline.core.cost import Costs, durations, reset_peak_memory
 from driftline.core.errors import Diverged, UserError
 from driftline.core.features import FeatureCache
 from driftline.core.guard import Guard
 from driftline.core.metrics import AccuracyMatrix, NearFuture, OnlineError, Predictions
 from driftline.core.oracle import Oracle
 from driftline.core.ranges import Reaction
-from driftline.core.record import RunLogger
+from driftline.core.record import RunLogger, device_name
 from driftline.core.seed import rng_state, set_rng_state
-from driftline.core.strategy import CLStrategy, TTAStrategy, Wrapper
+from driftline.core.strategy import CLStrategy, Outputs, TTAStrategy, Wrapper
 from driftline.core.stream import Batch, ShiftStream, Skipped, Task, TaskStream
 
 
@@ -39,6 +41,8 @@ class Context:
     feature_cache_mb: float = 2048  # of test features in memory, MiB; 0 = nothing is kept
     meters: Mapping[str, Snapshots] = field(default_factory=dict)  # more that checkpoints hold
     guard: Reaction = "warn"  # what is done about numbers that go bad
+    clock: Clock | None = None  # None: the stream waits for the method
+    source: TTAStrategy | None = None  # the frozen model, where a clock needs it
 
 
 TOLD = ("acc_last", "acc_inc", "plasticity", "forgetting")  # with the task known at test
@@ -319,6 +323,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         "skipped": stream.skipped,
         "guard": guard,
         **run.meters,
+        **({"clock": run.clock} if run.clock else {}),
     }
     oracle = Oracle(stream.label_budget, sum(s.images for s in stream.segments))
     if strategy.buys_labels:
@@ -352,6 +357,19 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             strategy.restore(before)
             set_rng_state(random)
 
+    def missed(x: Tensor, who: Literal["source", "last"]) -> tuple[Tensor, Outputs]:
+        """Scores of somebody else for a batch that the method was too busy for, and their kind."""
+        if who == "source":
+            assert run.source is not None
+            return run.source.adapt(x), run.source.outputs
+        assert isinstance(run.clock, Deadline) and run.clock.before is not None
+        now = deepcopy(strategy.snapshot())
+        strategy.restore(run.clock.before)
+        try:
+            return predict(x), strategy.outputs
+        finally:
+            strategy.restore(now)
+
     def adapt(x: Tensor, where: str) -> Tensor:
         """The method's scores.
 
@@ -380,8 +398,10 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     reset_peak_memory(run.device)
     total = sum(s.steps for s in stream.segments)
     run.console.start(total, costs.steps, type(strategy.method).__name__)
+    clock, cold = run.clock, True
 
     for segment in stream.segments[at["segment"] :]:
+        before = sum(s.steps for s in stream.segments[: segment.index])
         if at["batch"] == 0:
             strategy.begin_segment()
         for i, batch in enumerate(segment.batches(at["batch"]), at["batch"]):
@@ -389,11 +409,29 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             if batch is None:
                 continue
             batch = batch.to(run.device)
-            with costs.step(len(batch.y)), oracle.batch(batch.y):
-                scores = adapt(batch.x, f"segment {segment.name}, batch {i}")
-            wrong = online.update(scores, batch.y, segment.index, batch.domain, strategy.outputs)
-            row = {"n": len(batch.y), "wrong": wrong, "seconds": costs.seconds, **guard.row}
-            if isinstance(strategy, Wrapper) and (events := strategy.events()):
+            if cold and clock is not None and clock.measured:
+                _warm_up(clock, strategy, run.source, batch.x, run.device)
+            cold = False
+            who = "method" if clock is None else clock.who(before + i + 1 == total)
+            kind, noted = strategy.outputs, {}
+            if who == "method":
+                if isinstance(clock, Deadline) and clock.missed == "last":
+                    clock.before = deepcopy(strategy.snapshot())
+                with costs.step(len(batch.y)), oracle.batch(batch.y):
+                    scores = adapt(batch.x, f"segment {segment.name}, batch {i}")
+                noted = guard.row
+            elif who == "frozen":
+                with costs.step(len(batch.y)):
+                    scores = predict(batch.x)
+            else:
+                scores, kind = missed(batch.x, who)
+            wrong = online.update(scores, batch.y, segment.index, batch.domain, kind)
+            seconds = costs.seconds if who in ("method", "frozen") else 0.0
+            row = {"n": len(batch.y), "wrong": wrong, "seconds": seconds, **noted}
+            if clock is not None:
+                clock.answered(who, seconds, wrong, len(batch.y))
+                row["answer"] = who
+            if who == "method" and isinstance(strategy, Wrapper) and (events := strategy.events()):
                 row["event"] = ", ".join(events)
             run.log.log("batches", segment=segment.index, batch=i, **row)
             run.checkpoint.tick(strategy, meters, segment=segment.index, batch=i + 1)
@@ -418,7 +456,30 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     metrics.update(_source_forgetting(clean_adapting, "_adapting"))
     cost = costs.summary(strategy)
     report = strategy.report() | (oracle.report() if strategy.buys_labels else {})
-    return {"metrics": metrics, "cost": cost, "method": report, "guard": guard.summary()}
+    result = {"metrics": metrics, "cost": cost, "method": report, "guard": guard.summary()}
+    if clock is not None:
+        metrics |= clock.summary()
+        result["time"] = clock.about() | {"device": device_name(run.device)}
+    return result
+
+
+def _warm_up(
+    clock: Clock, strategy: TTAStrategy, source: TTAStrategy | None, x: Tensor, device: torch.device
+) -> None:
+    """Measure the source where the clock needs it, and let the method do what a first call does.
+
+    The method and all random numbers are then as before.
+    """
+    if not clock.unit:
+        assert source is not None
+        clock.calibrate(durations(lambda: source.adapt(x), device))
+    before, random = deepcopy(strategy.snapshot()), rng_state()
+    try:
+        with suppress(Diverged):
+            strategy.adapt(x)
+    finally:
+        strategy.restore(before)
+        set_rng_state(random)
 
 
 def _source_forgetting(clean: AccuracyMatrix, variant: str) -> dict[str, float]:

@@ -14,7 +14,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from driftline.core import distributed
-from driftline.core.build import nodes
+from driftline.core.arrivals import Clock
+from driftline.core.build import build, nodes
 from driftline.core.checkpoint import Checkpointer, Signals, Stopped
 from driftline.core.console import Console
 from driftline.core.errors import UserError, shortage
@@ -177,6 +178,7 @@ def _execute(
     if prepared is not None:
         seed_all(cfg.seed)  # whether the artefact was cached changes nothing
     replayed = _hand_source(cfg, strategy, stream)
+    clock, source_model = _clock(cfg, stream, geometry, device)
 
     git, patch = git_state()
     about = {
@@ -211,6 +213,8 @@ def _execute(
             cfg.runtime.feature_cache_mb,
             {"kernel": dispatch.Record()},
             cfg.guard,
+            clock,
+            source_model,
         )
         try:
             if isinstance(stream, TaskStream):
@@ -268,6 +272,29 @@ def _execute(
     console.say(result_table(summary))
     console.say(f"results: {folder}")
     return summary
+
+
+def _clock(
+    cfg: DictConfig, stream: Stream, geometry: Geometry, device: torch.device
+) -> tuple[Clock | None, TTAStrategy | None]:
+    """What `time=` simulates, and the frozen model where that answers or is timed."""
+    if cfg.get("time") is None:
+        return None, None
+    clock: Clock = build(cfg.time, at="time")
+    if clock.missed != "source" and clock.unit:
+        return clock, None
+    random = rng_state()
+    source = make_strategy(_as_source(cfg), stream, geometry, device)[0]
+    set_rng_state(random)
+    assert isinstance(source, TTAStrategy)
+    return clock, source
+
+
+def _as_source(cfg: DictConfig) -> DictConfig:
+    """The same settings with the frozen model."""
+    with open_dict(cfg := cfg.copy()):
+        cfg.strategy, cfg.around = load_option("strategy", "source"), {}
+    return cfg
 
 
 def _prepare(
@@ -439,7 +466,8 @@ def _beside(
     with open_dict(cfg := cfg.copy()):
         cfg.strategy, cfg.around, cfg.reference, cfg.on_exists = strategy, {}, None, "skip"
         cfg.guard = "warn"
-        cfg.pop("tuned", None)
+        for key in ("tuned", "time"):  # what others are compared with, they all are
+            cfg.pop(key, None)
         if "label_budget" in cfg.scenario and strategy.name == "source":
             cfg.scenario.label_budget = None  # of no matter to the frozen model
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}

@@ -81,6 +81,7 @@ class Settings(TypedDict):
     backbone: dict[str, Any]
     around: dict[str, Any]
     logger: dict[str, Any]
+    time: NotRequired[dict[str, Any] | None]
     tuned: NotRequired[dict[str, Any]]  # by scripts/tune.py
 
 
@@ -102,6 +103,7 @@ LIVE = {
     "backbone": (),
     "around": ("inner", "source"),
     "logger": ("about",),
+    "time": (),
 }
 
 
@@ -140,6 +142,7 @@ def check_settings(cfg: DictConfig) -> None:
         check_value(plain[place].get("name"), PlainName, at=f"{place}.name")
     _check_strategy(plain["strategy"])
     check_around(plain["around"], plain["strategy"])
+    _check_time(plain.get("time"), plain["strategy"])
     _check_scenario(plain["scenario"], real=not embedded(plain))
     name = plain["backbone"].get("name")
     if name == "auto":
@@ -192,6 +195,22 @@ def check_around(rules: Mapping[str, Any], strategy: Mapping[str, Any]) -> None:
         raise UserError(
             f"around=[{','.join(misfits)}]: goes around {of[0]}, and "
             f"strategy={strategy['name']} {of[1]}: leave around out"
+        )
+
+
+def _check_time(node: Mapping[str, Any] | None, strategy: Mapping[str, Any]) -> None:
+    """`time=...` simulates a clock, and only on a stream that is adapted to."""
+    if node is None:
+        return
+    name = node.get("name")
+    if "_target_" not in node:
+        raise UserError("time.*: no clock is chosen; add time=deadline, time=decay or time=budget")
+    _made(node, "time", "Clock")
+    check(node, at="time", live=LIVE["time"])
+    if not _adapts(strategy, "strategy"):
+        raise UserError(
+            f"time={name} is for test-time adaptation, and strategy={strategy['name']} learns "
+            "tasks: leave time out"
         )
 
 

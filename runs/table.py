@@ -43,11 +43,12 @@ def result_table(summary: dict[str, Any]) -> str:
     rows.append(("mean", *(f"{m['err_mean']:.1f}" for m in columns.values())))
     names = ("plasticity", "stability", "forgetting", "source_forgetting")
     names += ("source_forgetting_adapting", "collapse", "nan")
-    figures = [f"{k} {metrics[k]:.2f}" for k in names if k in metrics]
+    shown = [k for k in names if k in metrics] + [k for k in metrics if k.startswith("time/")]
+    figures = [f"{k} {metrics[k]:.2f}" for k in shown]
     figures += [f"{k} {v:g}" for k, v in summary.get("method", {}).items()]
     figures = [text for text in figures if text not in ("collapse 0.00", "nan 0.00")]
     foot = [*([", ".join(figures)] if figures else []), *_guarded(summary), *foot]
-    foot = [*_doubted(summary), *foot, *_published(summary)]
+    foot = [*_doubted(summary), *foot, *_timed(summary), *_published(summary)]
     return "\n".join([title, table(head, rows), *foot])
 
 
@@ -59,6 +60,17 @@ def _doubted(summary: dict[str, Any]) -> list[str]:
         return []
     often = "worse than not adapting is likely" if 2 * worse > judged else "worse now and then"
     return [f"{often}: {worse:g} of {judged:g} comparisons without labels (around=rails)"]
+
+
+def _timed(summary: dict[str, Any]) -> list[str]:
+    """Whose time `time/...` speaks of; none where the stream waited for the method."""
+    if "time" not in summary:
+        return []
+    time = summary["time"]
+    latency = time["latency"]
+    of_method = latency if latency == "measured" else f"{latency:g} s a batch"
+    text = f"time={time['protocol']}: latency {of_method}, source {time['source_seconds']:.3g} s"
+    return [text if time["repeatable"] else f"{text}, on {time['device']}"]
 
 
 def _guarded(summary: dict[str, Any]) -> list[str]:
