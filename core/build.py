@@ -6,8 +6,10 @@ node with it without building anything, `build` checks and then calls the target
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
+import pkgutil
 import re
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,23 +19,24 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from driftline.core.errors import UserError, suggest
-from driftline.core.ranges import Later, Without, alternatives, bare, describe, fits
+from driftline.core.ranges import Flat, Later, Without, alternatives, bare, describe, fits
 
 FOLDERS = ("cl", "tta", "backbones", "parts", "streams", "core", "kernels")
 
 
-def locate(target: Any, at: str = "") -> Any:
+def locate(target: Any, at: str = "", key: str = "_target_") -> Any:
     """The class or function that a dotted `_target_` names: one of ours or of any other package.
 
     Whether it makes what is wanted at its place is for the caller to check.
 
     Args:
         at: where the node stands in the configuration, for messages.
+        key: the option that holds the name.
 
     Raises:
         UserError: for a target that does not exist.
     """
-    key = f"{at}._target_" if at else "_target_"
+    key = f"{at}.{key}" if at else key
     if not isinstance(target, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", target):
         raise UserError(
             f"{key}={target!r} is no dotted name; write it like driftline.tta.tent.Tent or "
@@ -62,10 +65,10 @@ def result(target: Any) -> Any:
 
 @cache
 def _hints(target: Any) -> dict[str, Any]:
+    if inspect.isclass(target) and not dataclasses.is_dataclass(target):
+        target = target.__init__  # the fields of a dataclass may come from several modules
     try:
-        return typing.get_type_hints(
-            target.__init__ if inspect.isclass(target) else target, include_extras=True
-        )
+        return typing.get_type_hints(target, include_extras=True)
     except TypeError:  # compiled code has no annotations
         return {}
 
@@ -108,13 +111,87 @@ def check_call(
     Raises:
         UserError: as for `check`, which says what the arguments are.
     """
-    parameters = inspect.signature(target).parameters
-    hints = _hints(target)  # once: resolving annotations is slow
-    kinds = {k: hints.get(k, Any) for k in parameters if k not in live and k != "self"}
-    required = {k for k in kinds if parameters[k].default is inspect.Parameter.empty}
+    kinds, required = _kinds(target, options, at, live)
     if "name" not in kinds:
         options = {k: v for k, v in options.items() if k != "name"}
+    for rule in _flat(target).values():
+        of = f" ({at}.{rule.by}={options[rule.by]})" if rule.by else of
     check_options(options, kinds, required, at=at, of=of, live=live)
+
+
+def options_of(target: Any, options: Mapping[str, Any], *, at: str = "") -> set[str]:
+    """Names of all options of a target, those of its flat parts among them.
+
+    Args:
+        options: of its node, which may choose the class of a part.
+    """
+    return set(_kinds(target, options, at, ())[0])
+
+
+def _kinds(
+    target: Any, options: Mapping[str, Any], at: str, live: Collection[str]
+) -> tuple[dict[str, Any], set[str]]:
+    """What each option of a target may be, and which of them must be there."""
+    parameters = inspect.signature(target).parameters
+    hints = _hints(target)  # once: resolving annotations is slow
+    flat = _flat(target)
+    names = [k for k in parameters if k not in live and k not in flat and k != "self"]
+    kinds = {k: hints.get(k, Any) for k in names}
+    required = {k for k in kinds if parameters[k].default is inspect.Parameter.empty}
+    for key, rule in flat.items():
+        if rule.by:
+            kinds[rule.by] = str
+            required.add(rule.by)
+        inner, needed = _kinds(_chosen(hints[key], rule, options, at), options, at, live)
+        kinds |= inner
+        required |= needed
+    return kinds, required
+
+
+@cache
+def _flat(target: Any) -> dict[str, Flat]:
+    """The parameters of a target that are made of options of its own node."""
+    rules = {k: next((r for r in bare(v)[1] if isinstance(r, Flat)), None)
+             for k, v in _hints(target).items()}  # fmt: skip
+    return {k: rule for k, rule in rules.items() if rule is not None}
+
+
+def _chosen(kind: Any, rule: Flat, options: Mapping[str, Any], at: str) -> Any:
+    """The class of a flat part.
+
+    Raises:
+        UserError: if its name is missing or names nothing of that kind.
+    """
+    part, _ = bare(kind)
+    if not rule.by:
+        return part
+    name = options.get(rule.by)
+    if name is None:
+        raise UserError(f"{at}.{rule.by} is missing")
+    if not isinstance(name, str) or "." in name:
+        chosen = locate(name, at, rule.by)
+        if not inspect.isclass(chosen) or not issubclass(chosen, part):
+            raise UserError(f"{at}.{rule.by}={name} is no subclass of {part.__name__}")
+        return chosen
+    package = importlib.import_module(rule.within)
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    own = _of_file(part, f"{rule.within}.{name}") if name in names else None
+    if own is None:
+        fitting = [n for n in names if _of_file(part, f"{rule.within}.{n}")]
+        raise UserError(
+            f"{at}.{rule.by}={name} is nothing that this {at} can use{suggest(name, fitting)}. "
+            f"It can use {', '.join(fitting)}, or the dotted path of a class of yours"
+        )
+    return own
+
+
+def _of_file(part: Any, module: str) -> Any:
+    """The class of a file that is a `part`; None where there is none."""
+    things = vars(importlib.import_module(module)).values()
+    return next(
+        (t for t in things
+         if inspect.isclass(t) and issubclass(t, part) and t.__module__ == module), None
+    )  # fmt: skip
 
 
 def check_options(
@@ -243,12 +320,25 @@ def build(node: DictConfig | dict[str, Any], /, *, at: str, **live: Any) -> Any:
 
 def _call(node: Mapping[str, Any], at: str, live: Mapping[str, Any]) -> partial[Any]:
     """The target of a checked node with its options; without the arguments known later alone."""
-    target = locate(node["_target_"], at)
-    hints = _hints(target)
-    parameters = inspect.signature(target).parameters
     options = {k: v for k, v in node.items() if k != "_target_"}
-    if "name" not in parameters:
-        options.pop("name", None)
+    return _bound(locate(node["_target_"], at), options, at, live)
+
+
+def build_part(kind: Any, options: Mapping[str, Any], /, *, at: str, **live: Any) -> Any:
+    """One flat part of checked options, `kind` being `Annotated[Part, Flat(...)]`."""
+    rule = next(r for r in bare(kind)[1] if isinstance(r, Flat))
+    return _bound(_chosen(kind, rule, options, at), options, at, live)()
+
+
+def _bound(
+    target: Any, options: Mapping[str, Any], at: str, live: Mapping[str, Any]
+) -> partial[Any]:
+    """A target with those of the checked options that are its own."""
+    hints = _hints(target)
+    flat = _flat(target)
+    parts = {key: build_part(hints[key], options, at=at, **live) for key in flat}
+    names = inspect.signature(target).parameters
+    options = {k: v for k, v in options.items() if k in names and k not in flat}
     for key, value in options.items():
         kind, _ = bare(hints.get(key, Any))
         if _later(hints.get(key, Any)):
@@ -259,7 +349,7 @@ def _call(node: Mapping[str, Any], at: str, live: Mapping[str, Any]) -> partial[
             options[key] = float(value)
         elif typing.get_origin(kind) is tuple:
             options[key] = tuple(value)
-    return partial(target, **asked(target, live), **options)
+    return partial(target, **asked(target, live), **parts, **options)
 
 
 def asked(make: Callable[..., Any], live: Mapping[str, Any]) -> dict[str, Any]:

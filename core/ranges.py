@@ -36,6 +36,22 @@ class Later:
 
 
 @dataclass(frozen=True)
+class Flat:
+    """In `Annotated[Part, Flat()]`: a parameter made of options that stand in the owner's node.
+
+    The parameters of `Part` are options of that node like those of its owner; several parts may
+    read the same one.
+
+    Args:
+        by: option that chooses the class, a subclass of `Part`: the name of a file in the package
+            `within`, or the dotted path of a class anywhere. Empty: `Part` itself.
+    """
+
+    by: str = ""
+    within: str = ""
+
+
+@dataclass(frozen=True)
 class Without:
     """In `Annotated[Part, Without(...)]`: options of that node which its owner does not read.
 

@@ -205,7 +205,8 @@ def _options(group: str) -> list[str]:
     options = papers.options(group) if group in papers.GROUPS else []
     for folder in config_folders():
         files = (folder / group).rglob("*.yaml")
-        options += sorted(p.relative_to(folder / group).with_suffix("").as_posix() for p in files)
+        names = (p.relative_to(folder / group).with_suffix("").as_posix() for p in files)
+        options += sorted(name for name in names if not name.startswith("base/"))
     return [*options, *(["basic"] if group == "hydra/launcher" else [])]
 
 

@@ -42,7 +42,7 @@ from driftline.runs.machine import set_up
 from driftline.runs.prepare import prepare
 from driftline.runs.schema import check_settings, embedded
 from driftline.runs.table import result_table
-from driftline.streams.datasets import ORIGIN
+from driftline.streams.dataset import about
 from driftline.streams.pipelines import Geometry
 
 
@@ -366,10 +366,10 @@ def _prepare_only(
 
 
 def _how_to_real(cfg: DictConfig) -> str:
-    dataset = cfg.scenario.dataset
+    published = about(cfg.scenario.dataset).published
     return (
         "procedural stand-in images made by this project, not the data set of that name. "
-        f"To run on the real one: add data.root=/path/to/data (published at {ORIGIN[dataset]})"
+        f"To run on the real one: add data.root=/path/to/data (published at {published})"
     )
 
 

@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -27,15 +27,16 @@ from torch import Tensor
 
 from driftline.backbones.backbone import Backbone, weights_hash
 from driftline.core import papers
-from driftline.core.build import build
+from driftline.core.build import build, build_part
 from driftline.core.errors import UserError
 from driftline.core.files import write_text
 from driftline.core.seed import derive
 from driftline.runs.execute import complete, set_up
 from driftline.streams import corruptions as C
-from driftline.streams.pairs import corrupt_pair, corruption_names, images_of, key
+from driftline.streams.corrupted import frost_content
+from driftline.streams.dataset import NAMED, CleanData
+from driftline.streams.pairs import corrupt_pair, corruption_names, key
 from driftline.streams.severities import HIGHEST, STEP
-from driftline.streams.shifts import frost_content
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,7 +139,9 @@ def main(words: list[str] | None = None) -> None:
     device = set_up(cfg)
     names = corruption_names(scenario.corruptions, float(scenario.baseline))
     root = cfg.data.root
-    found = images_of(scenario.dataset, root, scenario.image_list, scenario.order_seed, args.images)
+    wanted = {**scenario, "clean_images": args.images}
+    data: CleanData = build_part(Annotated[CleanData, NAMED], wanted, at="scenario", data_root=root)
+    found = data.images()
     apart = len(found.held_out) >= args.images
     rows = found.held_out if apart else found.rows
     if not 1 <= args.images <= len(rows):
@@ -149,11 +152,9 @@ def main(words: list[str] | None = None) -> None:
     torch.manual_seed(0)
     net: Backbone = build(cfg.backbone, at="backbone").to(device).eval()
     options = {
-        "preset": "imagenet" if scenario.dataset == "imagenet_c" else "cifar",
+        "preset": data.preset,
         "seed": int(scenario.corruption_seed) + 1,  # other draws than the stream's
-        "jpeg_quality": scenario.jpeg_quality
-        if root and scenario.dataset == "imagenet_c"
-        else None,
+        "jpeg_quality": scenario.jpeg_quality if root and data.preset == "imagenet" else None,
         "frost_dir": scenario.frost_dir,
     }
     settings: dict[str, Any] = {

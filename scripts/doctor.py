@@ -235,12 +235,10 @@ def _cifar_c(report: Report, root: Path) -> int:
 
 def _imagenet_c(report: Report, root: Path) -> int:
     """ImageNet-C: folders, the images of one of them, and a few that must decode."""
-    from driftline.streams.datasets import GROUPS
+    from driftline.streams.data.imagenet_c import FOLDERS, GROUPS
     from driftline.streams.images import open_rgb
 
-    bases = [
-        b for b in (root / n for n in ("ImageNet-C", "imagenet-c", "imagenet_c")) if b.is_dir()
-    ]
+    bases = [b for b in (root / n for n in FOLDERS) if b.is_dir()]
     if not bases:
         return 0
     base = bases[0]
@@ -274,7 +272,7 @@ def _imagenet_c(report: Report, root: Path) -> int:
 
 def _imagenet(report: Report, root: Path) -> int:
     """Clean ImageNet images, as the scenarios look for them."""
-    from driftline.streams.datasets import imagenet_clean
+    from driftline.streams.data.imagenet import imagenet_clean
     from driftline.streams.images import open_rgb
 
     try:

@@ -36,11 +36,13 @@ from driftline.core.files import replacing, write_bytes, write_json, write_text
 from driftline.core.processes import Lock
 from driftline.core.stream import Skipped
 from driftline.streams import corruptions as C
-from driftline.streams.datasets import MANIFEST, cifar, existing_root, imagenet_clean
-from driftline.streams.images import Derived, Files, ImageSet, channels_last
+from driftline.streams.corrupted import MANIFEST, corrupted, corruption_names, frost_source
+from driftline.streams.data.cifar10 import cifar
+from driftline.streams.data.imagenet import cropped, imagenet_clean
+from driftline.streams.dataset import about, existing_root
+from driftline.streams.images import Files, ImageSet, channels_last
 from driftline.streams.loading import Reader, Rows
 from driftline.streams.pipelines import as_stored
-from driftline.streams.shifts import CROP, corrupted, corruption_names, crop, frost_source
 
 FOLDERS = {"imagenet_c": "ImageNet-C", "cifar10_c": "CIFAR-10-C", "cifar100_c": "CIFAR-100-C"}
 BATCH = 64
@@ -265,12 +267,12 @@ def generate(args: argparse.Namespace) -> None:
     clean: ImageSet
     layout: ImageNet | Cifar
     if dataset == "imagenet_c":
-        files = imagenet_clean(existing_root(args.data, "imagenet"))
-        clean = Derived(files, crop, CROP)
+        files = imagenet_clean(existing_root(args.data, about("imagenet")))
+        clean = cropped(files)
         layout = ImageNet(folder, files, args.jpeg_quality)
     else:
         which = "cifar10" if dataset == "cifar10_c" else "cifar100"
-        clean = cifar(existing_root(args.data, which), which, train=False)
+        clean = cifar(existing_root(args.data, about(which)), which, train=False)
         layout = Cifar(folder, clean)
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder)

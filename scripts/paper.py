@@ -33,7 +33,7 @@ from driftline.core.console import table
 from driftline.core.errors import suggest
 from driftline.core.files import Damaged, read_record
 from driftline.core.paths import CONF, results_folder
-from driftline.streams.datasets import LAYOUT, ORIGIN
+from driftline.streams.dataset import about
 
 CIFAR = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # their folders have other names
 Figure = dict[str, Any]
@@ -60,11 +60,12 @@ def needs(preset: str) -> tuple[str, str]:
     """Name and expected place of a preset's images: "CIFAR-10-C", "<data.root>/CIFAR-10-C/..."."""
     settings = papers.words("experiment", preset)
     source = dataset(settings["scenario"])
+    record = about(source)
     if label := settings.get("scenario.label"):
         table_of = f"papers/{preset.partition('/')[0]}.yaml"
-        return label.removeprefix("split_"), f"{LAYOUT[source]}, see the head of {table_of}"
-    name = CIFAR.get(source) or LAYOUT[source].split("/")[1]
-    return name, f"{LAYOUT[source]}, published at {ORIGIN[source]}"
+        return label.removeprefix("split_"), f"{record.layout}, see the head of {table_of}"
+    name = CIFAR.get(source) or record.layout.split("/")[1]
+    return name, f"{record.layout}, published at {record.published}"
 
 
 def methods_in(preset: str) -> list[str]:

@@ -1,21 +1,21 @@
-"""Class-incremental task streams: one function for CIFAR, image folders and the embedded set."""
+"""Class-incremental task streams: the classes of a data set, some at a time."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from driftline.core.errors import UserError
-from driftline.core.ranges import Count, CountOrZero, PlainName, Seed
+from driftline.core.ranges import Count, CountOrZero, Flat, PlainName, Seed
 from driftline.core.seed import derive
 from driftline.core.stream import NEW_CLASSES, Skipped, Task, TaskStream
-from driftline.streams.datasets import cifar, existing_root, expected
-from driftline.streams.images import ImageSet, fingerprint, image_folder
-from driftline.streams.loading import Reader, Rows
-from driftline.streams.pipelines import Geometry, Name
-from driftline.streams.store import ImageStore, TaskImages
+from driftline.streams.dataset import NAMED, SplitData
+from driftline.streams.images import ImageSet, fingerprint
+from driftline.streams.loading import Rows
+from driftline.streams.store import TaskLoading
 
 
 def order_of_classes(
@@ -56,57 +56,31 @@ def task_sizes(classes: int, base: int, increment: int) -> list[int]:
     return sizes
 
 
-def _load(
-    dataset: Literal["cifar10", "cifar100", "imagefolder"],
-    root: str | None,
-    per_class: tuple[int, int],
-) -> tuple[ImageSet, ImageSet]:
-    if root is None:
-        from driftline.streams.embedded import TASK_CLASSES, EmbeddedImages
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """Which classes a task brings, and how many images of them.
 
-        classes = TASK_CLASSES[:10] if dataset == "cifar10" else TASK_CLASSES
-        train, test = (
-            EmbeddedImages(classes=classes, split=split, per_class=n)
-            for split, n in zip(("train", "test"), per_class, strict=True)
-        )
-        return train, test
-    path = existing_root(root, dataset)
-    if dataset == "imagefolder":
-        train, test = (image_folder(path / s, expected(dataset)) for s in ("train", "test"))
-        unknown = sorted(set(test.class_names) - set(train.class_names))
-        if unknown:
-            raise UserError(f"{path / 'test'} has classes that train lacks: {unknown[:5]}")
-        position = np.asarray([train.class_names.index(c) for c in test.class_names])
-        test.labels, test.class_names = position[test.labels], train.class_names
-        return train, test
-    return cifar(path, dataset, train=True), cifar(path, dataset, train=False)
+    With `shots` the tasks after the first hold so many images a class (few-shot sessions); with
+    `single_pass` every image is seen once (online), whatever the strategy's epochs.
+    """
+
+    base: CountOrZero
+    increment: Count
+    class_order: Literal["seeded", "fixed"] | list[CountOrZero]
+    order_seed: Seed
+    shots: Count | None
+    single_pass: bool
 
 
 def split_stream(
     *,
     label: PlainName,
-    dataset: Literal["cifar10", "cifar100", "imagefolder"],
-    base: CountOrZero,
-    increment: Count,
-    class_order: Literal["seeded", "fixed"] | list[CountOrZero],
-    order_seed: Seed,
-    batch_size: Count,
-    test_batch_size: Count,
-    pipeline: Name,
-    embedded_images: tuple[Count, Count],
-    shots: Count | None,
-    single_pass: bool,
-    data_root: str | None,
-    on_error: Literal["raise", "skip"],
-    workers: int,
+    data: Annotated[SplitData, NAMED],
+    classes: Annotated[Classes, Flat()],
+    loading: Annotated[TaskLoading, Flat()],
     seed: int,
-    geometry: Geometry,
-    store: ImageStore,
 ) -> TaskStream:
     """A class-incremental stream (B0-IncN, Bm-IncN) with a fixed class order.
-
-    With `shots` the tasks after the first hold so many images a class (few-shot sessions); with
-    `single_pass` every image is seen once (online), whatever the strategy's epochs.
 
     Labels are renamed by position in the order, so tasks hold contiguous ranges. The order of
     epoch e is a function of (seed, task, epoch); augmentation draws are keyed by image as well.
@@ -114,32 +88,27 @@ def split_stream(
     Raises:
         UserError: for missing data or settings that do not fit.
     """
-    train, test = _load(dataset, data_root, embedded_images)
-    order = order_of_classes(train.num_classes, class_order, order_seed)
+    train, test = data.split()
+    shots, order_seed, batch_size = classes.shots, classes.order_seed, loading.batch_size
+    order = order_of_classes(train.num_classes, classes.class_order, order_seed)
     position = np.argsort(order)
-    sizes = task_sizes(train.num_classes, base, increment)
+    sizes = task_sizes(train.num_classes, classes.base, classes.increment)
     skipped = Skipped()
     images = {
-        split: TaskImages(
-            Reader([found], skipped, workers, on_error, store.device),
-            pipeline,
-            geometry,
-            dataset != "imagefolder",
-            store,
-        )
+        split: loading.images(found, skipped, data.cifar)
         for split, found in (("train", train), ("test", test))
     }
 
-    def rows(images: ImageSet, classes: range) -> Rows:
+    def rows(images: ImageSet, positions: range) -> Rows:
         label = position[images.labels]
-        row = np.flatnonzero((label >= classes.start) & (label < classes.stop))
+        row = np.flatnonzero((label >= positions.start) & (label < positions.stop))
         return Rows(row, label[row], np.zeros(len(row), np.int64))
 
     tasks, dealt = [], []
     for index, size in enumerate(sizes):
         first = sum(sizes[:index])
-        classes = range(first, first + size)
-        pool = rows(train, classes)
+        positions = range(first, first + size)
+        pool = rows(train, positions)
         if shots is not None and index:
             pool = _few(pool, shots, np.random.default_rng(derive(order_seed, "shots", index)))
         if not len(pool):
@@ -149,12 +118,12 @@ def split_stream(
         tasks.append(
             Task(
                 index=index,
-                name=f"classes {classes.start}-{classes.stop - 1}",
-                classes=classes,
+                name=f"classes {positions.start}-{positions.stop - 1}",
+                classes=positions,
                 steps=-(-len(pool) // batch_size),
                 train=partial(images["train"].shuffled, index, pool, batch_size, seed),
-                fit=partial(images["train"].fixed, pool, test_batch_size),
-                test=partial(images["test"].fixed, rows(test, classes), test_batch_size),
+                fit=partial(images["train"].fixed, pool, loading.test_batch_size),
+                test=partial(images["test"].fixed, rows(test, positions), loading.test_batch_size),
                 read=images["train"].again,
             )
         )
@@ -162,11 +131,11 @@ def split_stream(
         "classes": train.num_classes,
         "class_order": order,
         "task_sizes": sizes,
-        "pipeline": pipeline,
+        "pipeline": loading.pipeline,
         "train_images": len(train.labels),
         "test_images": len(test.labels),
         "shots": shots,
-        "single_pass": single_pass,
+        "single_pass": classes.single_pass,
         "fingerprint": fingerprint(
             train.content(), test.content(), order, sizes, *([shots] if shots else [])
         ),
@@ -178,7 +147,7 @@ def split_stream(
         facts=facts,
         skipped=skipped,
         batch_size=batch_size,
-        single_pass=single_pass,
+        single_pass=classes.single_pass,
         order={  # as the first epoch delivers them
             "task": np.concatenate([np.full(len(r), i) for i, r in enumerate(dealt)]),
             "row": np.concatenate([r.row for r in dealt]),

@@ -49,7 +49,7 @@ import numpy as np
 
 from driftline.core.errors import UserError, suggest
 
-Domain = tuple[str, int]  # corruption, severity
+Domain = tuple[str, int]  # corruption, severity; severity 0: there are none
 
 DOMAIN_ORDERS = (
     "continual", "gradual", "gradual_full", "mixed", "recurring", "recurring_zipf",
@@ -123,6 +123,12 @@ def parse(order: str) -> tuple[str, str | None]:
     return domain or "continual", label
 
 
+def called(domain: Domain) -> str:
+    """`fog:5`, or the name alone where there are no severities (0)."""
+    name, severity = domain
+    return f"{name}:{severity}" if severity else name
+
+
 def plan(
     order: str,
     names: list[str],
@@ -145,19 +151,21 @@ def plan(
         return [Step(f"{i}/{n}:{s}", (n, s), 1) for i, (n, s) in enumerate(steps)]
     once = [(n, s) for n in names for s in severities]
     if order == "recurring":
-        return [Step(f"r{r}/{n}:{s}", (n, s), r) for r in range(1, rounds + 1) for n, s in once]
+        return [
+            Step(f"r{r}/{called((n, s))}", (n, s), r) for r in range(1, rounds + 1) for n, s in once
+        ]
     if order == "recurring_zipf":
         assert rng is not None
         chance = (1.0 + rng.permutation(len(once))) ** -zipf
         back = rng.random((rounds, len(once))) < chance
         back[0] = True
         return [
-            Step(f"r{r + 1}/{n}:{s}", (n, s), r + 1)
+            Step(f"r{r + 1}/{called((n, s))}", (n, s), r + 1)
             for r in range(rounds)
             for (n, s), comes in zip(once, back[r], strict=True)
             if comes
         ]
-    return [Step(f"{n}:{s}", (n, s), 1) for n, s in once]
+    return [Step(called((n, s)), (n, s), 1) for n, s in once]
 
 
 # ------------------------------------------------------------------ labels

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import driftline.core.vision  # noqa: F401  # isort: skip
 
@@ -34,28 +34,27 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from driftline.core.errors import UserError, suggest
-from driftline.core.ranges import Count, CountOrZero, Percent, PlainName, Seed, Unit, distinct
+from driftline.core.ranges import (
+    Count,
+    CountOrZero,
+    Flat,
+    Percent,
+    PlainName,
+    Seed,
+    Unit,
+    distinct,
+)
 from driftline.core.seed import derive
 from driftline.core.stream import Batch, Segment, ShiftStream, Skipped
 from driftline.streams import corruptions as C
+from driftline.streams.corrupted import frost_content, frost_source
 from driftline.streams.corruption_ops.common import jpeg
-from driftline.streams.datasets import cifar, existing_root, imagenet_clean
-from driftline.streams.images import Derived, Generated, ImageSet, fingerprint
-from driftline.streams.loading import Reader, Rows
+from driftline.streams.dataset import NAMED, CleanData
+from driftline.streams.images import Generated, ImageSet, fingerprint
+from driftline.streams.loading import Rows
 from driftline.streams.pipelines import as_stored, seeded
 from driftline.streams.severities import HIGHEST, NAMES, STEP, interpolated
-from driftline.streams.shifts import (
-    CROP,
-    LABELS,
-    Dataset,
-    chosen,
-    crop,
-    frost_content,
-    frost_source,
-    provided,
-    surroundings,
-)
-from driftline.streams.store import ImageStore
+from driftline.streams.shifts import Beside, Loading, provided, surroundings
 
 Pair = tuple[str, str]
 Cells = list[tuple[int, int]]  # severities of a and b, in quarters
@@ -312,46 +311,6 @@ def _deal(walks: Sequence[Cells], rows: np.ndarray, images: int, speed: int, see
     )
 
 
-@dataclass(frozen=True)
-class _Images:
-    """The clean images that a stream is made from, and those beside it."""
-
-    base: ImageSet
-    rows: np.ndarray  # of `base`, to draw from
-    clean: ImageSet
-    held_out: np.ndarray  # rows of `clean` that are not in `rows`
-    crop: bool  # random crops, as the official code
-
-
-def images_of(
-    dataset: Dataset, data_root: str | None, image_list: str, order_seed: int, clean_images: int
-) -> _Images:
-    """Clean images for `pair_stream` and for its calibration.
-
-    Raises:
-        UserError: for missing data.
-    """
-    if data_root is None:
-        from driftline.streams.embedded import SHIFT_CLASSES, EmbeddedImages
-
-        base, probe = (
-            EmbeddedImages(SHIFT_CLASSES, split=split, per_class=count)
-            for split, count in (
-                ("test", 40),
-                ("probe", max(1, -(-clean_images // len(SHIFT_CLASSES)))),
-            )
-        )
-        return _Images(base, np.arange(400), probe, np.arange(len(probe.labels)), False)
-    if dataset == "imagenet_c":
-        files = imagenet_clean(existing_root(data_root, "imagenet"))
-        rows = chosen(files.names, image_list, order_seed, files.root)
-        held_out = np.setdiff1d(np.arange(len(files.labels)), rows)
-        return _Images(files, rows, Derived(files, crop, CROP), held_out, True)
-    which: Literal["cifar10", "cifar100"] = "cifar10" if dataset == "cifar10_c" else "cifar100"
-    base = cifar(existing_root(data_root, which), which, train=False)
-    return _Images(base, np.arange(len(base.labels)), base, np.zeros(0, np.int64), False)
-
-
 def corruption_names(given: list[str] | None, baseline: float) -> list[str]:
     """`scenario.corruptions`, or those published for the baseline.
 
@@ -370,67 +329,71 @@ def corruption_names(given: list[str] | None, baseline: float) -> list[str]:
     return names
 
 
+@dataclass(frozen=True, kw_only=True)
+class Walks:
+    """The sequence of pairs and of their severities."""
+
+    baseline: Percent
+    speed: Count
+    walk_seed: Seed
+    corruptions: Annotated[list[str], MinLen(2), Predicate(distinct)] | None
+    calibration: str | None
+    images: Count  # of the whole stream
+
+
 def pair_stream(
     *,
     label: PlainName,
-    dataset: Dataset,
-    baseline: Percent,
-    speed: Count,
-    walk_seed: Seed,
-    corruptions: Annotated[list[str], MinLen(2), Predicate(distinct)] | None,
-    calibration: str | None,
-    images: Count,
-    image_list: str,
-    batch_size: Count,
-    order_seed: Seed,
+    data: Annotated[CleanData, NAMED],
+    walks: Annotated[Walks, Flat()],
+    loading: Annotated[Loading, Flat()],
+    beside: Annotated[Beside, Flat()],
     corruption_seed: Seed,
     jpeg_quality: Annotated[int, Ge(1), Le(100)] | None,
     frost_dir: str | None,
-    clean_images: CountOrZero,
-    clean_adapting: bool,
-    source_from: str,
-    source_images: CountOrZero | None,
     label_budget: CountOrZero | Unit | None,
-    data_root: str | None,
-    on_error: Literal["raise", "skip"],
     cache: str | None,
-    workers: int,
-    store: ImageStore,
 ) -> ShiftStream:
     """A stream under pairs of corruptions; a segment is the walk of one pair.
 
     Raises:
         UserError: for missing data or settings that do not fit.
     """
-    names = corruption_names(corruptions, baseline)
-    if calibration is None and data_root is not None:
+    real, baseline, speed, images = (
+        data.data_root is not None,
+        walks.baseline,
+        walks.speed,
+        walks.images,
+    )
+    names = corruption_names(walks.corruptions, baseline)
+    if walks.calibration is None and real:
         raise UserError(
             "scenario.calibration is needed with real images: a grid of accuracies. Measure one "
             "with `python scripts/calibrate_ccc.py scenario=ccc data.root=... --out ccc.json`, or "
             "give the official ccc_accuracy_matrix.pickle, which says how it is converted"
         )
-    path = EMBEDDED if calibration is None else Path(calibration)
+    path = EMBEDDED if walks.calibration is None else Path(walks.calibration)
     grid = read_calibration(path, names)
-    found = images_of(dataset, data_root, image_list, order_seed, clean_images)
+    found = data.images()
     notes: dict[str, object] = {}
     frost = frost_source(frost_dir)
     if "frost" in names:
         notes["frost"] = frost
 
     pairs: list[Pair] = []
-    walks: list[Cells] = []
-    for pair in route(names, walk_seed):
+    cells_of: list[Cells] = []
+    for pair in route(names, walks.walk_seed):
         pairs.append(pair)
         cells = walk(grid.grids[pair], baseline)
-        walks.append([(i * grid.step, j * grid.step) for i, j in cells])
-        if speed * sum(map(len, walks)) >= images:
+        cells_of.append([(i * grid.step, j * grid.step) for i, j in cells])
+        if speed * sum(map(len, cells_of)) >= images:
             break
-    dealt = _deal(walks, found.rows, images, speed, walk_seed)
+    dealt = _deal(cells_of, found.rows, images, speed, walks.walk_seed)
     seen = list(dict.fromkeys(pairs))
     settings: dict[str, Any] = {
-        "preset": "imagenet" if dataset == "imagenet_c" else "cifar",
+        "preset": data.preset,
         "seed": corruption_seed,
-        "jpeg_quality": jpeg_quality if data_root and dataset == "imagenet_c" else None,
+        "jpeg_quality": jpeg_quality if real and data.preset == "imagenet" else None,
         "frost_dir": frost_dir,
     }
     named = {**settings, "frost_dir": frost_content(frost_dir)}
@@ -440,18 +403,20 @@ def pair_stream(
     for d, pair in enumerate(seen):
         numbers = np.flatnonzero(of_pair == d)  # positions in the stream
         domain[numbers], row[numbers] = d, np.arange(len(numbers))
-        base = _Shown(found.base, dealt.row[numbers], numbers, walk_seed if found.crop else None)
+        base = _Shown(
+            found.base, dealt.row[numbers], numbers, walks.walk_seed if found.crop else None
+        )
         quarters = dealt.quarters[numbers]
         make = partial(_make, pair=pair, quarters=quarters, numbers=numbers, **settings)
         text = f"{pair} {fingerprint(quarters)} {sorted(named.items())} {C.VERSION}"
-        sets.append(Generated(base, make, text, cache if data_root else None))
+        sets.append(Generated(base, make, text, cache if real else None))
 
     skipped = Skipped()
-    reader = Reader(sets, skipped, workers, on_error, store.device)
+    reader = loading.reader(sets, skipped)
     dealt_rows = Rows(row, found.base.labels[dealt.row], domain)
 
     def batches(rows: Rows, start: int = 0) -> Iterator[Batch | None]:
-        return reader.batches(rows, batch_size, as_stored, start=start)
+        return reader.batches(rows, loading.batch_size, as_stored, start=start)
 
     segments = []
     for n, pair in enumerate(pairs):
@@ -462,37 +427,23 @@ def pair_stream(
                 name=f"{n}/{'+'.join(pair)}",
                 domains=(seen.index(pair),),
                 images=len(rows),
-                steps=-(-len(rows) // batch_size),
+                steps=-(-len(rows) // loading.batch_size),
                 batches=partial(batches, rows),
             )
         )
-    around = surroundings(
-        found.clean,
-        found.held_out if data_root else np.zeros(0, np.int64),
-        root=data_root,
-        dataset=dataset,
-        order_seed=order_seed,
-        clean_images=clean_images,
-        source_from=source_from,
-        source_images=source_images,
-        batch_size=batch_size,
-        change=as_stored,
-        workers=workers,
-        on_error=on_error,
-        skipped=skipped,
-        store=store,
-    )
+    held_out = found.held_out if real else np.zeros(0, np.int64)
+    around = surroundings(data, beside, loading, found.clean, held_out, as_stored, skipped)
     quarter = dealt.quarters // grid.step
     expected = [
         grid.grids[pairs[w]][i, j] for w, (i, j) in zip(dealt.walk, quarter.tolist(), strict=True)
     ]
     facts: dict[str, object] = {
         "classes": found.base.num_classes,
-        "label_space": "embedded" if data_root is None else LABELS[dataset],
+        "label_space": data.label_space,
         "corruptions": "ccc (generated): pairs on images of its own, not the released archives",
         "baseline": baseline,
         "speed": speed,
-        "walk_seed": walk_seed,
+        "walk_seed": walks.walk_seed,
         "calibration": {
             "file": path.name,
             "grids": fingerprint(*grid.grids.values()),
@@ -507,14 +458,14 @@ def pair_stream(
     }
     # The accuracy that is held takes the place of the severity in a domain's name.
     return ShiftStream(
-        name=f"{label}[generated]" if data_root else label,
+        name=f"{label}[generated]" if real else label,
         num_classes=found.base.num_classes,
         domains=[f"{'+'.join(pair)}:{baseline:g}" for pair in seen],
         segments=segments,
         facts=facts,
         skipped=skipped,
         holdout=around.holdout,
-        holdout_adapting=clean_adapting,
+        holdout_adapting=beside.clean_adapting,
         source=around.source,
         label_budget=label_budget,
         order={
@@ -525,5 +476,5 @@ def pair_stream(
             "image": dealt.row,
             "severities": dealt.quarters * STEP,
         },
-        provides=provided(around, batch_size),
+        provides=provided(around, loading.batch_size),
     )

@@ -1,6 +1,6 @@
-"""Adaptation streams over corruption sets: which images, in which order.
+"""Adaptation streams: the images of a data set in an order, and what stands beside them.
 
-The orders themselves are in `streams/orders.py`.
+The orders themselves are in `streams/orders.py`, data sets in `streams/data/`.
 """
 
 from __future__ import annotations
@@ -9,28 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import driftline.core.vision  # noqa: F401  # isort: skip
 
 import numpy as np
-import torch
-from annotated_types import Ge, Gt, Le, MinLen, Predicate
-from PIL import Image
-from torch import Tensor
+from annotated_types import Ge, Gt
 from torchvision import transforms as T
 
-from driftline.core.errors import UserError, suggest
-from driftline.core.ranges import (
-    Count,
-    CountOrZero,
-    PlainName,
-    Positive,
-    Seed,
-    Size,
-    Unit,
-    distinct,
-)
+from driftline.core.errors import UserError
+from driftline.core.ranges import Count, CountOrZero, Flat, PlainName, Positive, Seed, Size, Unit
 from driftline.core.seed import derive
 from driftline.core.stream import (
     SINGLE_IMAGES,
@@ -41,323 +29,127 @@ from driftline.core.stream import (
     Skipped,
     SourceImages,
 )
-from driftline.streams import corruptions as C
-from driftline.streams.datasets import (
-    LAYOUT,
-    Cifar,
-    canonical,
-    cifar,
-    cifar_c,
-    existing_root,
-    expected,
-    generated,
-    imagenet_c,
-    imagenet_clean,
-    imagenet_train,
-    published_list,
-)
-from driftline.streams.images import Derived, Files, Generated, ImageSet, fingerprint, image_folder
+from driftline.streams.dataset import NAMED, CleanData, ShiftData
+from driftline.streams.images import ImageSet, fingerprint
 from driftline.streams.loading import Reader, Rows
-from driftline.streams.orders import LABEL_ORDERS, SEQUENCES, Domain, Options, parse, plan
+from driftline.streams.orders import LABEL_ORDERS, Options, Step, called, parse, plan
 from driftline.streams.pipelines import PHOTOMETRIC, Pipeline, as_stored
 from driftline.streams.store import ImageStore
 
-OUTAGES = ("noise", "black")  # what a camera that fails delivers; a severity changes nothing
-Dataset = Literal["imagenet_c", "cifar10_c", "cifar100_c"]
-Severity = Literal[1, 2, 3, 4, 5]
-LABELS = {"imagenet_c": "imagenet1k", "cifar10_c": "cifar10", "cifar100_c": "cifar100"}
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How the images of an adaptation stream are read."""
+
+    batch_size: Count
+    on_error: Literal["raise", "skip"]
+    workers: int
+    store: ImageStore
+
+    def reader(self, sets: Sequence[ImageSet], skipped: Skipped) -> Reader:
+        return Reader(sets, skipped, self.workers, self.on_error, self.store.device)
+
+    def again(self, reader: Reader, rows: Rows, change: Pipeline) -> Iterator[Batch | None]:
+        """Images that are scored after every segment."""
+        stored = self.store.fixed(repr(change), reader, rows, change, self.batch_size)
+        return reader.batches(rows, self.batch_size, change) if stored is None else stored
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the settings ask of a data set."""
+@dataclass(frozen=True, kw_only=True)
+class Ordering:
+    """Which domain when, which label when: an order of `streams/orders.py` and what it reads."""
 
-    domains: list[Domain]
-    images: int | None  # never None for embedded images
-    image_list: str
-    probe: int
-    probe_from: Literal["auto", "held_out", "stream"]
-    clean: int
-    seed: int
-    legacy_resize: bool
-    cache: str | None
-    generate: dict[str, Any]  # corruption seed, JPEG quality, frost folder
+    order: str
+    rounds: Count
+    delta: Positive
+    imbalance: Annotated[float, Ge(1)]
+    zipf: Annotated[float, Gt(1)]
+    stay: Unit
+    burst_share: Unit
+    burst_length: Count
+    index_file: str | None
+    order_seed: Seed
 
-    @property
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(n for n, _ in self.domains))
+    def steps(self, names: list[str], severities: list[int]) -> list[Step]:
+        """The segments before images are dealt out."""
+        domain_order, _ = parse(self.order)
+        rng = np.random.default_rng(derive(self.order_seed, "stream", domain_order))
+        return plan(domain_order, names, severities, self.rounds, self.zipf, rng)
 
-    @property
-    def severities(self) -> list[int]:
-        return list(dict.fromkeys(s for _, s in self.domains))
+    def listed(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of a domain, or those of them that `index_file` names."""
+        return rows if self.index_file is None else _index_file(self.index_file, rows)
 
+    def arranged(self, name: str, rows: Rows) -> Rows:
+        """The rows of the segment `name`, in the order of their labels."""
+        _, label_order = parse(self.order)
+        if label_order is None:
+            return rows
+        options = Options(**{name: getattr(self, name) for name in Options._fields})
+        rng = np.random.default_rng(derive(self.order_seed, "stream", label_order, name))
+        return rows.take(LABEL_ORDERS[label_order](rows.label, options, rng))
 
-@dataclass(frozen=True)
-class Sources:
-    """The image sets of a stream: one per domain, and what surrounds them."""
-
-    sets: dict[Domain, ImageSet]
-    stream: np.ndarray  # int64 [n], rows of every set, in stream order
-    probe: np.ndarray  # int64 [m], rows scored without adapting
-    probe_sets: dict[Domain, ImageSet]
-    clean: ImageSet | None
-    held_out: np.ndarray  # rows of `clean` that neither stream nor probe use
-    notes: dict[str, object]
-
-
-def corruption_names(corruptions: str | list[str]) -> list[str]:
-    """`standard` (15), `extra` (4), `all` (19), a sequence of `streams.orders`, or a list.
-
-    A list may hold `OUTAGES`, too.
-
-    Raises:
-        UserError: for an unknown name, with the nearest known one.
-    """
-    groups = {"standard": C.STANDARD, "extra": C.EXTRA, "all": (*C.STANDARD, *C.EXTRA)}
-    groups |= SEQUENCES
-    if isinstance(corruptions, str) and corruptions in groups:
-        return list(groups[corruptions])
-    names = corruptions if isinstance(corruptions, list) else [corruptions]
-    for name in names:
-        if name not in (*groups["all"], *OUTAGES):
-            known = [*groups, *groups["all"], *OUTAGES]
-            raise UserError(
-                f"scenario.corruptions: {name!r} is no corruption{suggest(name, known)}. "
-                f"Known: {', '.join(known)}"
-            )
-    if not {*names} - {*OUTAGES} or len(set(names)) != len(names):
-        raise UserError(
-            "scenario.corruptions must hold each corruption once, and at least one beside "
-            f"{' and '.join(OUTAGES)}"
-        )
-    return names
+    def mixed(self, rows: Rows) -> Rows:
+        """The rows of all domains, shuffled."""
+        rng = np.random.default_rng(derive(self.order_seed, "stream", "mixed"))
+        return rows.take(rng.permutation(len(rows)))
 
 
-def frost_source(frost_dir: str | None) -> str:
-    """What `scenario.frost_dir` blends in, for results.
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """The images beside a stream: clean ones for source forgetting, labelled ones of the source."""
 
-    Raises:
-        UserError: if it is given and lacks photographs.
-    """
-    if frost_dir is not None:
-        missing = [f for f in C.FROST_FILES if not (Path(frost_dir) / f).is_file()]
-        if missing:
-            raise UserError(
-                f"scenario.frost_dir={frost_dir} lacks {', '.join(missing)}; it should hold these "
-                "photographs of hendrycks/robustness, or be null for a synthetic texture"
-            )
-    return C.frost_source(frost_dir)
-
-
-def frost_content(frost_dir: str | None) -> str | None:
-    """Hash of the photographs in `frost_dir`, wherever they lie; None for the texture."""
-    if frost_dir is None:
-        return None
-    files = C.FROST_FILES
-    return Files(Path(frost_dir), files, np.zeros(len(files)), [""]).content()
-
-
-def _corrupt(
-    levels: Tensor,
-    rows: Sequence[int],
-    *,
-    domain: Domain,
-    preset: Literal["imagenet", "cifar"],
-    seed: int,
-    jpeg_quality: int | None,
-    frost_dir: str | None,
-) -> Tensor:
-    name, severity = domain
-    try:
-        return C.corrupt_batch(
-            levels,
-            name,
-            severity,
-            rows,
-            preset=preset,
-            seed=seed,
-            jpeg_quality=jpeg_quality,
-            frost_dir=frost_dir,
-        )
-    except ValueError as error:
-        raise UserError(f"scenario.corrupt=on_the_fly, {name}:{severity}: {error}") from error
-
-
-def corrupted(
-    base: ImageSet, domains: list[Domain], cache: str | None, **settings: Any
-) -> dict[Domain, ImageSet]:
-    """The images of `base` under each of `domains`.
-
-    Args:
-        cache: as for `Derived`.
-        settings: preset, seed, jpeg_quality and frost_dir of `corruptions.corrupt_batch`.
-    """
-
-    named = {**settings, "frost_dir": frost_content(settings["frost_dir"])}
-
-    def identity(domain: Domain) -> str:
-        return f"{domain} {sorted(named.items())} {C.VERSION}"
-
-    return {
-        d: Generated(base, partial(_corrupt, domain=d, **settings), identity(d), cache)
-        for d in domains
-    }
-
-
-def _outage(levels: Tensor, rows: Sequence[int], *, name: str, seed: int) -> Tensor:
-    """Uniform noise, of its own for each row, or black, in the shape of the images."""
-    if name == "black":
-        return torch.zeros_like(levels)
-    drawn = [
-        np.random.default_rng(derive(seed, name, row)).integers(256, size=levels.shape[1:])
-        for row in rows
-    ]
-    return torch.from_numpy(np.stack(drawn)).to(levels)
-
-
-def outages(base: ImageSet, domains: list[Domain], seed: int) -> dict[Domain, ImageSet]:
-    """What failing cameras deliver in place of the images of `base`, whose labels stay."""
-    base = base.base if isinstance(base, Generated) else base
-    return {
-        (name, s): Generated(base, partial(_outage, name=name, seed=seed), f"{name} {seed}")
-        for name, s in domains
-    }
-
-
-CROP = "resize 256, crop 224"  # how ImageNet-C was made from the validation images
-_CROP = T.Compose([T.Resize(256, T.InterpolationMode.BILINEAR), T.CenterCrop(224)])
-
-
-def crop(image: Image.Image, row: int) -> Image.Image:
-    return _CROP(image)
-
-
-def _legacy(images: ImageSet) -> ImageSet:
-    """The resize that old loaders applied to images that were 224 px already."""
-    return Derived(images, crop, f"legacy {CROP}")
+    clean_images: CountOrZero
+    clean_adapting: bool
+    source_from: str
+    source_images: CountOrZero | None
+    order_seed: Seed
 
 
 def corruption_stream(
     *,
     label: PlainName,
-    dataset: Dataset,
-    corrupt: Literal["released", "on_the_fly"],
-    corruptions: str | Annotated[list[str], MinLen(1)],
-    severity: Severity | Annotated[list[Severity], MinLen(1), Predicate(distinct)],
-    order: str,
-    rounds: Count,
-    delta: Positive,
-    imbalance: Annotated[float, Ge(1)],
-    zipf: Annotated[float, Gt(1)],
-    stay: Unit,
-    burst_share: Unit,
-    burst_length: Count,
-    index_file: str | None,
-    images: Count | None,
-    image_list: str,
-    batch_size: Count,
-    order_seed: Seed,
-    corruption_seed: Seed,
-    jpeg_quality: Annotated[int, Ge(1), Le(100)] | None,
-    frost_dir: str | None,
-    legacy_resize: bool,
+    data: Annotated[ShiftData, NAMED],
+    ordering: Annotated[Ordering, Flat()],
+    loading: Annotated[Loading, Flat()],
+    beside: Annotated[Beside, Flat()],
     resize: Size | None,
-    probe_images: CountOrZero,
-    probe_from: Literal["auto", "held_out", "stream"],
     probe_every: Count,
-    clean_images: CountOrZero,
-    clean_adapting: bool,
-    source_from: str,
-    source_images: CountOrZero | None,
     label_budget: CountOrZero | Unit | None,
-    data_root: str | None,
-    on_error: Literal["raise", "skip"],
-    cache: str | None,
-    workers: int,
-    store: ImageStore,
 ) -> ShiftStream:
-    """A stream of corrupted images for test-time adaptation.
+    """The images of a data set as a stream for test-time adaptation.
 
     Raises:
         UserError: for missing data or settings that do not fit.
     """
-    names = corruption_names(corruptions)
-    severities: list[int] = [*severity] if isinstance(severity, list) else [severity]
-    domain_order, label_order = parse(order)
-    returns = np.random.default_rng(derive(order_seed, "stream", domain_order))
-    steps = plan(domain_order, names, severities, rounds, zipf, returns)
+    domain_order, _ = parse(ordering.order)
+    if domain_order.startswith("gradual") and data.severities() == [0]:
+        raise UserError(
+            f"scenario.order={ordering.order} needs severities, and {data.about.title} has none"
+        )
+    steps = ordering.steps(data.names(), data.severities())
     domains = list(dict.fromkeys(s.domain for s in steps))
-    failing = [d for d in domains if d[0] in OUTAGES]
-    request = Request(
-        domains=[d for d in domains if d not in failing],
-        images=images,
-        image_list=image_list,
-        probe=probe_images,
-        probe_from=probe_from,
-        clean=clean_images,
-        seed=order_seed,
-        legacy_resize=legacy_resize,
-        cache=cache,
-        generate={
-            "seed": corruption_seed,
-            "jpeg_quality": jpeg_quality if dataset == "imagenet_c" else None,
-            "frost_dir": frost_dir,
-        },
-    )
-    released = corrupt == "released"
-    if data_root is None:
-        found = _embedded(request, dataset)
-    elif dataset == "imagenet_c":
-        root = existing_root(data_root, dataset if released else "imagenet")
-        found = (_imagenet_released if released else _imagenet_on_the_fly)(root, request)
-    else:
-        which: Cifar = "cifar10" if dataset == "cifar10_c" else "cifar100"
-        root = existing_root(data_root, dataset if released else which)
-        found = _cifar(root, which, request, released)
-    on_the_fly = data_root is None or not released
-    manifest = None if on_the_fly else generated(Path(str(data_root)), dataset)
-    origin = "generated on the fly" if on_the_fly else "released files"
-    if manifest is not None:
-        origin = "generated files (scripts/generate_corruptions.py)"
-        found.notes["generated"] = manifest.settings
-    frost = frost_source(frost_dir)
-    if on_the_fly and "frost" in names:
-        found.notes["frost"] = frost
-
-    for kinds in (found.sets, found.probe_sets):
-        kinds |= outages(kinds[request.domains[0]], failing, corruption_seed)
-    sets = [found.sets[d] for d in domains]
+    images = data.sources(domains)
+    sets = [images.sets[d] for d in domains]
     skipped = Skipped()
-
-    def reading(images: list[ImageSet]) -> Reader:
-        return Reader(images, skipped, workers, on_error, store.device)
-
-    reader = reading(sets)
-    probe_reader = reading([found.probe_sets[d] for d in domains])
+    reader = loading.reader(sets, skipped)
+    probe_reader = loading.reader([images.probe_sets[d] for d in domains], skipped)
     raw: Pipeline = as_stored
     if resize is not None:
         raw = T.Resize([resize, resize], T.InterpolationMode.BILINEAR)
 
-    def load(which: Reader, rows: Rows, start: int = 0) -> Iterator[Batch | None]:
-        return which.batches(rows, batch_size, raw, start=start)
+    def load(rows: Rows, start: int = 0) -> Iterator[Batch | None]:
+        return reader.batches(rows, loading.batch_size, raw, start=start)
 
-    def arranged(name: str, rows: Rows) -> Rows:
-        if label_order is None:
-            return rows
-        rng = np.random.default_rng(derive(order_seed, "stream", label_order, name))
-        return rows.take(LABEL_ORDERS[label_order](rows.label, options, rng))
-
-    options = Options(delta, imbalance, zipf, stay, burst_share, burst_length)
-    listed = found.stream if index_file is None else _index_file(index_file, found.stream)
     dealt: list[tuple[str, int, Rows]] = []
     for step in steps:
         d = domains.index(step.domain)
+        listed = ordering.listed(images.rows[step.domain])
         dealt.append((step.name, step.round, Rows.of(sets[d], listed, d)))
     if domain_order == "mixed":
         joined = Rows.join([rows for *_, rows in dealt])
-        rng = np.random.default_rng(derive(order_seed, "stream", "mixed"))
-        dealt = [("mixed", 1, joined.take(rng.permutation(len(joined))))]
-    dealt = [(name, turn, arranged(name, rows)) for name, turn, rows in dealt]
+        dealt = [("mixed", 1, ordering.mixed(joined))]
+    dealt = [(name, turn, ordering.arranged(name, rows)) for name, turn, rows in dealt]
 
     segments = [
         Segment(
@@ -365,69 +157,56 @@ def corruption_stream(
             name=name,
             domains=tuple(dict.fromkeys(rows.domain.tolist())),
             images=len(rows),
-            steps=-(-len(rows) // batch_size),
-            batches=partial(load, reader, rows),
+            steps=-(-len(rows) // loading.batch_size),
+            batches=partial(load, rows),
             round=turn,
         )
         for i, (name, turn, rows) in enumerate(dealt)
     ]
     hardest = max(s for _, s in domains)
     probes = {
-        d: partial(_again, store, probe_reader, Rows.of(s, found.probe, d), raw, batch_size)
-        for d, s in enumerate(probe_reader.sets)
-        if domains[d][1] == hardest and len(found.probe) and domains[d] not in failing
+        i: partial(
+            loading.again, probe_reader, Rows.of(probe_reader.sets[i], images.probe[d], i), raw
+        )
+        for i, d in enumerate(domains)
+        if d[1] == hardest and len(images.probe[d]) and d not in images.unprobed
     }
-    around = surroundings(
-        found.clean,
-        found.held_out,
-        root=data_root,
-        dataset=dataset,
-        order_seed=order_seed,
-        clean_images=clean_images,
-        source_from=source_from,
-        source_images=source_images,
-        batch_size=batch_size,
-        change=raw,
-        workers=workers,
-        on_error=on_error,
-        skipped=skipped,
-        store=store,
-    )
+    around = surroundings(data, beside, loading, images.clean, images.held_out, raw, skipped)
     # Rows of each set whose images a result depends on. (Embedded probes are another set, which
     # follows from the settings.)
     used = [
-        np.unique(np.concatenate([found.probe, *(r.row[r.domain == d] for *_, r in dealt)]))
-        for d in range(len(sets))
+        np.unique(np.concatenate([images.probe[d], *(r.row[r.domain == i] for *_, r in dealt)]))
+        for i, d in enumerate(domains)
     ]
-    classes = sets[0].num_classes
+    probed = {rows.tobytes(): rows for rows in images.probe.values()}  # once where they agree
+    counts = [len(images.rows[d]) for d in domains]
     facts: dict[str, object] = {
-        "classes": classes,
-        "label_space": "embedded" if data_root is None else LABELS[dataset],
-        "images_per_domain": len(found.stream),
-        "corruptions": origin,
-        "order": order,
+        "classes": sets[0].num_classes,
+        "label_space": data.label_space,
+        "images_per_domain": counts[0] if len(set(counts)) == 1 else counts,
+        "order": ordering.order,
         "resize": resize,
         "segments": [s.name for s in segments],
-        **found.notes,
+        **images.notes,
         "fingerprint": fingerprint(
             *(s.content(rows) for s, rows in zip(sets, used, strict=True)),
             *(np.stack([r.domain, r.row]) for *_, r in dealt),
-            found.probe,
+            *probed.values(),
             *around.contents,
-            *([manifest.content(request.domains)] if manifest else []),
+            *images.contents,
         ),
     }
     return ShiftStream(
-        name=label if manifest is None else f"{label}[generated]",
-        num_classes=classes,
-        domains=[f"{n}:{s}" for n, s in domains],
+        name=f"{label}{images.mark}",
+        num_classes=sets[0].num_classes,
+        domains=[called(d) for d in domains],
         segments=segments,
         facts=facts,
         skipped=skipped,
         probes=probes,
         probe_every=probe_every,
         holdout=around.holdout,
-        holdout_adapting=clean_adapting,
+        holdout_adapting=beside.clean_adapting,
         source=around.source,
         label_budget=label_budget,
         order={
@@ -436,7 +215,7 @@ def corruption_stream(
             "row": np.concatenate([r.row for *_, r in dealt]),
             "label": np.concatenate([r.label for *_, r in dealt]),
         },
-        provides=frozenset({"probes"}) | provided(around, batch_size),
+        provides=frozenset({"probes"}) | provided(around, loading.batch_size),
     )
 
 
@@ -472,90 +251,57 @@ def provided(around: Surroundings, batch_size: int) -> frozenset[str]:
     return frozenset(name for name, there in offers.items() if there)
 
 
-def _again(
-    store: ImageStore, reader: Reader, rows: Rows, change: Pipeline, batch_size: int
-) -> Iterator[Batch | None]:
-    """Images that are scored after every segment."""
-    found = store.fixed(repr(change), reader, rows, change, batch_size)
-    return reader.batches(rows, batch_size, change) if found is None else found
-
-
 def surroundings(
+    data: ShiftData | CleanData,
+    beside: Beside,
+    loading: Loading,
     clean: ImageSet | None,
     held_out: np.ndarray,
-    *,
-    root: str | None,
-    dataset: Dataset,
-    order_seed: int,
-    clean_images: int,
-    source_from: str,
-    source_images: int | None,
-    batch_size: int,
     change: Pipeline,
-    workers: int,
-    on_error: Literal["raise", "skip"],
     skipped: Skipped,
-    store: ImageStore,
 ) -> Surroundings:
     """The images beside a stream.
 
     Args:
         clean: clean evaluation images, if there are any.
         held_out: rows of `clean` that neither stream nor probes use.
+        change: pipeline of the stream.
 
     Raises:
         UserError: for a `source_from` that is neither a word nor a folder.
     """
+    source_from, seed = beside.source_from, beside.order_seed
     if source_from not in ("train", "held_out") and not Path(source_from).is_dir():
         raise UserError(
             f"scenario.source_from={source_from}: there is no such folder; use train, held_out or "
             "a folder of training images"
         )
     # Drawn once, so that warm-up, stream and clean images stay apart.
-    rng = np.random.default_rng(derive(order_seed, "source"))
-    held_out = rng.permutation(held_out)[:source_images]
+    rng = np.random.default_rng(derive(seed, "source"))
+    held_out = rng.permutation(held_out)[: beside.source_images]
     holdout, rows = None, np.zeros(0, np.int64)
     contents: list[object] = []
-    if clean is not None and clean_images:
+    if clean is not None and beside.clean_images:
         rows = np.arange(len(clean.labels))
-        if root is not None:
-            rows = np.random.default_rng(derive(order_seed, "clean")).permutation(rows)
+        if data.data_root is not None:
+            rows = np.random.default_rng(derive(seed, "clean")).permutation(rows)
         if source_from == "held_out":
             rows = rows[~np.isin(rows, held_out)]
-        rows = rows[:clean_images]
-        if root is not None:  # embedded images follow from the settings
+        rows = rows[: beside.clean_images]
+        if data.data_root is not None:  # embedded images follow from the settings
             contents.append(clean.content(rows))
-        reader = Reader([clean], skipped, workers, on_error, store.device)
-        holdout = partial(_again, store, reader, Rows.of(clean, rows), change, batch_size)
-    source = partial(
-        _source,
-        root=root,
-        device=store.device,
-        dataset=dataset,
-        choice=source_from,
-        count=source_images,
-        clean=clean,
-        held_out=held_out,
-        seed=order_seed,
-        workers=workers,
-        on_error=on_error,
-        change=change,
-    )
+        reader = loading.reader([clean], skipped)
+        holdout = partial(loading.again, reader, Rows.of(clean, rows), change)
+    source = partial(_source, data, beside, loading, clean, held_out, change)
     return Surroundings(holdout, (rows, *contents), source)
 
 
 def _source(
-    *,
-    root: str | None,
-    device: torch.device,
-    dataset: Dataset,
-    choice: str,
-    count: int | None,
+    data: ShiftData | CleanData,
+    beside: Beside,
+    loading: Loading,
     clean: ImageSet | None,
     held_out: np.ndarray,
-    seed: int,
-    workers: int,
-    on_error: Literal["raise", "skip"],
     change: Pipeline,
 ) -> SourceImages:
     """The images that a method may prepare on, see `scenario.source_from`.
@@ -563,7 +309,8 @@ def _source(
     Raises:
         UserError: where there are none, or fewer than asked for.
     """
-    if root is None:
+    choice, count, seed = beside.source_from, beside.source_images, beside.order_seed
+    if data.data_root is None:
         from driftline.streams.embedded import SHIFT_CLASSES, EmbeddedImages
 
         wanted = count or 400
@@ -574,13 +321,8 @@ def _source(
         if clean is None:
             raise UserError("scenario.source_from=held_out: no clean images are under data.root")
         images, rows, text = clean, held_out, "clean evaluation images outside the stream"
-    elif dataset == "imagenet_c":
-        folder = Path(root if choice == "train" else choice)
-        images, text = Derived(imagenet_train(folder), crop, CROP), "training images"
-        rows = np.arange(len(images.labels))
     else:
-        which: Cifar = "cifar10" if dataset == "cifar10_c" else "cifar100"
-        images = cifar(Path(root if choice == "train" else choice), which, train=True)
+        images = data.training(Path(data.data_root if choice == "train" else choice))
         rows, text = np.arange(len(images.labels)), "training images"
     if not len(rows) or (count or 0) > len(rows):
         raise UserError(
@@ -588,7 +330,7 @@ def _source(
             f"{len(rows)} images; ask for fewer, or leave some out of the stream (scenario.images)"
         )
     rows = np.random.default_rng(derive(seed, "source")).permutation(rows)[: count or len(rows)]
-    reader = Reader([images], Skipped(), workers, on_error, device)
+    reader = loading.reader([images], Skipped())
 
     def batches(
         batch_size: int,
@@ -612,176 +354,3 @@ def _source(
                 yield batch
 
     return SourceImages(len(rows), text, fingerprint(images.content(rows), rows), batches)
-
-
-# ------------------------------------------------------------------ where the images come from
-
-
-def _embedded(request: Request, dataset: Dataset) -> Sources:
-    from driftline.streams.embedded import SHIFT_CLASSES, EmbeddedImages
-
-    def images(split: str, count: int) -> ImageSet:
-        per_class = max(1, -(-count // len(SHIFT_CLASSES)))
-        return EmbeddedImages(classes=SHIFT_CLASSES, split=split, per_class=per_class)
-
-    assert request.images is not None
-    count = request.images
-    stream, probe = images("test", count), images("probe", max(request.probe, request.clean))
-    preset = "imagenet" if dataset == "imagenet_c" else "cifar"
-    options: dict[str, Any] = {**request.generate, "preset": preset, "jpeg_quality": None}
-    return Sources(
-        sets=corrupted(stream, request.domains, "memory", **options),
-        stream=np.arange(count),
-        probe=np.arange(request.probe),
-        probe_sets=corrupted(
-            probe, request.domains, "memory", **{**options, "seed": options["seed"] + 1}
-        ),
-        clean=probe,
-        held_out=np.zeros(0, np.int64),  # the source images are another split
-        notes={"probe_from": "held_out", "parameters": f"those of {dataset}, on 32 px images"},
-    )
-
-
-def chosen(names: Sequence[str], image_list: str, seed: int, root: Path) -> np.ndarray:
-    """Rows of `names` in stream order, by `image_list` (published | all | a file).
-
-    Raises:
-        UserError: if there is no such list, or an image of it is missing under `root`.
-    """
-    if image_list == "all":
-        return np.random.default_rng(derive(seed, "subset")).permutation(len(names))
-    path = Path(image_list)
-    if image_list != "published" and not path.is_file():
-        raise UserError(
-            f"scenario.image_list={image_list}: no such file; give a text file with one "
-            "<wnid>/<file> a line, or `published` or `all`"
-        )
-    try:
-        listed = published_list() if image_list == "published" else path.read_text().split()
-    except ValueError as error:
-        raise UserError(f"scenario.image_list={image_list}: not a text file ({error})") from error
-    position = {Path(n).with_suffix("").as_posix(): i for i, n in enumerate(names)}
-    rows = [position.get(Path(n).with_suffix("").as_posix(), -1) for n in listed]
-    missing = [n for n, r in zip(listed, rows, strict=True) if r < 0]
-    if missing:
-        raise UserError(
-            f"{root} lacks {len(missing)} of the {len(listed)} images of "
-            f"scenario.image_list={image_list} (first: {missing[0]}); complete the set, or set "
-            "scenario.image_list=all to draw from the images that are there"
-        )
-    return np.asarray(rows)
-
-
-def _listed(names: Sequence[str], request: Request, root: Path) -> np.ndarray:
-    rows = chosen(names, request.image_list, request.seed, root)
-    return rows[: _count(request.images, len(rows))]
-
-
-def _count(asked: int | None, available: int) -> int:
-    if asked is not None and not 1 <= asked <= available:
-        raise UserError(f"scenario.images={asked}, but {available} images are available")
-    return asked or available
-
-
-def _probe(available: int, used: np.ndarray, request: Request) -> tuple[np.ndarray, str]:
-    """Probe rows: outside the stream where enough are left, else from its beginning."""
-    left = np.setdiff1d(np.arange(available), used)
-    source = request.probe_from
-    if source == "auto":
-        source = "held_out" if len(left) >= request.probe else "stream"
-    if source == "held_out" and len(left) < request.probe:
-        raise UserError(
-            f"scenario.probe_from=held_out needs {request.probe} images outside the stream, but "
-            f"only {len(left)} are left; set scenario.probe_from=stream or fewer scenario.images"
-        )
-    if source == "held_out":
-        left = np.random.default_rng(derive(request.seed, "probe")).permutation(left)
-    return (left if source == "held_out" else used)[: request.probe], source
-
-
-def _outside(clean: Files | None, used: Sequence[str]) -> np.ndarray:
-    """Rows of the clean ImageNet images whose file is not among the `used` ones."""
-    stems = {Path(n).stem for n in used}
-    names = clean.names if clean else []
-    return np.asarray([i for i, n in enumerate(names) if Path(n).stem not in stems], np.int64)
-
-
-def _imagenet_released(root: Path, request: Request) -> Sources:
-    folders = imagenet_c(root, request.names, request.severities)
-    first = canonical(image_folder(folders[request.domains[0]], expected("imagenet_c")))
-    sets: dict[Domain, ImageSet] = {}
-    for d in request.domains:
-        files = Files(folders[d], first.names, first.labels, first.class_names)
-        sets[d] = _legacy(files) if request.legacy_resize else files
-    rows = _listed(first.names, request, first.root)
-    probe, source = _probe(len(first.labels), rows, request)
-    try:
-        clean = imagenet_clean(root)
-    except UserError:
-        clean = None  # the released corruption sets come without clean images
-    return Sources(
-        sets=sets,
-        stream=rows,
-        probe=probe,
-        probe_sets=sets,
-        clean=Derived(clean, crop, CROP) if clean else None,
-        held_out=_outside(clean, [first.names[i] for i in np.union1d(rows, probe)]),
-        notes={
-            "image_list": request.image_list,
-            "legacy_resize": request.legacy_resize,
-            "probe_from": source,
-            "clean": "validation images" if clean else f"none found: {LAYOUT['imagenet']}",
-        },
-    )
-
-
-def _imagenet_on_the_fly(root: Path, request: Request) -> Sources:
-    files = imagenet_clean(root)
-    clean = Derived(files, crop, CROP)
-    rows = _listed(files.names, request, root)
-    probe, source = _probe(len(files.labels), rows, request)
-    sets = corrupted(clean, request.domains, request.cache, preset="imagenet", **request.generate)
-    if request.legacy_resize:
-        sets = {d: _legacy(images) for d, images in sets.items()}
-    return Sources(
-        sets=sets,
-        stream=rows,
-        probe=probe,
-        probe_sets=sets,
-        clean=clean,
-        held_out=np.setdiff1d(np.arange(len(files.labels)), np.union1d(rows, probe)),
-        notes={
-            "image_list": request.image_list,
-            "legacy_resize": request.legacy_resize,
-            "probe_from": source,
-            "jpeg_quality": request.generate["jpeg_quality"],
-        },
-    )
-
-
-def _cifar(root: Path, which: Cifar, request: Request, released: bool) -> Sources:
-    clean: ImageSet | None
-    if released:
-        sets = cifar_c(root, which, request.names, request.severities)
-        try:
-            clean = cifar(root, which, train=False)
-        except UserError:
-            clean = None
-    else:
-        clean = cifar(root, which, train=False)
-        sets = corrupted(clean, request.domains, None, preset="cifar", **request.generate)
-    available = len(sets[request.domains[0]].labels)
-    rows = np.arange(_count(request.images, available))  # file order, as the official code reads
-    probe, source = _probe(available, rows, request)
-    return Sources(
-        sets=sets,
-        stream=rows,
-        probe=probe,
-        probe_sets=sets,
-        clean=clean,
-        held_out=np.setdiff1d(np.arange(available), np.union1d(rows, probe)),
-        notes={
-            "probe_from": source,
-            "clean": "test images" if clean else f"none found: {LAYOUT[which]}",
-        },
-    )

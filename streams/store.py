@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from driftline.core.exact import divide_
+from driftline.core.ranges import Count
 from driftline.core.seed import derive
-from driftline.core.stream import Batch
+from driftline.core.stream import Batch, Skipped
+from driftline.streams.images import ImageSet
 from driftline.streams.loading import Reader, Rows
 from driftline.streams.pipelines import FLIP_ONLY, Geometry, Name, Pipeline, pipeline
 
@@ -234,3 +237,21 @@ class TaskImages:
                 rows.take(order), batch_size, self._change(True), start=start, seed=draws
             )
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskLoading:
+    """How the images of a task stream are read."""
+
+    batch_size: Count
+    test_batch_size: Count
+    pipeline: Name
+    on_error: Literal["raise", "skip"]
+    workers: int
+    geometry: Geometry
+    store: ImageStore
+
+    def images(self, images: ImageSet, skipped: Skipped, cifar: bool = False) -> TaskImages:
+        """`images` as tasks deliver them; `cifar` as of `streams.pipelines.pipeline`."""
+        reader = Reader([images], skipped, self.workers, self.on_error, self.store.device)
+        return TaskImages(reader, self.pipeline, self.geometry, cifar, self.store)

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from driftline.backbones.load import ROBUSTBENCH_FILES
 from driftline.core import papers
-from driftline.core.build import locate
+from driftline.core.build import locate, options_of
 from driftline.core.errors import UserError
 from driftline.runs.execute import run_experiment
 from driftline.streams.orders import parse
@@ -89,7 +89,7 @@ def test_a_preset_is_complete_and_its_figures_have_sources(configure, preset):
     assert {k for k in cfg.strategy if k not in ("_target_", "name")} == set(
         inspect.signature(kind).parameters
     ) - LIVE
-    scenario = set(inspect.signature(locate(cfg.scenario._target_)).parameters)
+    scenario = options_of(locate(cfg.scenario._target_), cfg.scenario)
     assert set(cfg.scenario) - {"_target_", "name", "backbones", "real", "embedded"} <= scenario
 
     assert (CONF / "scenario" / f"{cfg.scenario.name}.yaml").is_file()

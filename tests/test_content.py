@@ -149,7 +149,7 @@ CASES: dict[str, tuple[str, Callable[[Path], Built]]] = {
 @pytest.fixture
 def any_cifar(monkeypatch):
     """The published MD5 sums are not those of our files."""
-    monkeypatch.setattr("driftline.streams.datasets.intact", lambda *a: True)
+    monkeypatch.setattr("driftline.streams.data.cifar10.intact", lambda *a: True)
 
 
 def test_every_scenario_is_among_the_cases():

@@ -23,7 +23,7 @@ from scripts.generate_corruptions import main
 def cifar_root(tmp_path, monkeypatch) -> Path:
     """CIFAR-10 in torchvision's layout, ten test images, which have other MD5 sums."""
     there = tmp_path / "cifar"
-    monkeypatch.setattr("driftline.streams.datasets.intact", lambda *a: True)
+    monkeypatch.setattr("driftline.streams.data.cifar10.intact", lambda *a: True)
     folder = there / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)

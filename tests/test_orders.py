@@ -12,9 +12,9 @@ from driftline.core.errors import UserError
 from driftline.core.stream import ShiftStream
 from driftline.runs.execute import complete
 from driftline.streams import corruptions as C
+from driftline.streams.corrupted import corruption_names
 from driftline.streams.orders import LABEL_ORDERS, SEQUENCES, Options, parse, plan
 from driftline.streams.pipelines import Geometry
-from driftline.streams.shifts import corruption_names
 from driftline.streams.store import ImageStore
 
 ONCE = ("shuffled", "correlated", "dirichlet_note", "dirichlet_rotta", "lame_grouped", "bursts")

@@ -140,7 +140,7 @@ def test_every_path_of_the_configuration_is_in_the_table():
     """By what the comments beside the keys say: a new one has to be sorted in."""
     speaks = re.compile(r"\b(folder|file|path|photographs)\b|\.npy|\.json")
     found = set()
-    for path in [CONF / "config.yaml", *(p for g in GROUPS for p in (CONF / g).glob("*.yaml"))]:
+    for path in [CONF / "config.yaml", *(p for g in GROUPS for p in (CONF / g).rglob("*.yaml"))]:
         above = ""
         for line in path.read_text().splitlines():
             if line.startswith("#"):

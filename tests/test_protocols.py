@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_contract import OF_FILES, construct
 
+from driftline.core.build import build
 from driftline.core.checkpoint import Checkpointer, Signals
 from driftline.core.console import Console
 from driftline.core.errors import UserError
@@ -18,7 +19,6 @@ from driftline.core.runner import TOLD, Context, run_tasks
 from driftline.core.stream import Task, TaskStream
 from driftline.parts.buffer import Buffer
 from driftline.parts.memory import Memory
-from driftline.streams.class_incremental import split_stream
 from driftline.streams.pipelines import Geometry
 from driftline.streams.store import ImageStore
 
@@ -29,19 +29,24 @@ PASSES = ("sema",)  # one after the other: sweeps, adapters, descriptors
 
 def few_shot_online() -> TaskStream:
     """Eight classes with two images each, then two with one each; one pass."""
-    return split_stream(
-        label="split",
-        dataset="cifar10",
-        base=8,
-        increment=2,
-        class_order="fixed",
-        order_seed=0,
-        batch_size=5,
-        test_batch_size=10,
-        pipeline="pilot",
-        embedded_images=(2, 1),
-        shots=1,
-        single_pass=True,
+    node = {
+        "_target_": "driftline.streams.class_incremental.split_stream",
+        "label": "split",
+        "dataset": "cifar10",
+        "base": 8,
+        "increment": 2,
+        "class_order": "fixed",
+        "order_seed": 0,
+        "batch_size": 5,
+        "test_batch_size": 10,
+        "pipeline": "pilot",
+        "embedded_images": [2, 1],
+        "shots": 1,
+        "single_pass": True,
+    }
+    return build(
+        node,
+        at="scenario",
         data_root=None,
         on_error="raise",
         workers=0,

@@ -31,7 +31,7 @@ def imagenet(realdata, tmp_path, images: int, *more: str) -> list[str]:
 
 
 def test_labels_of_the_pack_are_canonical(realdata):
-    from driftline.streams.datasets import imagenet_clean, wnids
+    from driftline.streams.data.imagenet import imagenet_clean, wnids
 
     images = imagenet_clean(realdata / "imagenet_real")
     with open(realdata / "imagenet_real" / "labels.csv", newline="") as file:

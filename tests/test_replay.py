@@ -20,7 +20,6 @@ from driftline.core.seed import generator
 from driftline.core.stream import Batch, Task, TaskStream
 from driftline.parts import buffer as buffers
 from driftline.parts.buffer import Buffer
-from driftline.streams.class_incremental import split_stream
 from driftline.streams.pipelines import Geometry
 from driftline.streams.store import ImageStore
 
@@ -32,19 +31,24 @@ def make(name: str, **options: Any) -> Any:
 
 def stream() -> TaskStream:
     """Tasks of two classes from embedded images, six of each class, cropped at random."""
-    return split_stream(
-        label="split",
-        dataset="cifar10",
-        base=0,
-        increment=2,
-        class_order="fixed",
-        order_seed=0,
-        batch_size=5,
-        test_batch_size=5,
-        pipeline="pilot",
-        embedded_images=(6, 2),
-        shots=None,
-        single_pass=False,
+    node = {
+        "_target_": "driftline.streams.class_incremental.split_stream",
+        "label": "split",
+        "dataset": "cifar10",
+        "base": 0,
+        "increment": 2,
+        "class_order": "fixed",
+        "order_seed": 0,
+        "batch_size": 5,
+        "test_batch_size": 5,
+        "pipeline": "pilot",
+        "embedded_images": [6, 2],
+        "shots": None,
+        "single_pass": False,
+    }
+    return build(
+        node,
+        at="scenario",
         data_root=None,
         on_error="raise",
         workers=0,

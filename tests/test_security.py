@@ -17,8 +17,10 @@ from omegaconf import OmegaConf, open_dict
 from driftline.analysis import tables
 from driftline.core.errors import UserError
 from driftline.runs.schema import check_settings
-from driftline.streams import datasets
-from driftline.streams.datasets import cifar, cifar_c, imagenet_clean
+from driftline.streams.data import cifar10
+from driftline.streams.data.cifar10 import cifar
+from driftline.streams.data.cifar10_c import cifar_c
+from driftline.streams.data.imagenet import imagenet_clean
 from scripts.export_images import export
 
 OUTWARD = ("../x", "..", "a/../../x", "/tmp/x", "a\\..\\x", "x\ny", "", ".hidden")
@@ -62,7 +64,7 @@ class Command:
 def test_a_pickle_of_cifar_is_read_and_not_run(tmp_path, monkeypatch, which, damage):
     """Even where somebody makes the MD5 sum fit."""
     if damage != "sum":
-        monkeypatch.setattr(datasets, "intact", lambda *a: True)
+        monkeypatch.setattr(cifar10, "intact", lambda *a: True)
     number = 10 if which == "cifar10" else 100
     folder = tmp_path / ("cifar-10-batches-py" if which == "cifar10" else "cifar-100-python")
     test, meta = ("test_batch", "batches.meta") if which == "cifar10" else ("test", "meta")

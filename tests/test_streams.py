@@ -20,10 +20,10 @@ from driftline.runs.execute import complete
 from driftline.streams import corruptions as C
 from driftline.streams import loading
 from driftline.streams.class_incremental import order_of_classes, task_sizes
+from driftline.streams.corrupted import corrupted
 from driftline.streams.images import Derived, Files
 from driftline.streams.orders import plan
 from driftline.streams.pipelines import Geometry, pipeline, seeded
-from driftline.streams.shifts import corrupted
 from driftline.streams.store import ImageStore
 
 
@@ -165,7 +165,7 @@ def test_loading_leaves_the_global_generator_alone(configure, image_folder_root)
 
 def test_cifar_is_read_in_torchvisions_layout(configure, tmp_path, monkeypatch):
     """But for the MD5 sums, which are not those of our files."""
-    monkeypatch.setattr("driftline.streams.datasets.intact", lambda *a: True)
+    monkeypatch.setattr("driftline.streams.data.cifar10.intact", lambda *a: True)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -370,7 +370,7 @@ def test_images_of_different_sizes_are_refused_with_a_remedy(configure, tmp_path
 
 
 def test_published_list_is_complete():
-    from driftline.streams.datasets import published_list, wnids
+    from driftline.streams.data.imagenet import published_list, wnids
 
     names = published_list()
     classes = {n.split("/")[0] for n in names}
@@ -540,17 +540,15 @@ def test_generated_files_are_told_from_the_released_ones(configure, cifar10_c_ro
 
 def test_scenarios_build_without_unknown_options(configure):
     """Every scenario's YAML names exactly the parameters of its function."""
-    import inspect
-
     from conftest import ROOT
 
-    from driftline.core.build import locate
+    from driftline.core.build import locate, options_of
 
     live = {"data_root", "on_error", "cache", "workers", "seed", "geometry", "store"}
     for path in sorted((ROOT / "conf" / "scenario").glob("*.yaml")):
         node = complete(configure(f"scenario={path.stem}")).scenario
-        parameters = set(inspect.signature(locate(node._target_)).parameters)
-        assert set(OmegaConf.to_container(node)) - {"_target_", "name"} == parameters - live, path
+        options = options_of(locate(node._target_), node)
+        assert set(OmegaConf.to_container(node)) - {"_target_", "name"} == options - live, path
 
 
 # ------------------------------------------------------------------------ further task protocols

@@ -1,0 +1,156 @@
+"""CIFAR-10-C, and what CIFAR-100-C shares with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from driftline.core.errors import UserError
+from driftline.streams.corrupted import CorruptedData
+from driftline.streams.data.cifar10 import ABOUT as CLEAN
+from driftline.streams.data.cifar10 import Cifar, cifar
+from driftline.streams.dataset import (
+    About,
+    Clean,
+    CleanData,
+    Sources,
+    about,
+    count_of,
+    existing_root,
+    first_folder,
+    probe_rows,
+)
+from driftline.streams.images import ImageSet, NpyRows
+from driftline.streams.orders import Domain
+
+ABOUT = About(
+    title="CIFAR-10-C",
+    paper="Hendrycks and Dietterich, ICLR 2019",
+    published="https://zenodo.org/records/2535967",
+    licence="CC BY 4.0",
+    layout="<data.root>/CIFAR-10-C/<corruption>.npy and labels.npy",
+    label_space="cifar10",
+)
+FOLDERS = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10C(CorruptedData):
+    """Corrupted test images in file order, as the official code reads them."""
+
+    about = ABOUT
+    clean_about = CLEAN
+    preset = "cifar"
+    folders = ("CIFAR-10-C",)
+    which: ClassVar[Cifar] = "cifar10"
+
+    def released(self, root: Path, domains: list[Domain]) -> Sources:
+        names, severities = (list(dict.fromkeys(part)) for part in zip(*domains, strict=True))
+        sets = cifar_c(root, self.which, names, severities)
+        clean: ImageSet | None
+        try:
+            clean = cifar(root, self.which, train=False)
+        except UserError:
+            clean = None
+        return self._sources(sets, clean, domains)
+
+    def on_the_fly(self, root: Path, domains: list[Domain]) -> Sources:
+        clean = cifar(root, self.which, train=False)
+        return self._sources(self.generated(clean, domains), clean, domains)
+
+    def _sources(
+        self, sets: dict[Domain, ImageSet], clean: ImageSet | None, domains: list[Domain]
+    ) -> Sources:
+        available = len(sets[domains[0]].labels)
+        rows = np.arange(count_of(self.images, available))
+        probe, source = probe_rows(available, rows, self)
+        return Sources(
+            sets=sets,
+            rows=dict.fromkeys(domains, rows),
+            probe=dict.fromkeys(domains, probe),
+            probe_sets=sets,
+            clean=clean,
+            held_out=np.setdiff1d(np.arange(available), np.union1d(rows, probe)),
+            notes={
+                "probe_from": source,
+                "clean": "test images" if clean else f"none found: {self.clean_about.layout}",
+            },
+        )
+
+    def training(self, folder: Path) -> ImageSet:
+        return cifar(folder, self.which, train=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10Clean(CleanData):
+    """The clean test images."""
+
+    about = ABOUT
+    preset = "cifar"
+    which: ClassVar[Cifar] = "cifar10"
+
+    def read(self, root: str) -> Clean:
+        base = cifar(existing_root(root, about(self.which)), self.which, train=False)
+        return Clean(base, np.arange(len(base.labels)), base, np.zeros(0, np.int64), False)
+
+    def training(self, folder: Path) -> ImageSet:
+        return cifar(folder, self.which, train=True)
+
+
+def _npy(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """An array of a .npy file.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read the array {path}: {error}; copy it here again") from error
+
+
+def cifar_c(
+    root: Path, which: Cifar, corruptions: Sequence[str], severities: Sequence[int]
+) -> dict[tuple[str, int], ImageSet]:
+    """`(corruption, severity) -> images`: rows 10000(s-1) ... 10000 s - 1 of each .npy file.
+
+    Raises:
+        UserError: naming every missing file, or a file of the wrong shape.
+    """
+    record = about(f"{which}_c")
+    name = FOLDERS[which]
+    base = first_folder(root, [name], ["labels.npy", *(f"{c}.npy" for c in corruptions)])
+    if base is None:
+        raise UserError(f"{root / name} does not exist. {record.expected}")
+    files = ["labels.npy", *(f"{c}.npy" for c in corruptions)]
+    missing = [f for f in files if not (base / f).is_file()]
+    if missing:
+        raise UserError(
+            f"{base} lacks {len(missing)} of {len(files)} files: {', '.join(missing[:6])}"
+            f"{' ...' if len(missing) > 6 else ''}. {record.expected}"
+        )
+    labels = _npy(base / "labels.npy")
+    number = 10 if which == "cifar10" else 100
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not set(labels) <= set(range(number)):
+        raise UserError(f"{base / 'labels.npy'}: expected labels 0..{number - 1}, one an image")
+    block = len(labels) // 5
+    classes = [str(i) for i in range(number)]
+    sets: dict[tuple[str, int], ImageSet] = {}
+    for corruption in corruptions:
+        path = base / f"{corruption}.npy"
+        pixels = _npy(path, "r")
+        shape = pixels.shape
+        if len(shape) != 4 or shape[0] != 5 * block or shape[3] != 3 or pixels.dtype != np.uint8:
+            raise UserError(
+                f"{path}: expected {5 * block} images uint8 [N, H, W, 3], found {pixels.dtype} "
+                f"{shape}"
+            )
+        for severity in severities:
+            start = block * (severity - 1)
+            rows = labels[start : start + block]
+            sets[corruption, severity] = NpyRows(path, start, rows, classes)
+    return sets

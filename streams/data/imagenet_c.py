@@ -1,0 +1,177 @@
+"""ImageNet-C: released files, or corruptions of clean images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from driftline.core.errors import UserError
+from driftline.streams.corrupted import CorruptedData
+from driftline.streams.data.imagenet import ABOUT as CLEAN
+from driftline.streams.data.imagenet import (
+    CROP,
+    canonical,
+    chosen,
+    crop,
+    cropped,
+    imagenet_clean,
+    imagenet_train,
+)
+from driftline.streams.dataset import (
+    About,
+    Clean,
+    CleanData,
+    Sources,
+    count_of,
+    existing_root,
+    first_folder,
+    probe_rows,
+)
+from driftline.streams.images import Derived, Files, ImageSet, image_folder
+from driftline.streams.orders import Domain
+
+ABOUT = About(
+    title="ImageNet-C",
+    paper="Hendrycks and Dietterich, ICLR 2019",
+    published="https://zenodo.org/records/2235448",
+    licence="CC BY 4.0",
+    layout="<data.root>/ImageNet-C/<corruption>/<severity 1-5>/<wnid>/*.JPEG",
+    label_space="imagenet1k",
+)
+FOLDERS = ("ImageNet-C", "imagenet-c", "imagenet_c")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNetC(CorruptedData):
+    """Corrupted validation images."""
+
+    about = ABOUT
+    clean_about = CLEAN
+    preset = "imagenet"
+    folders = FOLDERS
+
+    def released(self, root: Path, domains: list[Domain]) -> Sources:
+        names, severities = (list(dict.fromkeys(part)) for part in zip(*domains, strict=True))
+        folders = imagenet_c(root, names, severities)
+        first = canonical(image_folder(folders[domains[0]], ABOUT.expected))
+        sets: dict[Domain, ImageSet] = {
+            d: Files(folders[d], first.names, first.labels, first.class_names) for d in domains
+        }
+        try:
+            clean = imagenet_clean(root)
+        except UserError:
+            clean = None  # the released corruption sets come without clean images
+        rows, probe, notes = self._rows(first.names, first.root)
+        return Sources(
+            sets=self._resized(sets),
+            rows=dict.fromkeys(domains, rows),
+            probe=dict.fromkeys(domains, probe),
+            probe_sets=self._resized(sets),
+            clean=cropped(clean) if clean else None,
+            held_out=_outside(clean, [first.names[i] for i in np.union1d(rows, probe)]),
+            notes={
+                **notes,
+                "clean": "validation images" if clean else f"none found: {CLEAN.layout}",
+            },
+        )
+
+    def on_the_fly(self, root: Path, domains: list[Domain]) -> Sources:
+        files = imagenet_clean(root)
+        clean = cropped(files)
+        rows, probe, notes = self._rows(files.names, root)
+        sets = self._resized(self.generated(clean, domains, self.cache))
+        return Sources(
+            sets=sets,
+            rows=dict.fromkeys(domains, rows),
+            probe=dict.fromkeys(domains, probe),
+            probe_sets=sets,
+            clean=clean,
+            held_out=np.setdiff1d(np.arange(len(files.labels)), np.union1d(rows, probe)),
+            notes={**notes, "jpeg_quality": self.jpeg_quality},
+        )
+
+    def _rows(
+        self, names: Sequence[str], root: Path
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, object]]:
+        """Rows of the stream and of the probes, and what is noted of them."""
+        rows = chosen(names, self.image_list, self.order_seed, root)
+        rows = rows[: count_of(self.images, len(rows))]
+        probe, source = probe_rows(len(names), rows, self)
+        notes: dict[str, object] = {
+            "image_list": self.image_list,
+            "legacy_resize": self.legacy_resize,
+            "probe_from": source,
+        }
+        return rows, probe, notes
+
+    def _resized(self, sets: dict[Domain, ImageSet]) -> dict[Domain, ImageSet]:
+        """The resize that old loaders applied to images that were 224 px already."""
+        if not self.legacy_resize:
+            return sets
+        return {d: Derived(images, crop, f"legacy {CROP}") for d, images in sets.items()}
+
+    def training(self, folder: Path) -> ImageSet:
+        return cropped(imagenet_train(folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNetClean(CleanData):
+    """The clean validation images."""
+
+    about = ABOUT
+    preset = "imagenet"
+
+    def read(self, root: str) -> Clean:
+        files = imagenet_clean(existing_root(root, CLEAN))
+        rows = chosen(files.names, self.image_list, self.order_seed, files.root)
+        held_out = np.setdiff1d(np.arange(len(files.labels)), rows)
+        return Clean(files, rows, cropped(files), held_out, True)
+
+    def training(self, folder: Path) -> ImageSet:
+        return cropped(imagenet_train(folder))
+
+
+def _outside(clean: Files | None, used: Sequence[str]) -> np.ndarray:
+    """Rows of the clean images whose file is not among the `used` ones."""
+    stems = {Path(n).stem for n in used}
+    names = clean.names if clean else []
+    return np.asarray([i for i, n in enumerate(names) if Path(n).stem not in stems], np.int64)
+
+
+GROUPS = ("noise", "blur", "weather", "digital", "extra")  # how the archives are grouped
+
+
+def imagenet_c(
+    root: Path, corruptions: Sequence[str], severities: Sequence[int]
+) -> dict[tuple[str, int], Path]:
+    """`(corruption, severity) -> folder` of the released ImageNet-C.
+
+    Raises:
+        UserError: naming every missing corruption folder.
+    """
+    base = first_folder(root, FOLDERS, [*corruptions, *GROUPS])
+    if base is None:
+        raise UserError(
+            f"ImageNet-C is not under data.root={root} (looked for {root / 'ImageNet-C'} and "
+            f"{root / corruptions[0]}). {ABOUT.expected}"
+        )
+    sets, missing = {}, []
+    for corruption in corruptions:
+        for severity in severities:
+            places = [base / corruption / str(severity)]
+            places += [base / g / corruption / str(severity) for g in GROUPS]
+            there = [p for p in places if p.is_dir()]
+            if there:
+                sets[corruption, severity] = there[0]
+            else:
+                missing.append(f"{corruption}/{severity}")
+    if missing:
+        raise UserError(
+            f"{base} lacks {len(missing)} of {len(missing) + len(sets)} corruption folders: "
+            f"{', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}. "
+            f"{ABOUT.expected}"
+        )
+    return sets

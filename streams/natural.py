@@ -1,0 +1,92 @@
+"""Sets of natural shifts: each domain has images of its own, as they were taken."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import numpy as np
+from annotated_types import MinLen, Predicate
+
+from driftline.core.errors import UserError, suggest
+from driftline.core.ranges import distinct
+from driftline.core.seed import derive
+from driftline.streams.corrupted import stand_ins
+from driftline.streams.dataset import ShiftData, Sources, count_of, existing_root, probe_rows
+from driftline.streams.images import ImageSet
+from driftline.streams.orders import Domain
+
+# What stands for the domains where the images are embedded ones, in turn, at severity 3.
+STAND_INS = ("contrast", "fog", "pixelate", "gaussian_noise", "brightness", "defocus_blur")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaturalData(ShiftData):
+    """Domains with names and no severities, images in an order drawn once.
+
+    Args:
+        domains: which, in stream order; None: all of them.
+    """
+
+    all_domains: ClassVar[tuple[str, ...]]  # of the data set, in the order of its paper
+    shuffled: ClassVar[bool] = True  # False: in the order of the files
+
+    domains: Annotated[list[str], MinLen(1), Predicate(distinct)] | None
+
+    def names(self) -> list[str]:
+        known = self.known()
+        for name in self.domains or []:
+            if name not in known:
+                raise UserError(
+                    f"scenario.domains: {name!r} is no domain of {self.about.title}"
+                    f"{suggest(name, known)}. Known: {', '.join(known)}"
+                )
+        return list(self.domains or known)
+
+    def known(self) -> list[str]:
+        """Every domain of the set."""
+        return list(self.all_domains)
+
+    @abstractmethod
+    def read(self, root: Path, domain: str) -> ImageSet:
+        """The images of one domain under `root`; their labels are those of the label space.
+
+        Raises:
+            UserError: if they are missing.
+        """
+
+    def clean(self, root: Path) -> ImageSet | None:
+        """Evaluation images of the source domain, for source forgetting; None without any."""
+        return None
+
+    def sources(self, domains: list[Domain]) -> Sources:
+        if self.data_root is None:
+            kinds = {d: (STAND_INS[i % len(STAND_INS)], 3) for i, d in enumerate(domains)}
+            settings = {"preset": "cifar", "seed": 0, "jpeg_quality": None, "frost_dir": None}
+            return stand_ins(kinds, self, settings)
+        root = existing_root(self.data_root, self.about)
+        sets: dict[Domain, ImageSet] = {d: self.read(root, d[0]) for d in domains}
+        rows, probe, notes = {}, {}, {}
+        for d, images in sets.items():
+            listed = np.arange(len(images.labels))
+            if self.shuffled:
+                listed = np.random.default_rng(derive(self.order_seed, "subset")).permutation(
+                    listed
+                )
+            rows[d] = listed[: count_of(self.images, len(listed))]
+            probe[d], notes[d[0]] = probe_rows(len(listed), rows[d], self)
+        clean = self.clean(root)
+        return Sources(
+            sets=sets,
+            rows=rows,
+            probe=probe,
+            probe_sets=sets,
+            clean=clean,
+            held_out=np.arange(0 if clean is None else len(clean.labels)),
+            notes={
+                "probe_from": notes,
+                "clean": "none" if clean is None else "evaluation images of the source",
+            },
+        )
