@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from driftline.core import distributed
+from driftline.core.errors import UserError
 
 
 class Passes:
@@ -89,6 +90,28 @@ class Backbone(nn.Module):
             return known
         linear = [m for m in self.net.modules() if isinstance(m, nn.Linear)]
         return linear[-1].out_features if linear else 0
+
+    def keep_outputs(self, kept: Sequence[int]) -> None:
+        """Leave those outputs of the head alone, in this order: its scores are [B, len(kept)].
+
+        Raises:
+            UserError: without a linear head.
+        """
+        head = self.head
+        if head is None:
+            raise UserError(
+                f"{self.tag}: the scores of {len(kept)} of {self.num_classes} classes are wanted, "
+                "and there is no linear layer at its end to take them from"
+            )
+        rows = torch.tensor(kept, device=head.weight.device)
+        for name in ("weight", "bias"):
+            old = getattr(head, name)
+            if old is not None:
+                new = nn.Parameter(old.detach()[rows].clone(), requires_grad=old.requires_grad)
+                setattr(head, name, new)
+        head.out_features = len(kept)
+        if isinstance(getattr(self.net, "num_classes", None), int):
+            self.net.num_classes = len(kept)
 
     @property
     def dim(self) -> int:

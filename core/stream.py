@@ -127,12 +127,19 @@ NEW_CLASSES = "new_classes"  # of what a TaskStream may provide: no class comes 
 SINGLE_IMAGES = "single images (scenario.batch_size=1)"  # of what a ShiftStream may provide
 
 
+class Outputs(NamedTuple):
+    """Which outputs of a network are the classes of a stream, in the order of its labels."""
+
+    kept: tuple[int, ...]
+    of: int  # how many the network has
+
+
 @dataclass(frozen=True)
 class ShiftStream:
     """A sequence of segments over a list of domains."""
 
     name: str
-    num_classes: int
+    num_classes: int  # scores that a method sees and that count
     domains: Sequence[str]
     segments: Sequence[Segment]
     facts: dict[str, object]
@@ -145,3 +152,4 @@ class ShiftStream:
     label_budget: float | None = None  # labels that may be bought, see core/oracle.py
     order: Mapping[str, np.ndarray] = field(default_factory=dict)  # int64 [N] each: what, when
     provides: frozenset[str] = frozenset()
+    outputs: Outputs | None = None  # None: every output is a class of the stream

@@ -104,6 +104,8 @@ def make_strategy(
     geometry.size, geometry.interpolation = backbone.input_size, backbone.interpolation
     _check_labels(cfg, stream, backbone)
     weights = {"tag": backbone.tag, "hash": weights_hash(backbone.net.state_dict())}
+    if isinstance(stream, ShiftStream) and stream.outputs is not None:
+        backbone.keep_outputs(stream.outputs.kept)
     strategy = build_strategy(
         cfg.strategy, cfg.around, backbone, seed=cfg.seed, num_classes=stream.num_classes
     )
@@ -183,24 +185,25 @@ def _check_labels(cfg: DictConfig, stream: Stream, backbone: Backbone) -> None:
     if isinstance(stream, TaskStream):
         return
     space = stream.facts["label_space"]
+    outputs = stream.num_classes if stream.outputs is None else stream.outputs.of
     if backbone.classes is not None and backbone.classes != space:
         fix = (
             "Set data.root=/path/to/data to run on the real set, or leave backbone unset"
             if space == "embedded"
             else "Choose a backbone trained for this label space"
         )
-        if "classes" in cfg.backbone and backbone.num_classes == stream.num_classes:
+        if "classes" in cfg.backbone and backbone.num_classes == outputs:
             fix += (
-                f"; the number of outputs, {stream.num_classes}, says nothing about their meaning. "
+                f"; the number of outputs, {outputs}, says nothing about their meaning. "
                 f"If yours are these classes in this order, set backbone.classes={space}"
             )
         raise UserError(
             f"backbone={cfg.backbone.name} predicts {backbone.classes} classes, but "
             f"scenario={stream.name} holds {space} classes. {fix}."
         )
-    if backbone.num_classes != stream.num_classes:
+    if backbone.num_classes != outputs:
         raise UserError(
-            f"scenario={stream.name} has {stream.num_classes} classes, but "
+            f"scenario={stream.name} has {outputs} classes, but "
             f"backbone={cfg.backbone.name} ({backbone.tag}) has {backbone.num_classes} outputs"
         )
 

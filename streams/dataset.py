@@ -141,6 +141,15 @@ class ShiftData(ABC):
     def label_space(self) -> str:
         return "embedded" if self.data_root is None else self.about.label_space
 
+    def facts(self) -> dict[str, object]:
+        """What a result says of the set, beside the notes on its images."""
+        return {}
+
+    @property
+    def kept(self) -> tuple[int, ...] | None:
+        """Outputs of the network that are the classes of the stream; None: all of them."""
+        return None
+
     @abstractmethod
     def names(self) -> list[str]:
         """Names of the domains, in stream order."""
@@ -164,6 +173,31 @@ class ShiftData(ABC):
         Raises:
             UserError: if there are none.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetData(ShiftData):
+    """A set with some classes of its label space, those of `about.subset`.
+
+    Args:
+        subset_scores: `masked`: the network gives the scores of these classes alone, so that a
+            method adapts on them, too (hendrycks/imagenet-r, eval.py, masks the scores;
+            mariodoebler/test-time-adaptation does it inside the network). `all`: every output
+            counts.
+    """
+
+    subset_scores: Literal["masked", "all"]
+
+    def facts(self) -> dict[str, object]:
+        subset = self.about.subset
+        if self.data_root is None or subset is None:
+            return {}
+        return {"subset": {"classes": len(subset), "scores": self.subset_scores}}
+
+    @property
+    def kept(self) -> tuple[int, ...] | None:
+        real = self.data_root is not None
+        return self.about.subset if real and self.subset_scores == "masked" else None
 
 
 def count_of(images: int | None, available: int) -> int:
@@ -219,6 +253,7 @@ class CleanData(ABC):
         data_root: None: embedded stand-in images.
     """
 
+    kept: ClassVar[None] = None  # every output is a class
     about: ClassVar[About]
     preset: ClassVar[Literal["imagenet", "cifar"]]  # parameters of the corruptions
 

@@ -318,6 +318,15 @@ def corruption_arrays(
     return sets
 
 
+def files_of(images: ImageSet, rows: np.ndarray) -> list[Path]:
+    """The files that `rows` of a set are made from; none where they lie in arrays."""
+    while isinstance(images, Derived):
+        images = images.base
+    if not isinstance(images, Files):
+        return []
+    return [images.root / images.names[row] for row in rows.tolist()]
+
+
 class Derived:
     """Another set seen through a function of (image, row): crops, corruptions.
 

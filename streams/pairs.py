@@ -431,8 +431,9 @@ def pair_stream(
                 batches=partial(batches, rows),
             )
         )
+    shown = [(found.base, np.unique(dealt.row))]
     held_out = found.held_out if real else np.zeros(0, np.int64)
-    around = surroundings(data, beside, loading, found.clean, held_out, as_stored, skipped)
+    around = surroundings(data, beside, loading, found.clean, held_out, as_stored, skipped, shown)
     quarter = dealt.quarters // grid.step
     expected = [
         grid.grids[pairs[w]][i, j] for w, (i, j) in zip(dealt.walk, quarter.tolist(), strict=True)

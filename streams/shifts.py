@@ -5,6 +5,7 @@ The orders themselves are in `streams/orders.py`, data sets in `streams/data/`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +25,14 @@ from driftline.core.stream import (
     SINGLE_IMAGES,
     Batch,
     Batches,
+    Outputs,
     Segment,
     ShiftStream,
     Skipped,
     SourceImages,
 )
 from driftline.streams.dataset import NAMED, CleanData, ShiftData
-from driftline.streams.images import ImageSet, fingerprint
+from driftline.streams.images import ImageSet, files_of, fingerprint
 from driftline.streams.loading import Reader, Rows
 from driftline.streams.orders import LABEL_ORDERS, Options, Step, called, parse, plan
 from driftline.streams.pipelines import PHOTOMETRIC, Pipeline, as_stored
@@ -131,6 +133,9 @@ def corruption_stream(
     domains = list(dict.fromkeys(s.domain for s in steps))
     images = data.sources(domains)
     sets = [images.sets[d] for d in domains]
+    kept, outputs = data.kept, None
+    if kept is not None:
+        outputs = Outputs(kept, sets[0].num_classes)
     skipped = Skipped()
     reader = loading.reader(sets, skipped)
     probe_reader = loading.reader([images.probe_sets[d] for d in domains], skipped)
@@ -145,7 +150,10 @@ def corruption_stream(
     for step in steps:
         d = domains.index(step.domain)
         listed = ordering.listed(images.rows[step.domain])
-        dealt.append((step.name, step.round, Rows.of(sets[d], listed, d)))
+        rows = rows_of(sets[d], listed, kept, d)
+        if len(rows) < len(listed):
+            raise UserError(f"{data.about.title} has images of classes outside of its own list")
+        dealt.append((step.name, step.round, rows))
     if domain_order == "mixed":
         joined = Rows.join([rows for *_, rows in dealt])
         dealt = [("mixed", 1, ordering.mixed(joined))]
@@ -166,39 +174,46 @@ def corruption_stream(
     hardest = max(s for _, s in domains)
     probes = {
         i: partial(
-            loading.again, probe_reader, Rows.of(probe_reader.sets[i], images.probe[d], i), raw
+            loading.again,
+            probe_reader,
+            rows_of(probe_reader.sets[i], images.probe[d], kept, i),
+            raw,
         )
         for i, d in enumerate(domains)
         if d[1] == hardest and len(images.probe[d]) and d not in images.unprobed
     }
-    around = surroundings(data, beside, loading, images.clean, images.held_out, raw, skipped)
     # Rows of each set whose images a result depends on. (Embedded probes are another set, which
     # follows from the settings.)
     used = [
         np.unique(np.concatenate([images.probe[d], *(r.row[r.domain == i] for *_, r in dealt)]))
         for i, d in enumerate(domains)
     ]
+    shown = list(zip(sets, used, strict=True))
+    around = surroundings(data, beside, loading, images.clean, images.held_out, raw, skipped, shown)
     probed = {rows.tobytes(): rows for rows in images.probe.values()}  # once where they agree
     counts = [len(images.rows[d]) for d in domains]
+    classes = sets[0].num_classes if kept is None else len(kept)
     facts: dict[str, object] = {
-        "classes": sets[0].num_classes,
+        "classes": classes,
         "label_space": data.label_space,
         "images_per_domain": counts[0] if len(set(counts)) == 1 else counts,
         "order": ordering.order,
         "resize": resize,
         "segments": [s.name for s in segments],
+        **data.facts(),
         **images.notes,
         "fingerprint": fingerprint(
-            *(s.content(rows) for s, rows in zip(sets, used, strict=True)),
+            *(s.content(rows) for s, rows in shown),
             *(np.stack([r.domain, r.row]) for *_, r in dealt),
             *probed.values(),
             *around.contents,
             *images.contents,
+            *([kept] if kept else []),
         ),
     }
     return ShiftStream(
         name=f"{label}{images.mark}",
-        num_classes=sets[0].num_classes,
+        num_classes=classes,
         domains=[called(d) for d in domains],
         segments=segments,
         facts=facts,
@@ -216,7 +231,21 @@ def corruption_stream(
             "label": np.concatenate([r.label for *_, r in dealt]),
         },
         provides=frozenset({"probes"}) | provided(around, loading.batch_size),
+        outputs=outputs,
     )
+
+
+def rows_of(
+    images: ImageSet, rows: np.ndarray, kept: Sequence[int] | None, domain: int = 0
+) -> Rows:
+    """Rows of a set, their labels as positions in `kept`; those of other labels are left out."""
+    every = Rows.of(images, rows, domain)
+    if kept is None:
+        return every
+    position = np.full(images.num_classes, -1, np.int64)
+    position[list(kept)] = np.arange(len(kept))
+    label = position[every.label]
+    return Rows(every.row, label, every.domain).take(np.flatnonzero(label >= 0))
 
 
 def _index_file(path: str, listed: np.ndarray) -> np.ndarray:
@@ -259,6 +288,7 @@ def surroundings(
     held_out: np.ndarray,
     change: Pipeline,
     skipped: Skipped,
+    shown: Sequence[tuple[ImageSet, np.ndarray]],
 ) -> Surroundings:
     """The images beside a stream.
 
@@ -266,6 +296,7 @@ def surroundings(
         clean: clean evaluation images, if there are any.
         held_out: rows of `clean` that neither stream nor probes use.
         change: pipeline of the stream.
+        shown: sets of the stream and of its probes, and which rows of them.
 
     Raises:
         UserError: for a `source_from` that is neither a word nor a folder.
@@ -278,11 +309,13 @@ def surroundings(
         )
     # Drawn once, so that warm-up, stream and clean images stay apart.
     rng = np.random.default_rng(derive(seed, "source"))
+    if clean is not None:
+        held_out = rows_of(clean, held_out, data.kept).row
     held_out = rng.permutation(held_out)[: beside.source_images]
     holdout, rows = None, np.zeros(0, np.int64)
     contents: list[object] = []
     if clean is not None and beside.clean_images:
-        rows = np.arange(len(clean.labels))
+        rows = rows_of(clean, np.arange(len(clean.labels)), data.kept).row
         if data.data_root is not None:
             rows = np.random.default_rng(derive(seed, "clean")).permutation(rows)
         if source_from == "held_out":
@@ -291,8 +324,9 @@ def surroundings(
         if data.data_root is not None:  # embedded images follow from the settings
             contents.append(clean.content(rows))
         reader = loading.reader([clean], skipped)
-        holdout = partial(loading.again, reader, Rows.of(clean, rows), change)
-    source = partial(_source, data, beside, loading, clean, held_out, change)
+        holdout = partial(loading.again, reader, rows_of(clean, rows, data.kept), change)
+        shown = [*shown, (clean, rows)]
+    source = partial(_source, data, beside, loading, clean, held_out, change, shown)
     return Surroundings(holdout, (rows, *contents), source)
 
 
@@ -303,6 +337,7 @@ def _source(
     clean: ImageSet | None,
     held_out: np.ndarray,
     change: Pipeline,
+    shown: Sequence[tuple[ImageSet, np.ndarray]],
 ) -> SourceImages:
     """The images that a method may prepare on, see `scenario.source_from`.
 
@@ -323,7 +358,9 @@ def _source(
         images, rows, text = clean, held_out, "clean evaluation images outside the stream"
     else:
         images = data.training(Path(data.data_root if choice == "train" else choice))
-        rows, text = np.arange(len(images.labels)), "training images"
+        rows = rows_of(images, np.arange(len(images.labels)), data.kept).row
+        text = "training images"
+        _refuse_evaluation_images(images, rows, shown, choice)
     if not len(rows) or (count or 0) > len(rows):
         raise UserError(
             f"scenario.source_images={count or 'all'}, but scenario.source_from={choice} leaves "
@@ -348,9 +385,46 @@ def _source(
         else:
             both = change
         for batch in reader.batches(
-            Rows.of(images, taken), batch_size, both, start=start, seed=key
+            rows_of(images, taken, data.kept), batch_size, both, start=start, seed=key
         ):
             if batch is not None:
                 yield batch
 
-    return SourceImages(len(rows), text, fingerprint(images.content(rows), rows), batches)
+    content = fingerprint(images.content(rows), rows, *([data.kept] if data.kept else []))
+    return SourceImages(len(rows), text, content, batches)
+
+
+def _refuse_evaluation_images(
+    images: ImageSet,
+    rows: np.ndarray,
+    shown: Sequence[tuple[ImageSet, np.ndarray]],
+    choice: str,
+) -> None:
+    """A method must not learn from labels of images on which it is judged.
+
+    Raises:
+        UserError: if source images are images of the stream, its probes or the clean images.
+    """
+    judged: dict[str, list[Path]] = {}
+    for other, used in shown:
+        for path in files_of(other, used):
+            judged.setdefault(path.stem, []).append(path)
+    same = [
+        path
+        for path in files_of(images, rows)
+        if path.stem in judged
+        and (
+            path.stem.startswith(EVALUATION)  # one image, wherever a copy of it lies
+            or any(os.path.realpath(path) == os.path.realpath(p) for p in judged[path.stem])
+        )
+    ]
+    if same:
+        raise UserError(
+            f"scenario.source_from={choice}: {len(same)} of {len(rows)} source images are images "
+            f"that the run is judged on (first: {same[0]}), so a method would learn from their "
+            "labels. Name the folder of the training images, or use held_out (clean images outside "
+            "the stream)"
+        )
+
+
+EVALUATION = "ILSVRC2012_val_"  # names that ImageNet's validation images keep in every copy
