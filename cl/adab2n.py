@@ -39,7 +39,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.cl.derpp import DERpp
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Size, Unit
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import OWN_CLASSES, Batch, Task
 from driftline.parts.buffer import Rule
 from driftline.parts.norms import replace_batch_norms
 from driftline.parts.optim import Optim
@@ -145,7 +145,7 @@ class AdaB2N(DERpp):
         UserError: for a network without two-dimensional batch normalisation.
     """
 
-    needs = frozenset({"features", "batch_norm"})
+    needs = frozenset({"features", "batch_norm", OWN_CLASSES})
     prefers = "cnn"
 
     def __init__(

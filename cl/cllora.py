@@ -40,7 +40,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, NonNegative, Positive, Size
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import OWN_CLASSES, Batch, Task
 from driftline.kernels import adapter
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.plan import Plan
@@ -120,7 +120,7 @@ class CLLoRA(CLStrategy):
         UserError: for a network without fused qkv layers, or without blocks beyond `general`.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", OWN_CLASSES})
     owner: Tensor  # int64 [C], task of each class; -1: no mean yet
 
     def __init__(

@@ -37,7 +37,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.cl.prompted import NAME, Prompted
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Size
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import OWN_CLASSES, Batch, Task
 from driftline.parts.adapters.prefix import Rows
 from driftline.parts.optim import Optim
 
@@ -125,6 +125,8 @@ class CodaPrompt(Prompted):
         UserError: for a pool smaller than the number of tasks, more components than orthogonal
             vectors of the network's width, or blocks of which the network has none.
     """
+
+    needs = Prompted.needs | {OWN_CLASSES}
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from driftline.backbones.backbone import Backbone
 from driftline.cl.finetune import NAME, Finetune
 from driftline.core.ranges import Count, NonNegative, Size, Unit
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import BOUNDARIES, Batch, Task
 from driftline.kernels import adapter
 from driftline.parts.adapters.adapter import Adapter, Product, kaiming
 from driftline.parts.adapters.plan import Plan
@@ -114,6 +114,8 @@ class NewRanks(Finetune):
         kind: makes the updates of a layer; they have `extend`, which a task begins with.
         at: linear layers, as patterns.
     """
+
+    needs = Finetune.needs | {BOUNDARIES}
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ from driftline.cl.l2p import Matched, uniform
 from driftline.cl.prompted import NAME
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Size
-from driftline.core.stream import Task
+from driftline.core.stream import BOUNDARIES, Task
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.prefix import Rows
 from driftline.parts.optim import Optim
@@ -91,6 +91,8 @@ class DualPrompt(Matched):
     Raises:
         UserError: for blocks of which the network has none, or that are named twice.
     """
+
+    needs = Matched.needs | {BOUNDARIES}
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ from driftline.backbones.backbone import Backbone, weights_hash
 from driftline.core.errors import Diverged
 from driftline.core.ranges import Count, NonNegative
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import OWN_CLASSES, Batch, Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import CosineHead
 from driftline.parts.modes import evaluation_mode
@@ -104,7 +104,7 @@ class Ease(CLStrategy):
         Diverged: if loss or features are no longer finite.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", OWN_CLASSES})
     means: Tensor  # float [S, C, D]
     owner: Tensor  # int64 [C], task of each class; -1: no means yet
     finished: Tensor  # int64 [], tasks whose means exist

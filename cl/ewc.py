@@ -112,7 +112,7 @@ class EWC(Anchored):
                 if self.fisher_kind == "sampled":
                     chances = model.scores(batch.x).softmax(1).cpu()
                     drawn = torch.multinomial(chances, 1, generator=method.rng("fisher"))[:, 0]
-                    labels = drawn.to(method.device) + method.columns.start
+                    labels = drawn.to(method.device) + model.start
                 for x, y in zip(
                     batch.x.split(self.fisher_batch), labels.split(self.fisher_batch), strict=True
                 ):
@@ -152,13 +152,19 @@ class _LogLikelihood(nn.Module):
         super().__init__()
         self.backbone, self.bank, self.head = method.backbone, method.bank, method.head
         self.features, self.columns = method.features, method.columns
+        self.start = self.columns.start if isinstance(self.columns, range) else 0
 
     def scores(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))[:, self.columns.start : self.columns.stop]
+        scores = self.head(self.features(x))
+        if isinstance(self.columns, range):
+            return scores[:, self.columns.start : self.columns.stop]
+        outside = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
+        outside[list(self.columns)] = False
+        return scores.masked_fill(outside, -torch.inf)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Images [1, 3, H, W] and label [1] -> 0-dim."""
-        return -F.cross_entropy(self.scores(x), y - self.columns.start)
+        return -F.cross_entropy(self.scores(x), y - self.start)
 
 
 def _fit(tensor: Tensor, like: Tensor) -> Tensor:

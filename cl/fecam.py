@@ -47,7 +47,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.cl.first_task import FirstTask
 from driftline.core.errors import UserError
 from driftline.core.ranges import CountOrZero, NonNegative, Positive
-from driftline.core.stream import Task
+from driftline.core.stream import OWN_CLASSES, Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import CosineHead
 from driftline.parts.optim import FirstOptim
@@ -92,6 +92,7 @@ class FeCAM(FirstTask):
         UserError: for a head that does not learn, or a power of features below 0.
     """
 
+    needs = FirstTask.needs | {OWN_CLASSES}
     means: Tensor  # float [C, D]
     inverses: Tensor  # float [C, D, D]; [C, D] diagonal; [1, D, D] common
     counts: Tensor  # int64 [C], images behind the statistics

@@ -26,7 +26,7 @@ from driftline.backbones.backbone import Backbone, weights_hash
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count
 from driftline.core.strategy import CLStrategy, Preferred
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import BOUNDARIES, Batch, Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import ExpandingLinear, freeze_pretrained_head
 from driftline.parts.modes import evaluation_mode
@@ -112,8 +112,10 @@ class Finetune(CLStrategy):
             adapter.add(self.bank, NAME, self.rng("init"))
         self.head = ExpandingLinear(backbone.dim)
         self.penalty = penalty
+        if penalty is not None:  # it pulls to what the end of a task left
+            vars(self)["needs"] = self.needs | {BOUNDARIES}
         self.seen = 0
-        self.columns = range(0)
+        self.columns: Sequence[int] = range(0)
         self._hash = ""
 
     @classmethod
@@ -127,7 +129,7 @@ class Finetune(CLStrategy):
         self.seen = max(self.seen, task.classes.stop)
         rows = self.num_classes if self.loss_scope == "all" else self.seen
         self.head.grow(rows, self.rng("init"))
-        self.columns = scope_columns(self.loss_scope, task.classes, self.seen, self.num_classes)
+        self.columns = scope_columns(self.loss_scope, task.own, self.seen, self.num_classes)
 
     def grow(self, task: Task) -> None:
         self.extend(task)

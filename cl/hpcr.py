@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from driftline.backbones.backbone import Backbone
 from driftline.cl.er import ER
 from driftline.core.ranges import Count, NonNegative, Positive, Size
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import BOUNDARIES, Batch, Task
 from driftline.parts.buffer import Rule
 from driftline.parts.optim import Optim
 
@@ -81,6 +81,8 @@ class HPCR(ER):
         alpha: weight of the stored scores.
         beta: weight of the stored similarities.
     """
+
+    needs = ER.needs | {BOUNDARIES}
 
     def __init__(
         self,

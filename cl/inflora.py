@@ -37,7 +37,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.cl.stacked import NAME, Stacked
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, Size, Unit
-from driftline.core.stream import Task
+from driftline.core.stream import OWN_CLASSES, Task
 from driftline.kernels import adapter
 from driftline.parts.adapters.adapter import Product
 from driftline.parts.heads import PlainLinear
@@ -124,6 +124,8 @@ class InfLoRA(Stacked):
             without enough free directions.
     """
 
+    needs = Stacked.needs | {OWN_CLASSES}
+
     def __init__(
         self,
         backbone: Backbone,
@@ -173,7 +175,7 @@ class InfLoRA(Stacked):
             lora.extend(self.rank)
         self.seen = max(self.seen, task.classes.stop)
         self.head.grow(self.seen, self.rng("init"))
-        self.columns = task.classes
+        self.columns = task.own
         self.task_optim = self.optim.of_task(task.index)
         groups = {"adapter": [m.up for m in self.loras], "head": self.head.parameters()}
         self.optimizer = self.task_optim.optimizer(groups, self.bank.second_factors(NAME))

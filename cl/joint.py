@@ -20,7 +20,7 @@ from torch import Tensor
 from driftline.backbones.backbone import Backbone
 from driftline.cl.finetune import Finetune, Trained
 from driftline.core.ranges import Count
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import OWN_CLASSES, Batch, Task
 from driftline.parts.heads import ExpandingLinear
 from driftline.parts.optim import Optim
 
@@ -34,6 +34,7 @@ class Joint(Finetune):
             only the last row, hence `acc_last`, has a meaning.
     """
 
+    needs = Finetune.needs | {OWN_CLASSES}
     averageable = False
 
     def __init__(

@@ -22,6 +22,7 @@ than one offline copy, Swin and ConvNeXt are left out.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from driftline.backbones.backbone import Backbone
 from driftline.core.ranges import Count, CountOrZero, Unit
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import BOUNDARIES, Batch, Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import NearZeroLinear
 from driftline.parts.modes import evaluation_mode
@@ -57,7 +58,7 @@ class LAE(CLStrategy):
         experts: whose probabilities count; in the absence of an offline copy the online ones do.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", BOUNDARIES})
     averageable = True
     outputs = "probabilities"
 
@@ -98,7 +99,7 @@ class LAE(CLStrategy):
         self.head = NearZeroLinear(backbone.dim)
         self.seen = 0
         self.begun = 0  # tasks
-        self.columns = range(0)
+        self.columns: Sequence[int] = range(0)
 
     # ------------------------------------------------------------------ tasks
 
@@ -107,7 +108,7 @@ class LAE(CLStrategy):
         self.seen = max(self.seen, task.classes.stop)
         rows = self.num_classes if self.loss_scope == "all" else self.seen
         self.head.grow(rows, self.rng("init"))
-        self.columns = scope_columns(self.loss_scope, task.classes, self.seen, self.num_classes)
+        self.columns = scope_columns(self.loss_scope, task.own, self.seen, self.num_classes)
         if "offline" not in self.bank.sets and (self.begun > 1 or self.ema_start == "init"):
             self.bank.copy("online", "offline")
             self.bank.freeze("offline")

@@ -64,7 +64,7 @@ class LwF(Penalty):
                     batch = batch.to(method.device)
                     with torch.no_grad():
                         features = method.features(batch.x)
-                    loss = scoped_cross_entropy(method.head(features), batch.y, task.classes)
+                    loss = scoped_cross_entropy(method.head(features), batch.y, task.own)
                     optim.step(optimizer, loss)
 
     @torch.no_grad()

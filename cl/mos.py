@@ -46,7 +46,7 @@ from driftline.backbones.backbone import Backbone, weights_hash
 from driftline.core.errors import UserError
 from driftline.core.ranges import Below1, Count, CountOrZero, NonNegative
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import OWN_CLASSES, Batch, Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.alignment import ClassGaussians, Statistics, collect
 from driftline.parts.heads import PrototypeHead
@@ -112,7 +112,7 @@ class Mos(CLStrategy):
         Diverged: if loss or features are no longer finite.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", OWN_CLASSES})
     prefix: Tensor  # float [T, P], sum of the stored sets 0..t as they were stored
     owner: Tensor  # int64 [C], task of each class
     finished: Tensor  # int64 [], tasks that have ended

@@ -38,7 +38,7 @@ from driftline.core.distributed import dropout
 from driftline.core.errors import UserError
 from driftline.core.ranges import Below1, Count, NonNegative, Size
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import BOUNDARIES, Batch, Task
 from driftline.kernels import adapter
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.plan import Plan
@@ -178,7 +178,7 @@ class OLoRA(CLStrategy):
         UserError: for adapters whose tasks cannot be summed, or points that the network lacks.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", BOUNDARIES})
     averageable = True
 
     def __init__(
@@ -220,7 +220,7 @@ class OLoRA(CLStrategy):
         self.head = NearZeroLinear(backbone.dim)
         self.seen = 0
         self.begun = 0  # tasks
-        self.columns = range(0)
+        self.columns: Sequence[int] = range(0)
         self._checked = False
 
     @property
@@ -241,7 +241,7 @@ class OLoRA(CLStrategy):
         self.begun += 1
         self.seen = max(self.seen, task.classes.stop)
         self.head.grow(self.seen, self.rng("init"))
-        self.columns = scope_columns(self.scope, task.classes, self.seen, self.seen)
+        self.columns = scope_columns(self.scope, task.own, self.seen, self.seen)
         own = self.sets[-1]
         groups = {"adapter": self.bank.parameters_of(own), "head": self.head.parameters()}
         self.optimizer = self.optim.optimizer(groups, self.bank.second_factors(own))

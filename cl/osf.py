@@ -28,7 +28,7 @@ when a task ends, so that a checkpoint between tasks holds the weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, cast
 
 import torch
@@ -39,7 +39,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
 from driftline.core.ranges import Below1, Count
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import BOUNDARIES, Batch, Task
 from driftline.parts.adapters.plan import matches
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.objectives import scoped_cross_entropy
@@ -130,7 +130,7 @@ class OSF(CLStrategy):
         UserError: for a pattern without a linear layer, or a layer that the network does not use.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", BOUNDARIES})
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class OSF(CLStrategy):
         for p in self.head.parameters():
             nn.init.uniform_(p, -bound, bound, generator=self.rng("init"))
         self.seen = 0
-        self.columns = range(0)
+        self.columns: Sequence[int] = range(0)
 
     def parts(self) -> Iterator[tuple[str, nn.Linear, Split]]:
         """Name, layer and factors of every weight that learns."""
@@ -173,7 +173,7 @@ class OSF(CLStrategy):
         for _, layer, split in self.parts():
             split.make(layer.weight.detach(), kept)
         self.seen = max(self.seen, task.classes.stop)
-        self.columns = task.classes
+        self.columns = task.own
         self.task_optim = self.optim.of_task(task.index)
         factors = [p for _, _, split in self.parts() for p in split.parameters()]
         self.optimizer = self.task_optim.optimizer(

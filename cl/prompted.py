@@ -50,7 +50,7 @@ class Prompted(CLStrategy):
         self.head = cast(nn.Linear, nn.utils.skip_init(nn.Linear, backbone.dim, num_classes))
         self.start_head(self.head, self.rng("init"))
         self.seen = 0
-        self.columns = range(0)
+        self.columns: Sequence[int] = range(0)
 
     @torch.no_grad()
     def start_head(self, head: nn.Linear, generator: torch.Generator) -> None:
@@ -83,7 +83,7 @@ class Prompted(CLStrategy):
 
     def grow(self, task: Task) -> None:
         self.seen = max(self.seen, task.classes.stop)
-        self.columns = task.classes
+        self.columns = task.own
         self.task_optim = self.optim.of_task(task.index)
         self.optimizer = self.task_optim.optimizer(self.groups())
 

@@ -40,7 +40,7 @@ from driftline.cl.finetune import Finetune
 from driftline.core.distributed import average_gradients
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, NonNegative, Unit
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import BOUNDARIES, Batch, Task
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.objectives import Scope, scoped_cross_entropy
 from driftline.parts.optim import Optim
@@ -113,6 +113,7 @@ class ROGO(Finetune):
         UserError: for a network without linear layers.
     """
 
+    needs = Finetune.needs | {BOUNDARIES}
     averageable = False
     prefers = "vit"
 

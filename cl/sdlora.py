@@ -137,7 +137,7 @@ class SDLoRA(Stacked):
         self.begun += 1
         self.seen = max(self.seen, task.classes.stop)
         self.head.grow(self.seen, self.rng("init"))
-        self.columns = task.classes
+        self.columns = task.own
         self.task_optim = self.optim.of_task(task.index)
         groups = {
             "adapter": [p for lora in self.loras for p in (lora.a, lora.b)],

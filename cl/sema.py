@@ -40,7 +40,7 @@ from driftline.backbones.backbone import Backbone, weights_hash
 from driftline.core import distributed
 from driftline.core.ranges import Count, NonNegative, Size
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import BOUNDARIES, Batch, Task
 from driftline.kernels import adapter
 from driftline.parts.adapters.adapter import Product, kaiming
 from driftline.parts.adapters.bottleneck import Bottleneck
@@ -175,7 +175,7 @@ class SEMA(CLStrategy):
         UserError: for a network without transformer blocks.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", BOUNDARIES})
     phase: Phase
 
     def __init__(
@@ -214,7 +214,7 @@ class SEMA(CLStrategy):
         self.plain = [one for one in every if not isinstance(one, Mixture)]
         self.head = linear(backbone.dim, num_classes, draws)
         self.seen = 0
-        self.columns = range(0)
+        self.columns: Sequence[int] = range(0)
         self._hash = ""
         # Where a task stands; the state beside the tensors.
         self.phase = "done"
@@ -230,7 +230,7 @@ class SEMA(CLStrategy):
     def grow(self, task: Task) -> None:
         first, count = not self.seen, len(self.mixtures)
         self.seen = max(self.seen, task.classes.stop)
-        self.columns = task.classes
+        self.columns = task.own
         self.task_optim = self.optim.of_task(task.index)
         self.epochs = self.lengths["function"] + self.lengths["descriptor"]
         if not first:  # at worst; what is not needed is empty

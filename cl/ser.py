@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from driftline.backbones.backbone import Backbone
 from driftline.cl.derpp import DERpp
 from driftline.core.ranges import Count, NonNegative, Size
-from driftline.core.stream import Task
+from driftline.core.stream import BOUNDARIES, Task
 from driftline.parts.buffer import Rule
 from driftline.parts.optim import Optim
 
@@ -42,6 +42,8 @@ class SER(DERpp):
         alpha: weight of the squared difference from the stored scores.
         beta: weight of the squared difference from the scores of the network before.
     """
+
+    needs = DERpp.needs | {BOUNDARIES}
 
     def __init__(
         self,

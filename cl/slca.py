@@ -36,7 +36,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Positive
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import OWN_CLASSES, Batch, Task
 from driftline.parts.alignment import ClassGaussians, Statistics, collect
 from driftline.parts.heads import freeze_pretrained_head
 from driftline.parts.modes import evaluation_mode
@@ -124,7 +124,7 @@ class SLCA(CLStrategy):
         Diverged: if loss or features are no longer finite.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", OWN_CLASSES})
     prefers = "vit"
     carried: Tensor  # float [P], the heads as the task has left them, without the alignment
 

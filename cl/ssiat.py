@@ -36,7 +36,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.cl.slca import TaskOfClass, shrinkage
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Positive
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import OWN_CLASSES, Batch, Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.alignment import ClassGaussians, Statistics, collect
 from driftline.parts.modes import evaluation_mode
@@ -109,7 +109,7 @@ class SSIAT(CLStrategy):
         Diverged: if loss or features are no longer finite.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", OWN_CLASSES})
     shift_images: Tensor  # float [], images behind a shift of the last task, mean over classes
 
     def __init__(

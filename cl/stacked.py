@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from driftline.backbones.backbone import Backbone
 from driftline.cl.olora import merged
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import BOUNDARIES, Batch, Task
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.heads import ExpandingLinear
@@ -33,7 +33,7 @@ class Stacked(CLStrategy):
         kind: makes the updates of a layer from its two widths; they have `delta`.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", BOUNDARIES})
     averageable = True
     head: ExpandingLinear
 
@@ -58,7 +58,7 @@ class Stacked(CLStrategy):
             point.removesuffix(":out"): cast(nn.Linear, m) for point, m in plan.points(backbone)
         }
         self.seen = 0
-        self.columns = range(0)
+        self.columns: Sequence[int] = range(0)
 
     def first_draws(self) -> torch.Generator | None:
         """Of the updates that the first task begins with; None: nothing is drawn for them."""

@@ -42,7 +42,7 @@ from driftline.backbones.backbone import Backbone, weights_hash
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Positive
 from driftline.core.strategy import CLStrategy
-from driftline.core.stream import Batch, Task
+from driftline.core.stream import OWN_CLASSES, Batch, Task
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.alignment import ClassGaussians, Statistics, collect
 from driftline.parts.modes import evaluation_mode
@@ -98,7 +98,7 @@ class Tuna(CLStrategy):
         Diverged: if loss or features are no longer finite.
     """
 
-    needs = frozenset({"features"})
+    needs = frozenset({"features", OWN_CLASSES})
     owner: Tensor  # int64 [C], task of each class
     finished: Tensor  # int64 [], tasks that have ended
 

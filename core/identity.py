@@ -29,6 +29,17 @@ SINCE: dict[str, dict[str, Any]] = {
         "burst_length": 10,
     },
     "driftline.streams.pairs.pair_stream": {"label_budget": None},
+    "driftline.streams.class_incremental.split_stream": {
+        "order": "increment",
+        "tasks": 10,
+        "skew": 0,
+        "first": 0.2,
+        "zipf": 1.0,
+        "task_images": 500,
+        "disjoint": 0.5,
+        "blurry": 0.1,
+        "evaluate_every": None,
+    },
 }
 # Options that are gone, with the value at which a run of then is a run of now.
 UNTIL: dict[str, dict[str, Any]] = {

@@ -38,7 +38,8 @@ class AccuracyMatrix:
 
     `l(j)` is the row after which column j was first learned; a column is seen at row i if
     l(j) <= i. Rows that were never recorded do not exist ("evaluated rows"); e is the last one.
-    A column whose test set is empty is left out of everything.
+    A column whose test set is empty is left out of everything. Where classes come back, the column
+    of a task is the classes that come for the first time in it, so that each image counts once.
 
     Args:
         columns: names of the columns.
@@ -51,6 +52,7 @@ class AccuracyMatrix:
         if len(self.learned) != len(self.columns) or min(self.learned, default=0) < 0:
             raise ValueError("learned needs one row, 0 or later, for each column")
         self._cells: dict[int, NDArray[np.int64]] = {}  # row -> [2, C]: correct, total; -1 unknown
+        self._empty = np.zeros(len(self.columns), bool)  # columns with a cell without images
 
     def record(self, after: int, on: int, correct: int, total: int) -> None:
         """Set one cell; recording it again replaces it.
@@ -66,7 +68,10 @@ class AccuracyMatrix:
         if after < -1 or not 0 <= on < len(self.columns) or not 0 <= correct <= total:
             raise ValueError(f"no such cell: after={after}, on={on}, {correct} of {total}")
         row = self._cells.setdefault(after, np.full((2, len(self.columns)), -1, np.int64))
+        before = row[1, on]
         row[:, on] = correct, total
+        if 0 in (before, total):
+            self._empty[on] = any(c[1, on] == 0 for c in self._cells.values())
 
     def _row(self, i: int) -> F64:
         if i not in self._cells:
@@ -84,8 +89,7 @@ class AccuracyMatrix:
         return self._row(-1)
 
     def _columns(self, i: int) -> list[int]:
-        empty = [any(c[1, j] == 0 for c in self._cells.values()) for j in range(len(self.columns))]
-        return [j for j, row in enumerate(self.learned) if row <= i and not empty[j]]
+        return [j for j, row in enumerate(self.learned) if row <= i and not self._empty[j]]
 
     def _rows(self) -> list[int]:
         return sorted(i for i in self._cells if i >= 0 and self._columns(i))
@@ -186,6 +190,7 @@ class AccuracyMatrix:
                 "Use on_exists=rerun to start again."
             )
         self._cells = {int(i): c.copy() for i, c in zip(state["rows"], cells, strict=True)}
+        self._empty = (cells[:, 1] == 0).any(0)
 
 
 class OnlineError:

@@ -103,7 +103,7 @@ def evaluate_task(
     strategy: CLStrategy, task: Task, run: Context, num_classes: int, cache: FeatureCache | None
 ) -> Answers:
     """Score the test images of `task`; features of frozen extractors come from the cache."""
-    answers = Answers(task.classes, num_classes, run.device)
+    answers = Answers(task.tested, num_classes, run.device)
     if cache is not None and strategy.extractors():
         for scores, y in cache.scores(f"test{task.index}", task.test, strategy, run.device):
             answers.add(scores, y)
@@ -180,6 +180,10 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         accuracies = {}
         predicted, bad = [0] * stream.num_classes, 0
         for task in tasks:
+            if not len(task.tested):  # no class comes for the first time
+                matrix.record(after, task.index, 0, 0)
+                til_matrix.record(after, task.index, 0, 0)
+                continue
             with costs.evaluation():
                 answers = evaluate_task(strategy, task, run, stream.num_classes, cache)
                 total, correct, within, classes = answers.read()
@@ -187,7 +191,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
             matrix.record(after, task.index, correct, total)
             til_matrix.record(after, task.index, within, total)
             _log_cell(run.log, after, name, task.name, correct, total)
-            for c, (n, right, _) in zip(task.classes, classes, strict=True):
+            for c, (n, right, _) in zip(task.tested, classes, strict=True):
                 accuracies |= {c: 100 * right / n} if n else {}
             of_task, bad_of_task = answers.predictions()
             predicted = [a + b for a, b in zip(predicted, of_task, strict=True)]
@@ -199,7 +203,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         return accuracies
 
     # Forward transfer exists where the next task has no new classes, as between domains.
-    known = [t.index for t in stream.tasks[1:] if t.classes.stop <= stream.tasks[0].classes.stop]
+    known = [t.index for t in stream.tasks[1:] if t.tested.start < stream.tasks[0].classes.stop]
     for task in (_readable(task, stream.skipped) for task in stream.tasks[at["task"] :]):
         if not at["begun"]:
             strategy.begin_task(task)
@@ -244,8 +248,9 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
     metrics = matrix.summary(forgetting=run.forgetting)
     if not metrics:
         raise UserError(f"no test image can be read{_reasons(stream.skipped)}")
-    task_incremental = til_matrix.summary(forgetting=run.forgetting)
-    metrics |= {f"til/{k}": task_incremental[k] for k in TOLD if k in task_incremental}
+    if all(task.new is None for task in stream.tasks):  # else an image belongs to several tasks
+        task_incremental = til_matrix.summary(forgetting=run.forgetting)
+        metrics |= {f"til/{k}": task_incremental[k] for k in TOLD if k in task_incremental}
     if ahead:
         metrics |= ahead.summary()
     metrics |= predictions.summary()

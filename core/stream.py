@@ -72,14 +72,30 @@ class Task:
 
     index: int
     name: str
-    classes: range  # label positions introduced here, contiguous after the class order is applied
+    # Label positions that images of this task may have: those introduced here, contiguous after the
+    # class order is applied; where classes come back, all that have come so far.
+    classes: range
     steps: int  # batches per training epoch, for schedules
     # (epoch, start=0): shuffled, training pipeline. With more=(rows, labels), int64 [n] each, which
     # the streams of this framework take: those images of the same set among them.
     train: Batches = field(repr=False)
     fit: Images = field(repr=False)  # (): training images, test pipeline, fixed order
-    test: Images = field(repr=False)  # (): test images of these classes
+    test: Images = field(repr=False)  # (): test images of the classes `tested`
     read: Callable[[Tensor, int | None], Tensor] | None = field(default=None, repr=False)
+    # Where classes come back: those that come for the first time, so that every test image belongs
+    # to one task. None: `classes`.
+    new: range | None = None
+    present: tuple[int, ...] | None = None  # those with images, ascending; None: `classes`
+
+    @property
+    def tested(self) -> range:
+        """Label positions of what `test` gives."""
+        return self.classes if self.new is None else self.new
+
+    @property
+    def own(self) -> Sequence[int]:
+        """Label positions that have images in this task, as far as a method may know."""
+        return self.classes if self.present is None else self.present
 
     def again(self, rows: Tensor, draws: int | None) -> Tensor:
         """Training images [n, 3, H, W] by `Batch.index`, augmented once more.
@@ -108,6 +124,15 @@ class Segment:
     round: int = 1  # of a recurring sequence, from 1
 
 
+# Of what a TaskStream may provide:
+NEW_CLASSES = "new_classes"  # no class comes twice
+OWN_CLASSES = "own_classes"  # all `classes` of a task have images in it
+BOUNDARIES = "boundaries"  # a task ends where its classes do
+NUM_TASKS = "num_tasks"
+SINGLE_IMAGES = "single images (scenario.batch_size=1)"  # of what a ShiftStream may provide
+OF_STREAMS = frozenset({NEW_CLASSES, OWN_CLASSES, BOUNDARIES, NUM_TASKS, SINGLE_IMAGES})
+
+
 @dataclass(frozen=True)
 class TaskStream:
     """A sequence of tasks."""
@@ -120,11 +145,7 @@ class TaskStream:
     batch_size: int = 0
     single_pass: bool = False  # online: every training image once, near-future accuracy reported
     order: Mapping[str, np.ndarray] = field(default_factory=dict)  # int64 [N]: training images
-    provides: frozenset[str] = frozenset({"boundaries"})
-
-
-NEW_CLASSES = "new_classes"  # of what a TaskStream may provide: no class comes twice
-SINGLE_IMAGES = "single images (scenario.batch_size=1)"  # of what a ShiftStream may provide
+    provides: frozenset[str] = frozenset({BOUNDARIES, OWN_CLASSES})
 
 
 class Outputs(NamedTuple):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def consistencies(logits: Tensor, target: Tensor, *, symmetric: bool) -> Tensor:
     return -0.5 * forward - 0.5 * backward
 
 
-def scope_columns(scope: Scope, classes: range, seen: int, total: int) -> range:
+def scope_columns(scope: Scope, classes: Sequence[int], seen: int, total: int) -> Sequence[int]:
     """Columns of the scores that take part in the softmax of the loss.
 
     `current`: the classes of this task. `seen`: every class so far. `all`: every class of the
@@ -44,6 +46,14 @@ def scope_columns(scope: Scope, classes: range, seen: int, total: int) -> range:
     return range(seen if scope == "seen" else total)
 
 
-def scoped_cross_entropy(scores: Tensor, y: Tensor, columns: range) -> Tensor:
+def within(scores: Tensor, y: Tensor, columns: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The `columns` (ascending) of scores [B, C], and the places of y int64 [B] among them."""
+    if isinstance(columns, range):
+        return scores[:, columns.start : columns.stop], y - columns.start
+    chosen = torch.tensor(columns, device=y.device)
+    return scores[:, chosen], torch.searchsorted(chosen, y)
+
+
+def scoped_cross_entropy(scores: Tensor, y: Tensor, columns: Sequence[int]) -> Tensor:
     """Mean cross-entropy over `columns` of scores [B, C]; y int64 [B] must lie in them."""
-    return F.cross_entropy(scores[:, columns.start : columns.stop], y - columns.start)
+    return F.cross_entropy(*within(scores, y, columns))

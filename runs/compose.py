@@ -16,7 +16,7 @@ from driftline.core.identity import method_name
 from driftline.core.paths import CONF, expand_paths
 from driftline.core.seed import seed_all
 from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
-from driftline.core.stream import ShiftStream, TaskStream
+from driftline.core.stream import NEW_CLASSES, OF_STREAMS, OWN_CLASSES, ShiftStream, TaskStream
 from driftline.runs.schema import embedded
 from driftline.streams.pipelines import Geometry
 from driftline.streams.store import ImageStore
@@ -215,4 +215,20 @@ def _check_needs(cfg: DictConfig, strategy: Strategy, stream: Stream, backbone: 
             f"strategy={method_name(cfg.strategy.name, list(cfg.around))} needs "
             f"{', '.join(sorted(lacking))}, which neither "
             f"scenario={stream.name} nor backbone={cfg.backbone.name} ({backbone.tag}) provides"
+            f"{_reorder(cfg, lacking)}"
         )
+
+
+def _reorder(cfg: DictConfig, lacking: frozenset[str]) -> str:
+    """What to do where the order of a stream of tasks is what a method cannot work with."""
+    scenario, words = cfg.scenario, []
+    if lacking & {NEW_CLASSES, OWN_CLASSES} and scenario.get("order", "increment") != "increment":
+        words.append("scenario.order=increment")
+    if lacking & OF_STREAMS and scenario.get("evaluate_every") is not None:
+        words.append("scenario.evaluate_every=null")
+    if not words:
+        return ""
+    return (
+        f": classes come back, or tasks are not known. Set {' and '.join(words)}, or take a method "
+        "that learns image by image, such as strategy=simplecil, slda, finetune, er or derpp"
+    )

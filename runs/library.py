@@ -17,7 +17,7 @@ from driftline.core import papers
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF, add_resolver
 from driftline.core.strategy import Strategy, TTAStrategy
-from driftline.core.stream import NEW_CLASSES, SINGLE_IMAGES
+from driftline.core.stream import OF_STREAMS
 from driftline.runs.command import check_words, explain, spelled_out
 from driftline.runs.compose import build_strategy
 from driftline.runs.execute import run_experiment
@@ -72,7 +72,7 @@ def make(
     built = build_strategy(
         node, around, backbone, seed=seed, num_classes=num_classes or backbone.num_classes
     )
-    if lacking := built.needs - backbone.provides - {SINGLE_IMAGES, NEW_CLASSES}:
+    if lacking := built.needs - backbone.provides - OF_STREAMS:
         raise UserError(
             f"strategy={strategy} needs {', '.join(sorted(lacking))}, which this network lacks"
         )

@@ -7,15 +7,32 @@ from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Gt, Lt
 
 from driftline.core.errors import UserError
-from driftline.core.ranges import Count, CountOrZero, Flat, PlainName, Seed
+from driftline.core.ranges import Count, CountOrZero, Flat, NonNegative, PlainName, Seed, Unit
 from driftline.core.seed import derive
-from driftline.core.stream import NEW_CLASSES, Skipped, Task, TaskStream
+from driftline.core.stream import (
+    BOUNDARIES,
+    NEW_CLASSES,
+    NUM_TASKS,
+    OWN_CLASSES,
+    Skipped,
+    Task,
+    TaskStream,
+)
 from driftline.streams.dataset import NAMED, SplitData
-from driftline.streams.images import ImageSet, fingerprint
+from driftline.streams.images import fingerprint
 from driftline.streams.loading import Rows
 from driftline.streams.store import TaskLoading
+from driftline.streams.task_orders import (
+    Options,
+    by_first_occurrence,
+    parse,
+    task_sizes,
+    tasks_of,
+    without_boundaries,
+)
 
 
 def order_of_classes(
@@ -38,38 +55,88 @@ def order_of_classes(
     return np.random.RandomState(seed).permutation(classes).tolist()
 
 
-def task_sizes(classes: int, base: int, increment: int) -> list[int]:
-    """Classes per task: `base` first (0: as the others), then `increment`, then what is left.
-
-    Raises:
-        UserError: if base or increment do not fit the number of classes.
-    """
-    if not 1 <= increment <= classes or not 0 <= base <= classes:
-        raise UserError(
-            f"scenario.base={base} and scenario.increment={increment} do not fit {classes} classes"
-        )
-    sizes = [base or increment]
-    while sum(sizes) + increment <= classes:
-        sizes.append(increment)
-    if sum(sizes) < classes:
-        sizes.append(classes - sum(sizes))
-    return sizes
-
-
 @dataclass(frozen=True, kw_only=True)
 class Classes:
-    """Which classes a task brings, and how many images of them.
+    """Which classes come when, and how many images of them: an order of `streams/task_orders.py`.
 
     With `shots` the tasks after the first hold so many images a class (few-shot sessions); with
-    `single_pass` every image is seen once (online), whatever the strategy's epochs.
+    `single_pass` every image of a task is seen once (online), whatever the strategy's epochs. With
+    `evaluate_every`, what a strategy takes for a task is a stretch of so many images, in the order
+    of the stream, after which it is evaluated: it learns nothing of where tasks begin.
     """
 
+    order: str
     base: CountOrZero
     increment: Count
+    tasks: Count
+    skew: NonNegative
+    first: Annotated[float, Gt(0), Lt(1)]
+    zipf: NonNegative
+    task_images: Count
+    disjoint: Unit
+    blurry: Unit
+    evaluate_every: Count | None
     class_order: Literal["seeded", "fixed"] | list[CountOrZero]
     order_seed: Seed
     shots: Count | None
     single_pass: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether no class comes twice, in tasks that are known."""
+        return self.order == "increment" and self.evaluate_every is None
+
+    def check(self) -> None:
+        """Whether the settings fit each other.
+
+        Raises:
+            UserError: if not.
+        """
+        if self.evaluate_every is None and "si_blurry" in parse(self.order):
+            raise UserError(
+                "scenario.order=si_blurry hides where its tasks begin: set "
+                "scenario.single_pass=true and scenario.evaluate_every, images between two "
+                "evaluations (official: 1000)"
+            )
+        if self.evaluate_every is not None and (not self.single_pass or self.shots is not None):
+            raise UserError(
+                f"scenario.evaluate_every={self.evaluate_every} makes a stream without tasks, "
+                "which is seen once and has no sessions: set scenario.single_pass=true and "
+                "scenario.shots=null"
+            )
+
+    def dealt(self, place: np.ndarray, classes: int, label: str) -> list[np.ndarray]:
+        """Positions of each task, or stretch; `place` as for `TaskOrder`.
+
+        Raises:
+            UserError: for numbers that do not fit, and a task without images.
+        """
+        numbers = Options(**{name: getattr(self, name) for name in Options._fields})
+        rng = np.random.default_rng(derive(self.order_seed, "stream", self.order))
+        tasks = tasks_of(self.order, place, classes, numbers, rng)
+        for index, task in enumerate(tasks):
+            if not len(task):
+                raise UserError(f"task {index} of scenario={label} has no training images")
+        if self.evaluate_every is None:
+            return tasks
+        return without_boundaries(tasks, self.evaluate_every, rng)
+
+    def named(
+        self, place: np.ndarray, tasks: list[np.ndarray], classes: int
+    ) -> tuple[np.ndarray, list[int]]:
+        """New names of the classes, as of `by_first_occurrence`; without images, plain ones."""
+        if not self.plain:
+            return by_first_occurrence(place, tasks, classes)
+        sizes = task_sizes(classes, self.base, self.increment)
+        return np.arange(classes), np.cumsum(sizes).tolist()
+
+    def title(self, index: int, new: range, present: int) -> str:
+        """Name of a task, or stretch."""
+        if self.plain:
+            return f"classes {new.start}-{new.stop - 1}"
+        if self.evaluate_every is not None:
+            return f"images from {index * self.evaluate_every}"
+        return f"task {index}: {present} classes, {len(new)} new"
 
 
 def split_stream(
@@ -80,55 +147,68 @@ def split_stream(
     loading: Annotated[TaskLoading, Flat()],
     seed: int,
 ) -> TaskStream:
-    """A class-incremental stream (B0-IncN, Bm-IncN) with a fixed class order.
+    """A stream of tasks over the classes of one set (B0-IncN, Bm-IncN), with a fixed class order.
 
-    Labels are renamed by position in the order, so tasks hold contiguous ranges. The order of
-    epoch e is a function of (seed, task, epoch); augmentation draws are keyed by image as well.
+    Labels are renamed by first occurrence, and by position in the class order among those that come
+    together, so that new classes are contiguous. The order of epoch e is a function of (seed, task,
+    epoch); augmentation draws are keyed by image as well.
 
     Raises:
         UserError: for missing data or settings that do not fit.
     """
+    classes.check()
     train, test = data.split()
-    shots, order_seed, batch_size = classes.shots, classes.order_seed, loading.batch_size
-    order = order_of_classes(train.num_classes, classes.class_order, order_seed)
+    count, shots, batch_size = train.num_classes, classes.shots, loading.batch_size
+    wanted = order_of_classes(count, classes.class_order, classes.order_seed)
+    place = np.argsort(wanted)[train.labels]
+    dealt = classes.dealt(place, count, label)
+    name, seen = classes.named(place, dealt, count)
+    order = [wanted[i] for i in np.argsort(name)]
     position = np.argsort(order)
-    sizes = task_sizes(train.num_classes, classes.base, classes.increment)
     skipped = Skipped()
     images = {
         split: loading.images(found, skipped, data.cifar)
         for split, found in (("train", train), ("test", test))
     }
 
-    def rows(images: ImageSet, positions: range) -> Rows:
-        label = position[images.labels]
+    def tested(positions: range) -> Rows:
+        label = position[test.labels]
         row = np.flatnonzero((label >= positions.start) & (label < positions.stop))
         return Rows(row, label[row], np.zeros(len(row), np.int64))
 
-    tasks, dealt = [], []
-    for index, size in enumerate(sizes):
-        first = sum(sizes[:index])
-        positions = range(first, first + size)
-        pool = rows(train, positions)
+    tasks, delivered = [], []
+    for index, row in enumerate(dealt):
+        new = range(seen[index - 1] if index else 0, seen[index])
+        pool = Rows(row, position[train.labels[row]], np.zeros(len(row), np.int64))
         if shots is not None and index:
-            pool = _few(pool, shots, np.random.default_rng(derive(order_seed, "shots", index)))
-        if not len(pool):
-            raise UserError(f"task {index} of scenario={label} has no training images")
-        shuffle = np.random.default_rng(derive(seed, "shuffle", index, 0))
-        dealt.append(pool.take(shuffle.permutation(len(pool))))
+            rng = np.random.default_rng(derive(classes.order_seed, "shots", index))
+            pool = _few(pool, shots, rng)
+        arrive = images["train"].shuffled
+        if classes.evaluate_every is None:
+            shuffle = np.random.default_rng(derive(seed, "shuffle", index, 0))
+            delivered.append(pool.take(shuffle.permutation(len(pool))))
+        else:
+            arrive = partial(arrive, ordered=True)
+            delivered.append(pool)
+        present = tuple(np.unique(pool.label).tolist())
+        told = not classes.plain and classes.evaluate_every is None
         tasks.append(
             Task(
                 index=index,
-                name=f"classes {positions.start}-{positions.stop - 1}",
-                classes=positions,
+                name=classes.title(index, new, len(present)),
+                classes=new if classes.plain else range(seen[index]),
                 steps=-(-len(pool) // batch_size),
-                train=partial(images["train"].shuffled, index, pool, batch_size, seed),
+                train=partial(arrive, index, pool, batch_size, seed),
                 fit=partial(images["train"].fixed, pool, loading.test_batch_size),
-                test=partial(images["test"].fixed, rows(test, positions), loading.test_batch_size),
+                test=partial(images["test"].fixed, tested(new), loading.test_batch_size),
                 read=images["train"].again,
+                new=None if classes.plain else new,
+                present=present if told else None,
             )
         )
+    sizes = [len(task.tested) for task in tasks]
     facts: dict[str, object] = {
-        "classes": train.num_classes,
+        "classes": count,
         "class_order": order,
         "task_sizes": sizes,
         "pipeline": loading.pipeline,
@@ -137,23 +217,39 @@ def split_stream(
         "shots": shots,
         "single_pass": classes.single_pass,
         "fingerprint": fingerprint(
-            train.content(), test.content(), order, sizes, *([shots] if shots else [])
+            train.content(),
+            test.content(),
+            order,
+            sizes,
+            *([shots] if shots else []),
+            *([] if classes.plain else dealt),
         ),
     }
+    if not classes.plain:
+        facts |= {
+            "order": classes.order,
+            "classes_seen": seen[-1],
+            "evaluate_every": classes.evaluate_every,
+        }
+    provides = {"num_classes"}
+    if classes.evaluate_every is None:
+        provides |= {BOUNDARIES, NUM_TASKS}
+    if classes.plain:
+        provides |= {NEW_CLASSES, OWN_CLASSES}
     return TaskStream(
         name=label,
-        num_classes=train.num_classes,
+        num_classes=count,
         tasks=tasks,
         facts=facts,
         skipped=skipped,
         batch_size=batch_size,
         single_pass=classes.single_pass,
         order={  # as the first epoch delivers them
-            "task": np.concatenate([np.full(len(r), i) for i, r in enumerate(dealt)]),
-            "row": np.concatenate([r.row for r in dealt]),
-            "label": np.concatenate([r.label for r in dealt]),
+            "task": np.concatenate([np.full(len(r), i) for i, r in enumerate(delivered)]),
+            "row": np.concatenate([r.row for r in delivered]),
+            "label": np.concatenate([r.label for r in delivered]),
         },
-        provides=frozenset({"boundaries", "num_tasks", "num_classes", NEW_CLASSES}),
+        provides=frozenset(provides),
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from driftline.core.errors import UserError
 from driftline.core.ranges import Flat, PlainName
-from driftline.core.stream import Skipped, Task, TaskStream
+from driftline.core.stream import BOUNDARIES, NUM_TASKS, OWN_CLASSES, Skipped, Task, TaskStream
 from driftline.streams.dataset import NAMED, DomainData
 from driftline.streams.images import ImageSet, fingerprint
 from driftline.streams.loading import Rows
@@ -73,5 +73,5 @@ def domain_stream(
             "task": np.concatenate([np.full(len(t.labels), i) for i, (t, _) in enumerate(found)]),
             "label": np.concatenate([t.labels for t, _ in found]),
         },
-        provides=frozenset({"boundaries", "num_tasks", "num_classes"}),
+        provides=frozenset({BOUNDARIES, NUM_TASKS, OWN_CLASSES, "num_classes"}),
     )

@@ -209,16 +209,22 @@ class TaskImages:
         epoch: int,
         start: int = 0,
         more: tuple[Tensor, Tensor] | None = None,
+        *,
+        ordered: bool = False,
     ) -> Iterator[Batch | None]:
         """Training pipeline, in an order drawn for (seed, task, epoch), from batch `start` on.
 
         Args:
             more: rows and labels of further images of the set, shuffled among those of the task.
+            ordered: as `rows` are, instead.
         """
         if more is not None:
             row, label = (t.cpu().numpy() for t in more)
             rows = Rows.join([rows, Rows(row, label, np.zeros_like(row))])
-        order = np.random.default_rng(derive(seed, "shuffle", task, epoch)).permutation(len(rows))
+        order = np.arange(len(rows))
+        if not ordered:
+            shuffle = np.random.default_rng(derive(seed, "shuffle", task, epoch))
+            order = shuffle.permutation(len(rows))
         draws = derive(seed, "augment", task, epoch)
         found = None
         if self.name in FLIP_ONLY:
