@@ -174,14 +174,57 @@ def data(report: Report, root: str | None) -> None:
         return
     path = Path(root)
     if not path.is_dir():
-        report.problem(f"data.root={root}: there is no such folder", "data.root=/path/to/data")
+        report.problem(
+            f"data.root={root}: there is no such folder",
+            f"data.root=/path/to/data, or load a set: {_load('SET', path)}",
+        )
         return
-    checks = (_cifar, _cifar_c, _imagenet_c, _imagenet, _folders)
+    checks = (_cifar, _cifar_c, _imagenet_c, _imagenet, _folders, _loaded)
     if not sum([check(report, path) for check in checks]):
         report.problem(
             f"no known data set under {path}",
-            "see the table of scenarios in README.md for what is expected where",
+            f"docs/data.md says what is expected where; {_load('SET', path)} loads a set, "
+            "python scripts/get_data.py --list names all",
         )
+
+
+def _load(dataset: str, root: Path) -> str:
+    """The command that loads a set."""
+    return f"python scripts/get_data.py {dataset} --to {root}"
+
+
+def _again(dataset: str, base: Path, root: Path) -> str:
+    """What to do about a set with missing or damaged files."""
+    return f"move {base} away, then: {_load(dataset, root)}"
+
+
+def _loaded(report: Report, root: Path) -> int:
+    """What scripts/get_data.py brought here, and what it did not finish."""
+    from driftline.core.files import BadFile, read_record
+    from driftline.streams.downloads import STATE
+
+    count = 0
+    for note in sorted((root / STATE).glob("*/*.done.json")):
+        dataset, file = note.parent.name, note.name.removesuffix(".done.json")
+        try:
+            noted = read_record(note, "sha256", "places", "files")
+        except (OSError, BadFile):
+            continue  # loaded again when asked for
+        gone = [place for place in noted["places"] if not (root / place).exists()]
+        if gone:
+            report.note(
+                f"{dataset}: {', '.join(gone[:3])} of {file} is gone; {_load(dataset, root)}"
+            )
+            continue
+        count += 1
+        sha256 = noted["sha256"][:12]
+        report.ok(f"{dataset}: {noted['files']:,} files of {file}, sha256 {sha256} when loaded")
+    for part in sorted((root / STATE).glob("*/*.part")):
+        report.note(
+            f"{part.name.removesuffix('.part')}: {part.stat().st_size:,} bytes of it have arrived; "
+            f"{_load(part.parent.name, root)} goes on"
+        )
+    return count
 
 
 def _cifar(report: Report, root: Path) -> int:
@@ -190,7 +233,7 @@ def _cifar(report: Report, root: Path) -> int:
     from torchvision import datasets
 
     count = 0
-    for kind in (datasets.CIFAR10, datasets.CIFAR100):
+    for name, kind in (("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)):
         base = root / kind.base_folder
         if not base.is_dir():
             continue
@@ -200,7 +243,7 @@ def _cifar(report: Report, root: Path) -> int:
         if bad:
             report.problem(
                 f"{base}: missing or damaged: {', '.join(bad)}",
-                "fetch it again from https://www.cs.toronto.edu/~kriz/cifar.html",
+                _again(name, base, root),
             )
         else:
             report.ok(f"{base}: {len(files)} files, MD5 sums as published")
@@ -216,7 +259,7 @@ def _cifar_c(report: Report, root: Path) -> int:
             continue
         count += 1
         files = sorted(p for p in base.glob("*.npy") if p.name != "labels.npy")
-        fix = f"unpack {name}.tar again (Zenodo, see README.md)"
+        fix = _again(f"cifar{classes}_c", base, root)
         if not (base / "labels.npy").exists() or not files:
             report.problem(f"{base} lacks labels.npy or the corruptions", fix)
             continue
@@ -253,7 +296,7 @@ def _imagenet_c(report: Report, root: Path) -> int:
         if s.is_dir() and s.name in "12345"
     )
     if not folders:
-        report.problem(f"{base} holds no <corruption>/<severity> folder", "unpack the archives")
+        report.problem(f"{base} holds no <corruption>/<severity> folder", _load("imagenet_c", root))
         return 1
     files = sorted(folders[0].rglob("*.JPEG"))
     whole = len(files) == 50000
@@ -261,7 +304,7 @@ def _imagenet_c(report: Report, root: Path) -> int:
         for file in files[:: max(1, len(files) // 3)][:3]:
             open_rgb(file)
     except UserError as error:
-        report.problem(str(error), "unpack the archive again (Zenodo, see README.md)")
+        report.problem(str(error), _again("imagenet_c", folders[0].parent, root))
     text = f"{base}: {len(folders)} corruption/severity folders, {len(files):,} images in "
     text += "/".join(folders[0].parts[-2:])
     if files:

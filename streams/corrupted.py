@@ -249,6 +249,11 @@ class CorruptedData(ShiftData):
         )
 
 
+def instead(count: int, place: Path, settings: str) -> str:
+    """What errors about missing corruptions say where the clean images are there."""
+    return f"{count:,} clean images are in {place}: {settings} makes the corruptions of them. "
+
+
 def stand_ins(domains: dict[Domain, Domain], data: ShiftData, settings: dict[str, Any]) -> Sources:
     """Embedded images in the place of a data set.
 

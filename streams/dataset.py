@@ -11,6 +11,7 @@ class of another package is named by its dotted path.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from driftline.core.build import locate
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, Flat, Seed, distinct
 from driftline.core.seed import derive
+from driftline.streams.downloads import Download
 from driftline.streams.images import ImageSet
 from driftline.streams.orders import Domain
 
@@ -43,14 +45,26 @@ class About:
     label_space: str  # outputs of networks for it: "imagenet1k"; empty: the data says
     subset: tuple[int, ...] | None = None  # classes of the label space that occur; None: all
     hashes: Mapping[str, str] = field(default_factory=dict)  # file -> "md5:..." or "sha256:..."
+    name: str = ""  # as `scenario.dataset` names it, for `scripts/get_data.py`
+    download: Download | None = None  # None: there is nothing to load
 
     @property
     def expected(self) -> str:
         """The sentence that ends every error about missing data."""
+        how = ""
+        if self.download is not None:
+            what = "loads it" if self.download.by_program else "says how to get it"
+            how = f"`python scripts/get_data.py {self.name} --to <data.root>` {what}. "
         return (
-            f"Expected layout: {self.layout}. Published at: {self.published}. "
+            f"Expected layout: {self.layout}. Published at: {self.published}. {how}"
             "Leave data.root unset to run on the embedded stand-in images."
         )
+
+
+def named() -> list[str]:
+    """The data sets of this project."""
+    package = importlib.import_module(PACKAGE)
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 def about(dataset: str) -> About:

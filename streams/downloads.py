@@ -86,10 +86,10 @@ class Download:
         return any(file.url for file in self.files)
 
     @property
-    def size(self) -> int:
-        """Bytes of the files that are loaded unless parts are named; 0: not known of all."""
+    def size(self) -> str:
+        """Of the files that are loaded unless parts are named; `+`: more than that."""
         sizes = [file.size for file in self.files if not file.optional]
-        return sum(sizes) if all(sizes) else 0
+        return readable(sum(sizes)) + (" +" if sum(sizes) and not all(sizes) else "")
 
     def chosen(self, parts: Sequence[str]) -> list[Published]:
         """The files of `parts`; without any, those that are not optional.
@@ -151,7 +151,7 @@ def get(
         if file not in lacking:
             noted = _noted(file, state)
             how = f"sha256 {noted['sha256'][:12]}" if noted else "not loaded by this program"
-            say(f"{file.file}: there ({root / file.creates[0]}, {how})")
+            say(f"{file.file}: there ({how}; move {root / file.creates[0]} away to load it again)")
     if files and not lacking:
         return
     by_hand = [] if origin else [file for file in lacking if not file.url]

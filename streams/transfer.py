@@ -154,6 +154,7 @@ def _attempt(url: str, part: Path, size: int, checked: bool, stall: float, bar: 
         first = _read(response)
         _refuse_page(url, response, first, begin)
         if begin == 0:
+            part.unlink(missing_ok=True)  # before the note says that it is of this version
             record = {"url": url, "version": _version(response), "total": total}
             write_record(_note_of(part), record)
         bar.total, bar.n = whole or None, begin

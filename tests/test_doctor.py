@@ -8,6 +8,8 @@ import tomllib
 import numpy as np
 from conftest import ROOT, write_images
 
+from driftline.streams.downloads import Download, Published, get
+
 sys.path.insert(0, str(ROOT / "scripts"))
 import doctor
 
@@ -46,7 +48,9 @@ def test_data_sets_are_counted_and_damage_is_named(capsys, tmp_path, cifar10_c_r
     assert report.problems == 0 and "2 corruptions, 50 images each" in text and "sha256" in text
     np.save(base / "fog.npy", np.zeros((7, 32, 32, 3), np.uint8))
     doctor.data(report, str(cifar10_c_root))
-    assert report.problems == 1 and "wrong shape or labels (fog.npy)" in said(capsys)
+    text = said(capsys)
+    assert report.problems == 1 and "wrong shape or labels (fog.npy)" in text
+    assert f"then: python scripts/get_data.py cifar10_c --to {cifar10_c_root}" in text
     empty = tmp_path / "empty"
     empty.mkdir()
     doctor.data(report, str(empty))
@@ -66,6 +70,26 @@ def test_images_that_do_not_decode_are_found(capsys, imagenet_c_root, imagenet_c
     assert report.problems == 1 and first.name in said(capsys)
     doctor.data(report, str(imagenet_clean_root))
     assert report.problems == 1 and "12 clean ImageNet images of 12 classes" in said(capsys)
+
+
+def test_what_was_loaded_and_what_was_not_finished_is_named(capsys, tmp_path):
+    hand, root, state = tmp_path / "hand", tmp_path / "data", tmp_path / "data/.downloads/birds"
+    hand.mkdir()
+    (hand / "b.npy").write_bytes(b"bytes")
+    file = Published("", ("birds/b.npy",), into="birds", name="b.npy")
+    get("birds", Download((file,)), root, origin=str(hand))
+    (state / "c.tar.part").write_bytes(b"half")
+    report = doctor.Report()
+    doctor.data(report, str(root))
+    text = said(capsys)
+    assert "ok       birds: 1 files of b.npy, sha256 " in text and report.problems == 0
+    command = f"python scripts/get_data.py birds --to {root}"
+    assert f"c.tar: 4 bytes of it have arrived; {command} goes on" in text
+    (root / "birds/b.npy").unlink()
+    doctor.data(report, str(root))
+    text = said(capsys)
+    assert f"birds/b.npy of b.npy is gone; {command}" in text
+    assert report.problems == 1 and "get_data.py SET --to" in text
 
 
 def test_damaged_weights_in_a_cache_are_named(capsys, tmp_path, monkeypatch, configure):

@@ -204,10 +204,29 @@ def test_what_is_not_there_is_not_asked_for_twice(server, tmp_path):
 
 
 def test_a_file_that_was_exchanged_meanwhile_is_loaded_anew(server, tmp_path):
-    server.files["f"], server.faults = b"old" * 9999, ["cut 999", "503", "503", "503"]
+    server.files["f"], server.faults = bytes(len(CONTENT)), ["cut 999", "503", "503", "503"]
     with pytest.raises(UserError):
         transfer.transfer(f"{server.url}/f", tmp_path / "f", checked=False, patience=QUICK)
     server.files["f"], server.version = CONTENT, '"2"'
+    transfer.transfer(f"{server.url}/f", tmp_path / "f", checked=False, patience=QUICK)
+    assert (tmp_path / "f").read_bytes() == CONTENT
+
+
+def test_a_kill_while_a_file_begins_anew_mixes_nothing(server, tmp_path, monkeypatch):
+    server.files["f"], server.faults = bytes(len(CONTENT)), ["cut 999", "503", "503", "503"]
+    with pytest.raises(UserError):
+        transfer.transfer(f"{server.url}/f", tmp_path / "f", checked=False, patience=QUICK)
+    server.files["f"], server.version = CONTENT, '"2"'
+    write = transfer.write_record
+
+    def killed(*args: object) -> None:
+        write(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "write_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            transfer.transfer(f"{server.url}/f", tmp_path / "f", checked=False, patience=QUICK)
     transfer.transfer(f"{server.url}/f", tmp_path / "f", checked=False, patience=QUICK)
     assert (tmp_path / "f").read_bytes() == CONTENT
 
@@ -231,8 +250,9 @@ def test_more_than_the_file_is_thrown_away(server, tmp_path):
     assert (tmp_path / "f").read_bytes() == CONTENT
     transfer.part_of(tmp_path / "g").write_bytes(CONTENT)  # killed before it was renamed
     server.files["g"] = CONTENT
+    server.ranges.clear()
     transfer.transfer(f"{server.url}/g", tmp_path / "g", patience=QUICK)
-    assert (tmp_path / "g").read_bytes() == CONTENT
+    assert (tmp_path / "g").read_bytes() == CONTENT and len(server.ranges) == 1
 
 
 def test_another_size_is_refused_where_no_checksum_would_notice(server, tmp_path):

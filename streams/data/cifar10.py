@@ -13,6 +13,7 @@ import numpy as np
 
 from driftline.core.errors import UserError, scarce
 from driftline.streams.dataset import About, Split, SplitData, about
+from driftline.streams.downloads import Download, Published
 from driftline.streams.images import Arrays
 
 ABOUT = About(
@@ -22,6 +23,19 @@ ABOUT = About(
     licence="none stated; the authors ask for a citation",
     layout="<data.root>/cifar-10-batches-py/ (torchvision's own layout)",
     label_space="cifar10",
+    name="cifar10",
+    download=Download(
+        (
+            Published(
+                "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                ("cifar-10-batches-py",),
+                size=170_498_071,
+                checksum="md5:c58f30108f718f92721af3b95e74349a",
+            ),
+        ),
+        command="scenario=split_cifar10",
+        sources="MD5: torchvision",
+    ),
 )
 
 Cifar = Literal["cifar10", "cifar100"]

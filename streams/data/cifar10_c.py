@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from driftline.core.errors import UserError
-from driftline.streams.corrupted import CorruptedData
+from driftline.streams.corrupted import CorruptedData, instead
 from driftline.streams.data.cifar10 import ABOUT as CLEAN
 from driftline.streams.data.cifar10 import Cifar, cifar
 from driftline.streams.dataset import (
@@ -24,6 +24,7 @@ from driftline.streams.dataset import (
     first_folder,
     probe_rows,
 )
+from driftline.streams.downloads import Download, Published
 from driftline.streams.images import ImageSet, NpyRows
 from driftline.streams.orders import Domain
 
@@ -34,6 +35,22 @@ ABOUT = About(
     licence="CC BY 4.0",
     layout="<data.root>/CIFAR-10-C/<corruption>.npy and labels.npy",
     label_space="cifar10",
+    name="cifar10_c",
+    download=Download(
+        (
+            Published(
+                "https://zenodo.org/records/2535967/files/CIFAR-10-C.tar?download=1",
+                (
+                    "CIFAR-10-C/labels.npy",
+                    "CIFAR-10-C/gaussian_noise.npy",
+                    "CIFAR-10-C/zoom_blur.npy",
+                ),
+                size=2_918_471_680,
+                checksum="sha256:c72763e101c723b7c507b96205f7e938912a5d587376173b825850cf3cb876a7",
+            ),
+        ),
+        sources="size and SHA-256: TensorFlow Datasets (cifar10_corrupted)",
+    ),
 )
 FOLDERS = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
 
@@ -113,6 +130,15 @@ def _npy(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
         raise UserError(f"cannot read the array {path}: {error}; copy it here again") from error
 
 
+def clean_instead(root: Path, which: Cifar) -> str:
+    """What to set where clean images are there and the corrupted ones are not; else empty."""
+    try:
+        clean = cifar(root, which, train=False)
+    except UserError:
+        return ""
+    return instead(len(clean.labels), root, "scenario.corrupt=on_the_fly")
+
+
 def cifar_c(
     root: Path, which: Cifar, corruptions: Sequence[str], severities: Sequence[int]
 ) -> dict[tuple[str, int], ImageSet]:
@@ -125,13 +151,14 @@ def cifar_c(
     name = FOLDERS[which]
     base = first_folder(root, [name], ["labels.npy", *(f"{c}.npy" for c in corruptions)])
     if base is None:
-        raise UserError(f"{root / name} does not exist. {record.expected}")
+        clean = clean_instead(root, which)
+        raise UserError(f"{root / name} does not exist. {clean}{record.expected}")
     files = ["labels.npy", *(f"{c}.npy" for c in corruptions)]
     missing = [f for f in files if not (base / f).is_file()]
     if missing:
         raise UserError(
             f"{base} lacks {len(missing)} of {len(files)} files: {', '.join(missing[:6])}"
-            f"{' ...' if len(missing) > 6 else ''}. {record.expected}"
+            f"{' ...' if len(missing) > 6 else ''}. {clean_instead(root, which)}{record.expected}"
         )
     labels = _npy(base / "labels.npy")
     number = 10 if which == "cifar10" else 100

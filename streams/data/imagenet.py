@@ -17,6 +17,7 @@ from torchvision import transforms as T
 from driftline.core.errors import UserError
 from driftline.core.seed import derive
 from driftline.streams.dataset import About
+from driftline.streams.downloads import Download
 from driftline.streams.images import Derived, Files, ImageSet, image_folder
 
 ABOUT = About(
@@ -27,6 +28,14 @@ ABOUT = About(
     layout="<data.root>/val/<wnid>/*.JPEG, or flat images with labels.csv "
     "(columns filename, class_index)",
     label_space="imagenet1k",
+    name="imagenet",
+    download=Download(
+        by_hand="Register at https://image-net.org/download.php, load ILSVRC2012_img_val.tar (6.7 "
+        "GB) and ILSVRC2012_devkit_t12.tar.gz into data.root, then sort the images into folders: "
+        "pip install scipy; python -c 'from torchvision.datasets import ImageNet; "
+        'ImageNet("DATA_ROOT", "val")\'',
+        command="scenario=imagenet_c scenario.corrupt=on_the_fly",
+    ),
 )
 
 CROP = "resize 256, crop 224"  # how ImageNet-C was made from the validation images

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from driftline.core.errors import UserError
-from driftline.streams.corrupted import CorruptedData
+from driftline.streams.corrupted import CorruptedData, instead
 from driftline.streams.data.imagenet import ABOUT as CLEAN
 from driftline.streams.data.imagenet import (
     CROP,
@@ -30,8 +30,51 @@ from driftline.streams.dataset import (
     first_folder,
     probe_rows,
 )
+from driftline.streams.downloads import Download, Published
 from driftline.streams.images import Derived, Files, ImageSet, image_folder
 from driftline.streams.orders import Domain
+
+ARCHIVES = {  # group -> bytes, MD5, corruptions
+    "noise": (
+        22_565_673_785,
+        "e80562d7f6c3f8834afb1ecf27252745",
+        "gaussian_noise",
+        "shot_noise",
+        "impulse_noise",
+    ),
+    "blur": (
+        7_112_704_951,
+        "2d8e81fdd8e07fef67b9334fa635e45c",
+        "defocus_blur",
+        "glass_blur",
+        "motion_blur",
+        "zoom_blur",
+    ),
+    "weather": (
+        12_797_438_995,
+        "33ffea4db4d93fe4a428c40a6ce0c25d",
+        "snow",
+        "frost",
+        "fog",
+        "brightness",
+    ),
+    "digital": (
+        7_757_510_705,
+        "89157860d7b10d5797849337ca2e5c03",
+        "contrast",
+        "elastic_transform",
+        "pixelate",
+        "jpeg_compression",
+    ),
+    "extra": (
+        15_789_490_144,
+        "d492dfba5fc162d8ec2c3cd8ee672984",
+        "speckle_noise",
+        "spatter",
+        "gaussian_blur",
+        "saturate",
+    ),
+}
 
 ABOUT = About(
     title="ImageNet-C",
@@ -40,6 +83,22 @@ ABOUT = About(
     licence="CC BY 4.0",
     layout="<data.root>/ImageNet-C/<corruption>/<severity 1-5>/<wnid>/*.JPEG",
     label_space="imagenet1k",
+    name="imagenet_c",
+    download=Download(
+        tuple(
+            Published(
+                f"https://zenodo.org/records/2235448/files/{group}.tar?download=1",
+                tuple(f"ImageNet-C/{corruption}" for corruption in corruptions),
+                size=size,
+                checksum=f"md5:{md5}",
+                into="ImageNet-C",
+                part=group,
+                optional=group == "extra",
+            )
+            for group, (size, md5, *corruptions) in ARCHIVES.items()
+        ),
+        sources="MD5: as several libraries check them; sizes: as a study read them at Zenodo",
+    ),
 )
 FOLDERS = ("ImageNet-C", "imagenet-c", "imagenet_c")
 
@@ -144,6 +203,20 @@ def _outside(clean: Files | None, used: Sequence[str]) -> np.ndarray:
 GROUPS = ("noise", "blur", "weather", "digital", "extra")  # how the archives are grouped
 
 
+def clean_instead(root: Path) -> str:
+    """What to set where clean images are there and the corrupted ones are not; else empty."""
+    try:
+        files = imagenet_clean(root)
+    except UserError:
+        return ""
+    try:
+        chosen(files.names, "published", 0, root)
+        settings = "scenario.corrupt=on_the_fly"
+    except UserError:  # images of the published list are missing
+        settings = "scenario.corrupt=on_the_fly scenario.image_list=all"
+    return instead(len(files.names), files.root, settings)
+
+
 def imagenet_c(
     root: Path, corruptions: Sequence[str], severities: Sequence[int]
 ) -> dict[tuple[str, int], Path]:
@@ -156,7 +229,7 @@ def imagenet_c(
     if base is None:
         raise UserError(
             f"ImageNet-C is not under data.root={root} (looked for {root / 'ImageNet-C'} and "
-            f"{root / corruptions[0]}). {ABOUT.expected}"
+            f"{root / corruptions[0]}). {clean_instead(root)}{ABOUT.expected}"
         )
     sets, missing = {}, []
     for corruption in corruptions:
@@ -172,6 +245,6 @@ def imagenet_c(
         raise UserError(
             f"{base} lacks {len(missing)} of {len(missing) + len(sets)} corruption folders: "
             f"{', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}. "
-            f"{ABOUT.expected}"
+            f"{clean_instead(root)}{ABOUT.expected}"
         )
     return sets
