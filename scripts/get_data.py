@@ -76,7 +76,7 @@ def use(dataset: str, download: Download, root: Path) -> str:
         settings = f"scenario={dataset}"
     if not settings:
         return f"no scenario is named after {dataset} yet; see docs/tutorials/your_data.md"
-    return f"python run.py {settings} data.root={root}"
+    return f"python run.py {settings.format(root=root)} data.root={root}"
 
 
 def load(args: argparse.Namespace) -> int:

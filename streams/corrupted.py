@@ -19,6 +19,7 @@ from driftline.core.errors import UserError, suggest
 from driftline.core.ranges import Seed, distinct
 from driftline.core.seed import derive
 from driftline.streams import corruptions as C
+from driftline.streams.data.frost import ABOUT as FROST
 from driftline.streams.dataset import About, ShiftData, Sources, existing_root, first_folder
 from driftline.streams.images import Files, Generated, ImageSet, fingerprint
 from driftline.streams.orders import SEQUENCES, Domain
@@ -66,7 +67,8 @@ def frost_source(frost_dir: str | None) -> str:
         if missing:
             raise UserError(
                 f"scenario.frost_dir={frost_dir} lacks {', '.join(missing)}; it should hold these "
-                "photographs of hendrycks/robustness, or be null for a synthetic texture"
+                "photographs of hendrycks/robustness, or be null for a synthetic texture. "
+                f"{FROST.how}"
             )
     return C.frost_source(frost_dir)
 

@@ -49,14 +49,18 @@ class About:
     download: Download | None = None  # None: there is nothing to load
 
     @property
+    def how(self) -> str:
+        """The command that loads the set, or says what a person has to do; maybe empty."""
+        if self.download is None:
+            return ""
+        what = "loads it" if self.download.by_program else "says how to get it"
+        return f"`python scripts/get_data.py {self.name} --to <data.root>` {what}. "
+
+    @property
     def expected(self) -> str:
         """The sentence that ends every error about missing data."""
-        how = ""
-        if self.download is not None:
-            what = "loads it" if self.download.by_program else "says how to get it"
-            how = f"`python scripts/get_data.py {self.name} --to <data.root>` {what}. "
         return (
-            f"Expected layout: {self.layout}. Published at: {self.published}. {how}"
+            f"Expected layout: {self.layout}. Published at: {self.published}. {self.how}"
             "Leave data.root unset to run on the embedded stand-in images."
         )
 

@@ -72,7 +72,8 @@ class Download:
     Args:
         files: those that are published; none: see `by_hand`.
         by_hand: what a person has to do, where a program cannot do all of it.
-        command: settings of run.py that use the data; empty: `scenario=<name of the set>`.
+        command: settings of run.py that use the data, `{root}` for the data folder; empty:
+            `scenario=<name of the set>`.
         sources: where sizes and checksums were looked up.
     """
 

@@ -13,7 +13,8 @@ from test_downloads import BIRDS, md5
 
 from driftline.core.errors import UserError
 from driftline.core.paths import CONF
-from driftline.streams.data import cifar10_c, imagenet_c
+from driftline.streams.corrupted import frost_source
+from driftline.streams.data import cifar10_c, imagenet, imagenet_c
 from driftline.streams.dataset import About, about, named
 from driftline.streams.downloads import STATE, Download, Published, escapes
 from driftline.streams.images import Arrays
@@ -55,13 +56,17 @@ def test_errors_about_missing_data_name_the_command(name):
     assert f"`python scripts/get_data.py {name} --to <data.root>` {loads}" in about(name).expected
 
 
-def test_clean_images_in_the_place_of_corrupted_ones_are_a_way_out(
+def test_errors_know_what_is_there_and_where_the_rest_is(
     imagenet_clean_root, tmp_path, monkeypatch
 ):
     with pytest.raises(UserError, match=r"get_data.py imagenet_c --to") as error:
         imagenet_c.imagenet_c(imagenet_clean_root, ["fog"], [5])
     way = "scenario.corrupt=on_the_fly scenario.image_list=all makes the corruptions of them"
     assert f"12 clean images are in {imagenet_clean_root}: {way}" in str(error.value)
+    with pytest.raises(UserError, match=r"no ImageNet training images.*get_data.py imagenet --to"):
+        imagenet.imagenet_train(tmp_path / "none")
+    with pytest.raises(UserError, match=r"lacks frost1.png.*get_data.py frost --to"):
+        frost_source(str(tmp_path))
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"get_data.py cifar10_c --to") as error:
         cifar10_c.cifar_c(tmp_path / "none", "cifar10", ["fog"], [5])

@@ -33,7 +33,8 @@ ABOUT = About(
         by_hand="Register at https://image-net.org/download.php, load ILSVRC2012_img_val.tar (6.7 "
         "GB) and ILSVRC2012_devkit_t12.tar.gz into data.root, then sort the images into folders: "
         "pip install scipy; python -c 'from torchvision.datasets import ImageNet; "
-        'ImageNet("DATA_ROOT", "val")\'',
+        'ImageNet("DATA_ROOT", "val")\'; training images: the same with ILSVRC2012_img_train.tar '
+        '(148 GB) and "train"',
         command="scenario=imagenet_c scenario.corrupt=on_the_fly",
     ),
 )
@@ -147,5 +148,6 @@ def imagenet_train(root: Path) -> Files:
     raise UserError(
         f"no ImageNet training images under {root}: expected train/<wnid>/*.JPEG. This method "
         "prepares on labelled source images: complete data.root, or set scenario.source_from to "
-        "another folder of class folders, or to held_out (clean images outside the stream)"
+        "another folder of class folders, or to held_out (clean images outside the stream). "
+        f"{ABOUT.how}"
     )
