@@ -39,6 +39,10 @@ SINCE: dict[str, dict[str, Any]] = {
         "disjoint": 0.5,
         "blurry": 0.1,
         "evaluate_every": None,
+        "corruptions": None,
+        "severity": 5,
+        "corrupt_test": "same",
+        "corruption_seed": 0,
     },
 }
 # Options that are gone, with the value at which a run of then is a run of now.

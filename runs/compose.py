@@ -55,7 +55,9 @@ def complete(cfg: DictConfig) -> DictConfig:
             cfg.strategy.epochs = 1
         if cfg.strategy.name == "source":
             cfg.around, cfg.guard = {}, "warn"
-        on_the_fly = cfg.scenario.get("corrupt") == "on_the_fly"
+        on_the_fly = cfg.scenario.get("corrupt") == "on_the_fly" or (
+            "corrupt_test" in cfg.scenario and cfg.scenario.corruptions is not None
+        )
         cfg.scenario.label = (
             label + ("[on_the_fly]" if on_the_fly else "") if real else f"{label}[embedded]"
         )

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from annotated_types import Gt, Lt
+from annotated_types import Gt, Lt, MinLen, Predicate
 
 from driftline.core.errors import UserError
-from driftline.core.ranges import Count, CountOrZero, Flat, NonNegative, PlainName, Seed, Unit
+from driftline.core.ranges import (
+    Count,
+    CountOrZero,
+    Flat,
+    NonNegative,
+    PlainName,
+    Seed,
+    Unit,
+    distinct,
+)
 from driftline.core.seed import derive
 from driftline.core.stream import (
     BOUNDARIES,
@@ -21,8 +30,17 @@ from driftline.core.stream import (
     Task,
     TaskStream,
 )
+from driftline.streams import corruptions as C
+from driftline.streams.corrupted import (
+    OUTAGES,
+    Severity,
+    corrupted,
+    corruption_names,
+    frost_source,
+)
+from driftline.streams.data.imagenet import cropped
 from driftline.streams.dataset import NAMED, SplitData
-from driftline.streams.images import fingerprint
+from driftline.streams.images import ImageSet, fingerprint
 from driftline.streams.loading import Rows
 from driftline.streams.store import TaskLoading
 from driftline.streams.task_orders import (
@@ -33,6 +51,8 @@ from driftline.streams.task_orders import (
     tasks_of,
     without_boundaries,
 )
+
+CLEAN = "clean"  # among corruptions: images as they are
 
 
 def order_of_classes(
@@ -53,6 +73,79 @@ def order_of_classes(
     if order == "fixed":
         return list(range(classes))
     return np.random.RandomState(seed).permutation(classes).tolist()
+
+
+class Dealt(NamedTuple):
+    """Training images in the order of the stream, both int64 [N]."""
+
+    row: np.ndarray
+    task: np.ndarray  # of the order, whether a method is told or not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corruption:
+    """Class increments that arrive under corruption, made while the stream runs.
+
+    The images of task t come under the corruption of number t, counted round; in training and, by
+    `corrupt_test`, in the test: the `same` (that of the task in which a class first came), `clean`
+    images, or every image under `all` of them. Beside names, a list may hold `clean`. Images of
+    class folders are first resized and cropped to 224 px, as ImageNet-C was made.
+    """
+
+    corruptions: str | Annotated[list[str], MinLen(1), Predicate(distinct)] | None
+    severity: Severity
+    corrupt_test: Literal["same", "clean", "all"]
+    corruption_seed: Seed
+
+    def names(self) -> list[str]:
+        """One of each domain; without corruptions, `clean` alone.
+
+        Raises:
+            UserError: for an unknown name, or one that leaves nothing of an image.
+        """
+        if self.corruptions is None:
+            return [CLEAN]
+        listed = self.corruptions if isinstance(self.corruptions, list) else [self.corruptions]
+        lost = sorted({*listed} & {*OUTAGES})
+        if lost:
+            raise UserError(
+                f"scenario.corruptions={lost[0]} leaves nothing of an image that could be learned"
+            )
+        if CLEAN not in listed:
+            return corruption_names(self.corruptions)
+        known = [name for name in listed if name != CLEAN]
+        corruption_names(known)
+        return listed
+
+    def sets(self, images: ImageSet, small: bool) -> list[ImageSet]:
+        """`images` under each of `names`; `small`: with the settings of CIFAR-C."""
+        if self.corruptions is None:
+            return [images]
+        base = images if small else cropped(images)
+        domains = [(name, int(self.severity)) for name in self.names() if name != CLEAN]
+        made = corrupted(
+            base,
+            domains,
+            None,
+            preset="cifar" if small else "imagenet",
+            seed=self.corruption_seed,
+            jpeg_quality=None,
+            frost_dir=None,
+        )
+        return [base if n == CLEAN else made[n, int(self.severity)] for n in self.names()]
+
+    def facts(self) -> dict[str, object]:
+        """What a result says of it."""
+        if self.corruptions is None:
+            return {}
+        return {
+            "corruptions": self.names(),
+            "severity": self.severity,
+            "corrupt_test": self.corrupt_test,
+            "corruption_seed": self.corruption_seed,
+            "corruption_code": C.VERSION,
+            **({"frost": frost_source(None)} if "frost" in self.names() else {}),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +198,8 @@ class Classes:
                 "scenario.shots=null"
             )
 
-    def dealt(self, place: np.ndarray, classes: int, label: str) -> list[np.ndarray]:
-        """Positions of each task, or stretch; `place` as for `TaskOrder`.
+    def dealt(self, place: np.ndarray, classes: int, label: str) -> list[Dealt]:
+        """What each task, or stretch, holds; `place` as for `TaskOrder`.
 
         Raises:
             UserError: for numbers that do not fit, and a task without images.
@@ -118,8 +211,12 @@ class Classes:
             if not len(task):
                 raise UserError(f"task {index} of scenario={label} has no training images")
         if self.evaluate_every is None:
-            return tasks
-        return without_boundaries(tasks, self.evaluate_every, rng)
+            return [Dealt(row, np.full(len(row), index)) for index, row in enumerate(tasks)]
+        whole, lengths = np.concatenate(tasks), [len(row) for row in tasks]
+        numbers_of = np.repeat(np.arange(len(tasks)), lengths)
+        entries = np.split(np.arange(len(whole)), np.cumsum(lengths)[:-1])
+        stretches = without_boundaries(entries, self.evaluate_every, rng)
+        return [Dealt(whole[entry], numbers_of[entry]) for entry in stretches]
 
     def named(
         self, place: np.ndarray, tasks: list[np.ndarray], classes: int
@@ -144,6 +241,7 @@ def split_stream(
     label: PlainName,
     data: Annotated[SplitData, NAMED],
     classes: Annotated[Classes, Flat()],
+    corruption: Annotated[Corruption, Flat()],
     loading: Annotated[TaskLoading, Flat()],
     seed: int,
 ) -> TaskStream:
@@ -162,28 +260,42 @@ def split_stream(
     wanted = order_of_classes(count, classes.class_order, classes.order_seed)
     place = np.argsort(wanted)[train.labels]
     dealt = classes.dealt(place, count, label)
-    name, seen = classes.named(place, dealt, count)
+    name, seen = classes.named(place, [part.row for part in dealt], count)
     order = [wanted[i] for i in np.argsort(name)]
     position = np.argsort(order)
-    skipped = Skipped()
-    images = {
-        split: loading.images(found, skipped, data.cifar)
-        for split, found in (("train", train), ("test", test))
-    }
+    skipped, domains = Skipped(), len(corruption.names())
+    small = data.cifar or data.data_root is None  # images of 32 px
+    train_sets, test_sets = (corruption.sets(found, small) for found in (train, test))
+    if corruption.corrupt_test == "clean" and corruption.corruptions is not None:
+        test_sets = [test if small else cropped(test)]
+    train_images, test_images = (
+        loading.images(sets, skipped, data.cifar) for sets in (train_sets, test_sets)
+    )
+    labels, first = np.unique(
+        position[train.labels[np.concatenate([part.row for part in dealt])]], return_index=True
+    )
+    homes = np.zeros(count, np.int64)  # domain in which each class first comes
+    homes[labels] = np.concatenate([part.task for part in dealt])[first] % domains
 
     def tested(positions: range) -> Rows:
         label = position[test.labels]
         row = np.flatnonzero((label >= positions.start) & (label < positions.stop))
-        return Rows(row, label[row], np.zeros(len(row), np.int64))
+        if len(test_sets) > 1 and corruption.corrupt_test == "same":
+            return Rows(row, label[row], homes[label[row]])
+        return Rows.join(
+            [Rows(row, label[row], np.full(len(row), d)) for d in range(len(test_sets))]
+        )
 
     tasks, delivered = [], []
-    for index, row in enumerate(dealt):
+    for index, (row, task_of) in enumerate(dealt):
         new = range(seen[index - 1] if index else 0, seen[index])
-        pool = Rows(row, position[train.labels[row]], np.zeros(len(row), np.int64))
+        pool = Rows(row, position[train.labels[row]], task_of % domains)
         if shots is not None and index:
             rng = np.random.default_rng(derive(classes.order_seed, "shots", index))
             pool = _few(pool, shots, rng)
-        arrive = images["train"].shuffled
+        arrive, again = train_images.shuffled, train_images.again
+        if domains > 1:
+            arrive, again = partial(arrive, homes=homes), partial(again, pool=pool)
         if classes.evaluate_every is None:
             shuffle = np.random.default_rng(derive(seed, "shuffle", index, 0))
             delivered.append(pool.take(shuffle.permutation(len(pool))))
@@ -199,14 +311,15 @@ def split_stream(
                 classes=new if classes.plain else range(seen[index]),
                 steps=-(-len(pool) // batch_size),
                 train=partial(arrive, index, pool, batch_size, seed),
-                fit=partial(images["train"].fixed, pool, loading.test_batch_size),
-                test=partial(images["test"].fixed, tested(new), loading.test_batch_size),
-                read=images["train"].again,
+                fit=partial(train_images.fixed, pool, loading.test_batch_size),
+                test=partial(test_images.fixed, tested(new), loading.test_batch_size),
+                read=again,
                 new=None if classes.plain else new,
                 present=present if told else None,
             )
         )
     sizes = [len(task.tested) for task in tasks]
+    made = corruption.facts()
     facts: dict[str, object] = {
         "classes": count,
         "class_order": order,
@@ -222,8 +335,10 @@ def split_stream(
             order,
             sizes,
             *([shots] if shots else []),
-            *([] if classes.plain else dealt),
+            *([] if classes.plain else [row for row, _ in dealt]),
+            *([made] if made else []),
         ),
+        **made,
     }
     if not classes.plain:
         facts |= {

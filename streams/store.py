@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -190,12 +190,19 @@ class TaskImages:
             found = self.reader.batches(rows, batch_size, change)
         return (batch for batch in found if batch is not None)
 
-    def again(self, rows: Tensor, draws: int | None) -> Tensor:
-        """Training images `rows` [n, 3, H, W], see `Task.again`."""
+    def again(self, rows: Tensor, draws: int | None, *, pool: Rows | None = None) -> Tensor:
+        """Training images `rows` [n, 3, H, W], see `Task.again`.
+
+        Args:
+            pool: those of the task, where they come from several sets.
+        """
         row = rows.cpu().numpy()
-        nothing = np.zeros_like(row)
+        nothing = domain = np.zeros_like(row)
+        if pool is not None:
+            order = np.argsort(pool.row, kind="stable")
+            domain = pool.domain[order[np.searchsorted(pool.row[order], row)]]
         reader = replace(self.reader, workers=0)  # a few images: no processes for them
-        chosen = Rows(row, nothing, nothing)
+        chosen = Rows(row, nothing, domain)
         change = self._change(draws is not None)
         batches = reader.batches(chosen, len(row), change, seed=draws)
         return next(batch.x for batch in batches if batch is not None)
@@ -211,16 +218,19 @@ class TaskImages:
         more: tuple[Tensor, Tensor] | None = None,
         *,
         ordered: bool = False,
+        homes: np.ndarray | None = None,
     ) -> Iterator[Batch | None]:
         """Training pipeline, in an order drawn for (seed, task, epoch), from batch `start` on.
 
         Args:
             more: rows and labels of further images of the set, shuffled among those of the task.
             ordered: as `rows` are, instead.
+            homes: int64 [C], the set from which `more` images of each class come; None: the first.
         """
         if more is not None:
             row, label = (t.cpu().numpy() for t in more)
-            rows = Rows.join([rows, Rows(row, label, np.zeros_like(row))])
+            domain = np.zeros_like(row) if homes is None else homes[label]
+            rows = Rows.join([rows, Rows(row, label, domain)])
         order = np.arange(len(rows))
         if not ordered:
             shuffle = np.random.default_rng(derive(seed, "shuffle", task, epoch))
@@ -257,7 +267,10 @@ class TaskLoading:
     geometry: Geometry
     store: ImageStore
 
-    def images(self, images: ImageSet, skipped: Skipped, cifar: bool = False) -> TaskImages:
-        """`images` as tasks deliver them; `cifar` as of `streams.pipelines.pipeline`."""
-        reader = Reader([images], skipped, self.workers, self.on_error, self.store.device)
+    def images(
+        self, images: ImageSet | Sequence[ImageSet], skipped: Skipped, cifar: bool = False
+    ) -> TaskImages:
+        """One set or several as tasks deliver them; `cifar` as of `streams.pipelines.pipeline`."""
+        sets = images if isinstance(images, Sequence) else [images]
+        reader = Reader(sets, skipped, self.workers, self.on_error, self.store.device)
         return TaskImages(reader, self.pipeline, self.geometry, cifar, self.store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import write_images
 
 from driftline.core.build import build
 from driftline.core.errors import UserError
@@ -224,3 +225,73 @@ def test_the_same_statistics_follow_from_any_cut(configure):
         words = [*BLURRY, f"scenario.evaluate_every={every}", "strategy=simplecil"]
         found.append(run_experiment(configure(*words), [])["per_class"])
     assert found[0] == pytest.approx(found[1])
+
+
+# ------------------------------------------------------------------------ under corruption
+
+
+def images_of(batches) -> dict[tuple[int, int], torch.Tensor]:
+    """Images by row and domain."""
+    return {
+        (int(row), int(domain)): x
+        for b in batches
+        for row, domain, x in zip(b.index, b.domain, b.x, strict=True)
+    }
+
+
+def test_classes_arrive_under_a_corruption_of_their_own(configure):
+    words = [*SPLIT, "scenario.corruptions=[clean,contrast]"]
+    clean, stream = make(configure, *SPLIT), make(configure, *words)
+    assert stream.facts["corruptions"] == ["clean", "contrast"]
+    assert stream.facts["fingerprint"] != clean.facts["fingerprint"]
+    for t, (task, plain) in enumerate(zip(stream.tasks, clean.tasks, strict=True)):
+        for name in ("fit", "test"):
+            found, as_is = images_of(getattr(task, name)()), images_of(getattr(plain, name)())
+            assert {row for row, _ in found} == {row for row, _ in as_is}
+            same = [torch.equal(x, as_is[row, 0]) for (row, _), x in found.items()]
+            assert all(same) if t % 2 == 0 else not any(same)
+            assert {domain for _, domain in found} == {t % 2}
+        rows = torch.tensor([row for row, _ in list(images_of(task.fit()))[:2]])
+        again = task.again(rows, None)  # what a memory reads is what was seen
+        assert torch.equal(again[1], images_of(task.fit())[int(rows[1]), t % 2])
+    first, second = stream.tasks[:2]
+    row = torch.tensor([next(iter(images_of(first.fit())))[0]])
+    kept = images_of(second.train(0, 0, (row, torch.zeros(1, dtype=torch.int64))))
+    assert {domain for (r, domain) in kept if r == int(row)} == {0}  # an exemplar stays clean
+    tested = make(configure, *words, "scenario.corrupt_test=clean").tasks[1]
+    assert all(
+        torch.equal(x, images_of(clean.tasks[1].test())[key])
+        for key, x in images_of(tested.test()).items()
+    )
+    every = make(configure, *words, "scenario.corrupt_test=all").tasks[1]
+    assert len(images_of(every.test())) == 2 * len(images_of(tested.test()))
+
+
+def test_corruptions_join_with_orders_and_hidden_boundaries(configure):
+    words = ["scenario.corruptions=[contrast,fog,clean]", "scenario.severity=3"]
+    for order in (SCOLE, BLURRY):
+        stream, plain = make(configure, *order, *words), make(configure, *order)
+        for a, b in zip(stream.tasks, plain.tasks, strict=True):
+            assert torch.equal(*(torch.cat([x.index for x in t.fit()]) for t in (a, b)))
+    whole = torch.cat([b.domain for t in stream.tasks for b in t.train(0)])
+    assert len(whole.unique()) == 3 and (whole.diff() != 0).sum() == 2  # three hidden tasks
+    metrics = run_experiment(configure("strategy=simplecil", *SCOLE, *words), [])["metrics"]
+    assert metrics["acc_last"] > 20
+    for wrong, text in (("[fgo]", "did you mean 'fog'"), ("[fog,noise]", "noise leaves nothing")):
+        with pytest.raises(UserError, match=text):
+            make(configure, *SPLIT, f"scenario.corruptions={wrong}")
+
+
+def test_class_folders_are_cropped_before_they_are_corrupted(configure, tmp_path):
+    for split in ("train", "test"):
+        write_images(tmp_path / split, ["a/0.png", "b/0.png", "b/1.png"], size=40)
+    words = ["scenario=split_imagefolder", f"data.root={tmp_path}", "scenario.increment=1"]
+    cfg = complete(configure(*words, "scenario.corruptions=[contrast,clean]"))
+    assert cfg.scenario.label == "split_imagefolder[on_the_fly]"
+    assert complete(configure(*words)).scenario.label == "split_imagefolder"
+    cfg.scenario.pipeline = "raw"
+    stream = build(
+        cfg.scenario, at="scenario", data_root=str(tmp_path), on_error="raise", workers=0, seed=0,
+        geometry=Geometry(size=32), store=ImageStore(),
+    )  # fmt: skip
+    assert all(next(iter(t.fit())).x.shape[-2:] == (224, 224) for t in stream.tasks)
