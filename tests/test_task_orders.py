@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images
+from test_runs import Kill, records, stop_after
 
 from driftline.core.build import build
 from driftline.core.errors import UserError
@@ -198,11 +199,24 @@ def test_methods_run_on_recurring_streams(configure, words, classes):
     assert len(summary["per_class"]) == classes
 
 
-def test_fine_tuning_and_replay_learn_from_the_classes_that_are_there(configure):
+def test_fine_tuning_learns_among_the_classes_that_are_there(configure):
     words = [*SCOLE, "strategy.epochs=1", "backbone=test_resnet", "scenario.tasks=1"]
-    for method in (["finetune"], ["derpp", "strategy.capacity=10", "strategy.replay_batch=4"]):
-        summary = run_experiment(configure(f"strategy={method[0]}", *method[1:], *words), [])
-        assert summary["metrics"]["acc_last"] >= 0
+    summary = run_experiment(configure("strategy=finetune", *words), [])
+    assert summary["metrics"]["acc_last"] >= 0
+
+
+def test_a_killed_run_with_a_memory_of_several_corruptions_resumes(configure, monkeypatch):
+    words = ["strategy=er", "strategy.capacity=10", "strategy.replay_batch=4", *BLURRY]
+    words += ["backbone=test_resnet", "scenario.corruptions=[contrast,clean]"]
+    whole = run_experiment(configure(*words), [])
+    cfg = configure(*words, "on_exists=rerun", "checkpoint.every=2")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)  # in the second stretch
+        with pytest.raises(Kill):
+            run_experiment(cfg, [])
+    again = run_experiment(cfg, [])
+    assert again["metrics"] == whole["metrics"] and "nfa" in whole["metrics"]
+    assert records(again["run"]["folder"]) == records(whole["run"]["folder"])
 
 
 @pytest.mark.parametrize(
