@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
+from mmap import mmap
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -327,6 +330,41 @@ def files_of(images: ImageSet, rows: np.ndarray) -> list[Path]:
     return [images.root / images.names[row] for row in rows.tolist()]
 
 
+class Shelf:
+    """Images of one size in memory that all loader processes share, uint8 [H, W, 3] each.
+
+    What a forked process puts here is seen by the others, and by those forked later; one that is
+    started afresh has an empty shelf that takes nothing.
+
+    Args:
+        count: rows.
+        shape: of each image; images of another are not taken.
+        limit: of all images, in bytes.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...], limit: int) -> None:
+        self.limit = limit
+        self._filled = np.frombuffer(mmap(-1, count), np.uint8)
+        # Memory is taken by what is written, not by what is mapped.
+        self._pixels = np.frombuffer(mmap(-1, count * math.prod(shape)), np.uint8)
+        self._pixels = self._pixels.reshape(count, *shape)
+
+    def get(self, row: int) -> np.ndarray | None:
+        """The image of a row; None where there is none."""
+        return self._pixels[row] if len(self._filled) and self._filled[row] else None
+
+    def __setitem__(self, row: int, pixels: np.ndarray) -> None:
+        if pixels.shape != self._pixels.shape[1:]:
+            return
+        if (int(self._filled.sum()) + 1) * pixels.nbytes <= self.limit:
+            self._pixels[row] = pixels
+            self._filled[row] = 1  # last: another process may be looking
+
+    def __getstate__(self) -> dict[str, object]:
+        empty = np.zeros(0, np.uint8)
+        return {"limit": 0, "_filled": empty, "_pixels": empty}
+
+
 class Derived:
     """Another set seen through a function of (image, row): crops, corruptions.
 
@@ -347,7 +385,7 @@ class Derived:
         self.base, self.change, self.identity = base, change, identity
         self.labels, self.num_classes = base.labels, base.num_classes
         self.class_names = base.class_names
-        self._memory: dict[int, np.ndarray] | None = {} if cache == "memory" else None
+        self._memory: dict[int, np.ndarray] | Shelf | None = {} if cache == "memory" else None
         self._key = "" if cache is None or cache == "memory" else self.content()
         self._folder = Path(str(cache)) / self._key if self._key else None
         if self._folder is not None:
@@ -358,6 +396,13 @@ class Derived:
 
     def unreadable(self, rows: np.ndarray | None = None) -> list[Path]:
         return unreadable(self.base, rows)
+
+    def remember(self, limit: int) -> None:
+        """Keep up to `limit` bytes of results in memory, for a set that is read several times."""
+        if limit and self._memory is None and self._folder is None:
+            # Who reads a bad image says so; where so much memory cannot be mapped, none is used.
+            with suppress(ImageError, OSError):
+                self._memory = Shelf(len(self.labels), np.shape(self.image(0)), limit)
 
     def stored(self, row: int) -> np.ndarray | None:
         """The cached result, uint8 [H, W, 3]; None where there is none that can be read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -21,6 +22,7 @@ from driftline.core.processes import end_with_parent, obey_parent, signals_wait
 from driftline.core.seed import derive
 from driftline.core.stream import Batch, Skipped
 from driftline.streams.images import (
+    Derived,
     Generated,
     ImageError,
     ImageSet,
@@ -165,6 +167,17 @@ def _begin_worker(_: int) -> None:
     if parent is not None and parent.pid is not None:
         end_with_parent(signal.SIGKILL)
         obey_parent(parent.pid)
+
+
+def remember(sets: Sequence[ImageSet], limit: int) -> None:
+    """Keep in memory what several of `sets` are made from, up to `limit` bytes of each.
+
+    Clean images that every corruption of a stream is made from are then decoded and resized once.
+    """
+    bases = [images.base for images in sets if isinstance(images, Generated)]
+    for base, count in Counter(bases).items():
+        if count > 1 and isinstance(base, Derived):
+            base.remember(limit)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_images
 from PIL import Image
 
@@ -25,7 +27,8 @@ from driftline.streams.images import (
     open_rgb,
 )
 from driftline.streams.listings import find_listed, read_labels, read_list
-from driftline.streams.loading import Reader
+from driftline.streams.loading import Reader, Rows, as_stored, remember
+from driftline.streams.shifts import corrupted
 
 # ------------------------------------------------------------------------ folders
 
@@ -424,3 +427,41 @@ def test_labels_outside_the_range_of_the_network_are_one_line(configure, monkeyp
     said = rf"has labels from {labels[0]} to {labels[1]}, but its 20 classes are 0 \.\.\. 19"
     with pytest.raises(UserError, match=said):
         run_experiment(configure("scenario.images=20", "scenario.corruptions=[fog]"), [])
+
+
+# ------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize(
+    ("workers", "limit", "kept"), [(0, 0, 0), (0, 3 * 32 * 32 * 3, 3), (0, 2**20, 5), (2, 2**20, 5)]
+)
+def test_clean_images_are_decoded_once_where_memory_allows(tmp_path, workers, limit, kept):
+    """Their files are gone after the first of two corruptions."""
+    names = [f"{i}.png" for i in range(5)]
+    write_images(tmp_path, names, size=40)
+    files = Files(tmp_path, names, np.zeros(5), ["a"])
+    base = Derived(files, small, "32 px")
+    options = {"preset": "cifar", "seed": 0, "jpeg_quality": None, "frost_dir": None}
+    sets = list(corrupted(base, [("fog", 1), ("contrast", 2)], None, **options).values())
+
+    def images(number: int, skipped: Skipped) -> torch.Tensor:
+        reader = Reader(sets, skipped, workers, "skip")
+        rows = Rows.of(sets[number], np.arange(5), number)
+        read = [b.x for b in reader.batches(rows, 2, as_stored) if b is not None]
+        return torch.cat([torch.zeros(0, 3, 32, 32), *read])
+
+    whole = [images(number, Skipped()) for number in (0, 1)]
+    remember(sets, limit)
+    assert torch.equal(images(0, Skipped()), whole[0])
+    for name in names:
+        (tmp_path / name).unlink()
+    skipped = Skipped()
+    with warnings.catch_warnings(action="ignore"):
+        again = images(1, skipped)
+    assert len(again) == kept and len(skipped.reasons) == 5 - kept
+    assert all((row == whole[1]).flatten(1).all(1).any() for row in again)
+    assert pickle.loads(pickle.dumps(base)).stored(0) is None
+
+
+def small(image: Image.Image, row: int) -> Image.Image:
+    return image.resize((32, 32))
