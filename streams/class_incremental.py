@@ -330,8 +330,7 @@ def split_stream(
         "shots": shots,
         "single_pass": classes.single_pass,
         "fingerprint": fingerprint(
-            train.content(),
-            test.content(),
+            *(c for part in images.values() for c in part.reader.contents([None])),
             order,
             sizes,
             *([shots] if shots else []),

@@ -26,7 +26,7 @@ from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, Flat, Seed, distinct
 from driftline.core.seed import derive
 from driftline.streams.downloads import Download
-from driftline.streams.images import ImageSet
+from driftline.streams.images import ImageSet, still_packed
 from driftline.streams.orders import Domain
 
 PACKAGE = "driftline.streams.data"
@@ -85,14 +85,21 @@ def existing_root(root: str, record: About) -> Path:
         UserError: if there is no such folder.
     """
     path = Path(root)
+    if path.is_file():
+        raise UserError(f"data.root={root} is a file; unpack it, and name the folder that it makes")
     if not path.is_dir():
-        raise UserError(f"data.root={root}: there is no such folder. {record.expected}")
+        packed = still_packed(path.parent, named=path.name)
+        raise UserError(f"data.root={root}: there is no such folder. {packed}{record.expected}")
     return path
 
 
 def first_folder(root: Path, names: Sequence[str], entries: Sequence[str]) -> Path | None:
-    """The first of root/<name> (or root itself) that holds one of the `entries`."""
-    for folder in [*(root / n for n in names), root]:
+    """The first of root/<name> (or root itself) that holds one of the `entries`.
+
+    Each may hold them in a folder of its own name, as some archives unpack.
+    """
+    places = [*(root / n for n in names), root]
+    for folder in [*places, *(p / p.name for p in places)]:
         if any((folder / e).exists() for e in entries):
             return folder
     return None

@@ -32,8 +32,13 @@ def domain_stream(
     names, found = list(splits), list(splits.values())
     classes = list(found[0][0].class_names)
     for name, sets in zip(names, found, strict=True):
-        if any(list(s.class_names) != classes for s in sets):
-            raise UserError(f"domain {name!r} has other classes than {names[0]!r}")
+        for part, s in zip(("training", "test"), sets, strict=True):
+            if list(s.class_names) != classes:
+                differing = sorted(set(s.class_names) ^ set(classes))
+                raise UserError(
+                    f"domain {name!r} has other classes than {names[0]!r} among its {part} images: "
+                    f"{', '.join(differing[:6])}; every domain needs the same class folders"
+                )
     skipped = Skipped()
 
     def delivered(images: ImageSet) -> TaskImages:
@@ -65,7 +70,9 @@ def domain_stream(
             "classes": len(classes),
             "domains": names,
             "pipeline": loading.pipeline,
-            "fingerprint": fingerprint(*(s.content() for sets in found for s in sets)),
+            "fingerprint": fingerprint(
+                *(c for sets in found for s in sets for c in delivered(s).reader.contents([None]))
+            ),
         },
         skipped=skipped,
         batch_size=loading.batch_size,

@@ -272,14 +272,16 @@ def corruption_arrays(
     """
     place = folder / "labels.npy"
     labels = load_array(place)
-    if labels.dtype.kind not in "iuf" or labels.shape not in ((labels.size,), (labels.size, 1)):
-        raise UserError(f"{place}: expected labels 0..{classes - 1}, one an image")
-    if not set(labels.reshape(-1).tolist()) <= set(range(classes)):  # 3.0 is 3
+    column = labels.shape in ((labels.size,), (labels.size, 1))
+    if not column or not set(labels.reshape(-1).tolist()) <= set(range(classes)):  # 3.0 is 3
         raise UserError(f"{place}: expected labels 0..{classes - 1}, one an image")
     labels = labels.reshape(-1).astype(np.int64)
-    once = labels[: len(labels) // 5]
-    if not len(once) or not np.array_equal(labels, np.tile(once, 5)):
-        once = labels
+    block = len(labels) // 5
+    parts = labels[: 5 * block].reshape(5, block)
+    # Most of them, as a single label may be damaged; those of other images agree by chance.
+    five = len(labels) == 5 * block > 0 and np.mean(parts[1:] == parts[0]) > 0.5
+    if not five:
+        block, parts = len(labels), np.tile(labels, (5, 1))
     names = [str(i) for i in range(classes)]
     sets = {}
     for corruption in corruptions:
@@ -291,12 +293,12 @@ def corruption_arrays(
                 f"{path}: expected images [N, H, W, 3], uint8 or other numbers, found "
                 f"{pixels.dtype} {pixels.shape}"
             )
-        if count not in (len(once), 5 * len(once)):
+        if count not in (block, 5 * block):
             raise UserError(
-                f"{path} holds {count} images, but {place} the labels of {len(once)} images a "
+                f"{path} holds {count} images, but {place} the labels of {block} images a "
                 "severity; both must be of one release"
             )
-        one = count == len(once)
+        one = count == block
         if one and len(severities) > 1:
             raise UserError(
                 f"{path} holds one severity ({count} images), but scenario.severity asks for "
@@ -309,7 +311,7 @@ def corruption_arrays(
                 stacklevel=2,
             )
         for severity in severities:
-            start = 0 if one else len(once) * (severity - 1)
+            start = 0 if one else block * (severity - 1)
             sample = pixels[start : start + SAMPLE]
             white = white_of(sample)
             if pixels.dtype != np.uint8:
@@ -317,7 +319,8 @@ def corruption_arrays(
                     to_levels(sample, white)
                 except ValueError as error:
                     raise UserError(f"{path}: {error}") from error
-            sets[corruption, severity] = NpyRows(path, start, once, names, white)
+            rows = parts[0 if one else severity - 1]
+            sets[corruption, severity] = NpyRows(path, start, rows, names, white)
     return sets
 
 
@@ -402,7 +405,7 @@ class Derived:
         if limit and self._memory is None and self._folder is None:
             # Who reads a bad image says so; where so much memory cannot be mapped, none is used.
             with suppress(ImageError, OSError):
-                self._memory = Shelf(len(self.labels), np.shape(self.image(0)), limit)
+                self._memory = Shelf(len(self.labels), np.asarray(self.image(0)).shape, limit)
 
     def stored(self, row: int) -> np.ndarray | None:
         """The cached result, uint8 [H, W, 3]; None where there is none that can be read."""
@@ -502,6 +505,10 @@ def is_number(name: str) -> bool:
     return name.isascii() and name.isdigit()
 
 
+def holds_images(folder: Path) -> bool:
+    return any(entry.name.lower().endswith(EXTENSIONS) for entry in listed(folder))
+
+
 def unfolded(folder: Path) -> Path:
     """`folder`, or the folder of that name which lies alone in it, as some archives unpack."""
     inside = subfolders(folder) if folder.is_dir() else []
@@ -510,12 +517,17 @@ def unfolded(folder: Path) -> Path:
     return folder
 
 
-def still_packed(*folders: Path) -> str:
-    """A sentence that names archives in `folders` and how to unpack them; empty without any."""
+def still_packed(*folders: Path, named: str = "") -> str:
+    """A sentence that names archives in `folders` and how to unpack them; empty without any.
+
+    Args:
+        named: what the names of the archives begin with, in any case.
+    """
     for folder in folders:
         if not folder.is_dir():
             continue
         names = [e.name for e in listed(folder) if e.name.lower().endswith(ARCHIVES)]
+        names = [name for name in names if name.lower().startswith(named.lower())]
         if names:
             tool = "unzip" if names[0].lower().endswith(".zip") else "tar -xf"
             return (
@@ -572,6 +584,33 @@ def image_folder(root: Path, expected: str) -> Files:
             stacklevel=2,
         )
     return Files(root, names, np.asarray(labels), classes)
+
+
+def in_classes_of(test: Files, train: Files) -> None:
+    """Give test images the labels of the training images, by the names of their class folders.
+
+    Classes without test images are counted and named in a warning.
+
+    Raises:
+        UserError: for classes that `train` lacks.
+    """
+    unknown = [name for name in test.class_names if name not in set(train.class_names)]
+    if unknown:
+        raise UserError(
+            f"{test.root} has classes that {train.root} lacks: {_some(unknown)}; the folders of a "
+            "class need one name"
+        )
+    position = np.asarray([train.class_names.index(name) for name in test.class_names])
+    test.labels, test.class_names = position[test.labels], train.class_names
+    test.num_classes = train.num_classes
+    there = set(test.labels.tolist())
+    absent = [name for label, name in enumerate(train.class_names) if label not in there]
+    if absent:
+        warnings.warn(
+            f"{test.root}: {len(absent)} of {train.num_classes} classes have no test images: "
+            f"{_some(absent)}",
+            stacklevel=2,
+        )
 
 
 def _images(root: Path, folder: str, unread: Counter[str]) -> list[str]:

@@ -50,7 +50,7 @@ from driftline.streams import corruptions as C
 from driftline.streams.corrupted import frost_content, frost_source
 from driftline.streams.corruption_ops.common import jpeg
 from driftline.streams.dataset import NAMED, CleanData
-from driftline.streams.images import Generated, ImageSet, fingerprint
+from driftline.streams.images import Generated, ImageSet, fingerprint, unreadable
 from driftline.streams.loading import Rows
 from driftline.streams.pipelines import as_stored, seeded
 from driftline.streams.severities import HIGHEST, NAMES, STEP, interpolated
@@ -254,6 +254,10 @@ class _Shown:
         images, numbers = self.rows[shown], self.numbers[shown]
         return fingerprint(self.base.content(np.unique(images)), images, numbers, self.crop_seed)
 
+    def unreadable(self, rows: np.ndarray | None = None) -> list[Path]:
+        shown = slice(None) if rows is None else rows
+        return unreadable(self.base, np.unique(self.rows[shown]))
+
     def image(self, row: int) -> Image.Image:
         image = self.base.image(int(self.rows[row]))
         if self.crop_seed is None:
@@ -455,7 +459,7 @@ def pair_stream(
         "jpeg_quality": settings["jpeg_quality"],
         "segments": [s.name for s in segments],
         **notes,
-        "fingerprint": fingerprint(*(s.content() for s in sets), domain, *around.contents),
+        "fingerprint": fingerprint(*reader.contents([None] * len(sets)), domain, *around.contents),
     }
     # The accuracy that is held takes the place of the severity in a domain's name.
     return ShiftStream(

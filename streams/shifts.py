@@ -33,7 +33,7 @@ from driftline.core.stream import (
 )
 from driftline.streams.dataset import NAMED, CleanData, ShiftData
 from driftline.streams.images import ImageSet, files_of, fingerprint
-from driftline.streams.loading import Reader, Rows
+from driftline.streams.loading import Reader, Rows, remember
 from driftline.streams.orders import LABEL_ORDERS, Options, Step, called, parse, plan
 from driftline.streams.pipelines import PHOTOMETRIC, Pipeline, as_stored
 from driftline.streams.store import ImageStore
@@ -49,6 +49,7 @@ class Loading:
     store: ImageStore
 
     def reader(self, sets: Sequence[ImageSet], skipped: Skipped) -> Reader:
+        remember(sets, self.store.limit)
         return Reader(sets, skipped, self.workers, self.on_error, self.store.device)
 
     def again(self, reader: Reader, rows: Rows, change: Pipeline) -> Iterator[Batch | None]:
@@ -203,7 +204,7 @@ def corruption_stream(
         **data.facts(),
         **images.notes,
         "fingerprint": fingerprint(
-            *(s.content(rows) for s, rows in shown),
+            *reader.contents(used),
             *(np.stack([r.domain, r.row]) for *_, r in dealt),
             *probed.values(),
             *around.contents,
@@ -321,9 +322,9 @@ def surroundings(
         if source_from == "held_out":
             rows = rows[~np.isin(rows, held_out)]
         rows = rows[: beside.clean_images]
-        if data.data_root is not None:  # embedded images follow from the settings
-            contents.append(clean.content(rows))
         reader = loading.reader([clean], skipped)
+        if data.data_root is not None:  # embedded images follow from the settings
+            contents += reader.contents([rows])
         holdout = partial(loading.again, reader, rows_of(clean, rows, data.kept), change)
         shown = [*shown, (clean, rows)]
     source = partial(_source, data, beside, loading, clean, held_out, change, shown)
@@ -390,7 +391,7 @@ def _source(
             if batch is not None:
                 yield batch
 
-    content = fingerprint(images.content(rows), rows, *([data.kept] if data.kept else []))
+    content = fingerprint(*reader.contents([rows]), rows, *([data.kept] if data.kept else []))
     return SourceImages(len(rows), text, content, batches)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,17 @@ import pytest
 import torch
 from conftest import write_images
 from PIL import Image
+from test_streams import make
 
 from driftline.backbones.load import label_space
 from driftline.core.errors import UserError
 from driftline.core.stream import Skipped
 from driftline.runs import compose
 from driftline.runs.execute import run_experiment
+from driftline.streams.corrupted import corrupted
+from driftline.streams.data.cifar10_c import cifar_c
+from driftline.streams.data.imagenet import imagenet_clean, wnids
+from driftline.streams.data.imagenet_c import imagenet_c
 from driftline.streams.images import (
     Derived,
     Files,
@@ -28,7 +34,6 @@ from driftline.streams.images import (
 )
 from driftline.streams.listings import find_listed, read_labels, read_list
 from driftline.streams.loading import Reader, Rows, as_stored, remember
-from driftline.streams.shifts import corrupted
 
 # ------------------------------------------------------------------------ folders
 
@@ -465,3 +470,164 @@ def test_clean_images_are_decoded_once_where_memory_allows(tmp_path, workers, li
 
 def small(image: Image.Image, row: int) -> Image.Image:
     return image.resize((32, 32))
+
+
+# ------------------------------------------------------------------------ whole scenarios
+
+
+def built(configure, scenario: str, root: Path, *words: str):
+    return make(configure(f"scenario={scenario}", f"data.root={root}", *words))
+
+
+CIFAR_C = ["scenario.corruptions=[gaussian_noise,fog]", "scenario.probe_images=2"]
+RELEASED = [*CIFAR_C, "scenario.image_list=all"]
+
+
+def test_a_file_that_a_later_corruption_lacks_is_noticed_before_the_first_batch(
+    configure, imagenet_c_root
+):
+    (first, *_) = sorted(imagenet_c_root.glob("ImageNet-C/fog/5/*/*.JPEG"))
+    first.unlink()
+    with pytest.raises(UserError, match=rf"missing.*: 1 \(first: .*fog/5/.*{first.name}\)"):
+        built(configure, "imagenet_c", imagenet_c_root, *RELEASED)
+    stream = built(configure, "imagenet_c", imagenet_c_root, *RELEASED, "data.on_error=skip")
+    with pytest.warns(UserWarning, match=first.name):
+        counts = [sum(len(b.y) for b in s.batches()) for s in stream.segments]
+    assert counts == [12, 11]
+
+
+def test_a_link_without_its_file_and_a_listed_file_that_is_missing_are_noticed(
+    configure, image_folder_root, imagenet_clean_root
+):
+    words = ["scenario.increment=2", "scenario.pipeline=plain"]
+    (image_folder_root / "train" / "class1" / "z.png").symlink_to("/nowhere/z.png")
+    with pytest.raises(UserError, match=r"missing.*class1/z\.png"):
+        built(configure, "split_imagefolder", image_folder_root, *words)
+    (imagenet_clean_root / "image03.png").unlink()
+    with pytest.raises(UserError, match=r"missing.*image03\.png"):
+        built(configure, "imagenet_c", imagenet_clean_root, *PHOTOS[1:])
+
+
+def test_classes_without_test_images_are_counted_and_named(configure, image_folder_root):
+    shutil.rmtree(image_folder_root / "test" / "class1")
+    (image_folder_root / "test" / "class2" / "._0.png").write_bytes(b"?")
+    with pytest.warns(UserWarning, match="1 of 4 classes have no test images: class1"):
+        built(configure, "split_imagefolder", image_folder_root, "scenario.increment=2")
+    shutil.move(image_folder_root / "test" / "class2", image_folder_root / "test" / "Class2")
+    with pytest.raises(UserError, match="has classes that .*train lacks: Class2"):
+        built(configure, "split_imagefolder", image_folder_root, "scenario.increment=2")
+
+
+@pytest.mark.parametrize("kind", ["wnid", "index"])
+@pytest.mark.parametrize("place", ["val", "val/val", "imagenet/val", "."])
+def test_clean_images_are_found_by_synset_or_label_and_in_nested_folders(tmp_path, kind, place):
+    names = wnids()
+    labels = [0, 2, 10, 999]
+    folders = [names[label] if kind == "wnid" else str(label) for label in labels]
+    folder(tmp_path / place, *(f"{f}/0.JPEG" for f in [*folders, "__MACOSX"]))
+    with warnings.catch_warnings(record=True) as caught:
+        files = imagenet_clean(tmp_path)
+    assert files.labels.tolist() == labels and files.num_classes == 1000
+    assert len(caught) == (kind == "index")
+    folder(tmp_path / place, "1000/0.JPEG")
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(UserError, match=r"no ImageNet-1k synset ids: \['1000'\].*0 to 999"),
+    ):
+        imagenet_clean(tmp_path)
+
+
+def test_folders_of_severities_are_no_labels(tmp_path):
+    folder(tmp_path / "fog", *(f"{s}/n01440764/0.JPEG" for s in range(1, 6)))
+    with pytest.raises(UserError, match="no clean ImageNet images"):
+        imagenet_clean(tmp_path / "fog")
+
+
+@pytest.mark.parametrize("nested", ["ImageNet-C/{}", "{}", "ImageNet-C/ImageNet-C/{}"])
+@pytest.mark.parametrize("group", ["", "noise/", "noise/noise/"])
+def test_corrupted_images_are_found_in_groups_and_nested_folders(tmp_path, nested, group):
+    place = nested.format(f"{group}gaussian_noise/5/n01440764/0.JPEG")
+    folder(tmp_path, place)
+    found = imagenet_c(tmp_path, ["gaussian_noise"], [5])
+    assert found["gaussian_noise", 5] == (tmp_path / place).parents[1]
+
+
+@pytest.mark.parametrize("nested", ["CIFAR-10-C", ".", "CIFAR-10-C/CIFAR-10-C"])
+def test_arrays_are_found_in_nested_folders(tmp_path, arrays, nested):
+    root = tmp_path / "root"
+    (root / nested).mkdir(parents=True, exist_ok=True)
+    for file in ("fog", "labels"):
+        shutil.copy(arrays / f"{file}.npy", root / nested)
+    assert len(cifar_c(root, "cifar10", ["fog"], [1])["fog", 1].labels) == 10
+
+
+MISSING = {
+    "archive of ImageNet-C": ("imagenet_c", ["ImageNet-C.tar"], r"tar -xf ImageNet-C\.tar"),
+    "archives of its parts": (
+        "imagenet_c",
+        ["ImageNet-C/noise.tar", "ImageNet-C/blur.tar"],
+        r"holds blur\.tar, noise\.tar, not unpacked: cd .*/ImageNet-C && tar -xf blur\.tar",
+    ),
+    "one part is there": (
+        "imagenet_c",
+        ["ImageNet-C/fog/5/n01440764/0.JPEG", "ImageNet-C/noise.tar"],
+        r"lacks 1 of 2 corruption folders: gaussian_noise/5\. .*tar -xf noise\.tar",
+    ),
+    "clean images instead": (
+        "imagenet_c",
+        ["val/n01440764/0.JPEG"],
+        r"scenario\.corrupt=on_the_fly.*scenario\.image_list=all",
+    ),
+    "clean images and a part": (
+        "imagenet_c",
+        ["val/n01440764/0.JPEG", "ImageNet-C/fog/5/n01440764/0.JPEG"],
+        r"lacks 1 of 2.*scenario\.corrupt=on_the_fly.*scenario\.image_list=all",
+    ),
+    "archive of CIFAR": ("cifar10_c", ["CIFAR-10-C.tar"], r"tar -xf CIFAR-10-C\.tar"),
+    "archive in the folder": ("cifar10_c", ["CIFAR-10-C/a.zip"], r"holds no arrays.*unzip a\.zip"),
+    "archive of clean CIFAR": (
+        "split_cifar10",
+        ["cifar-10-python.tar.gz"],
+        r"missing or damaged.*tar -xf cifar-10-python\.tar\.gz",
+    ),
+    "archives of domains": ("domains_imagefolder", ["art.zip"], r"no domains.*unzip art\.zip"),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_what_is_there_in_the_place_of_missing_data_is_named_with_what_to_do(
+    configure, tmp_path, case
+):
+    scenario, names, said = MISSING[case]
+    root = folder(tmp_path / "data", *names)
+    words = CIFAR_C if scenario.endswith("_c") else []
+    with pytest.raises(UserError, match=f"{said}.*Expected layout"):
+        built(configure, scenario, root, *words)
+
+
+def test_corrupted_images_in_the_place_of_clean_ones_are_named(configure, imagenet_c_root):
+    with pytest.raises(UserError, match=r"scenario\.corrupt=released takes them.*no clean"):
+        built(configure, "imagenet_c", imagenet_c_root, "scenario.corrupt=on_the_fly", *CIFAR_C)
+
+
+def test_an_archive_is_no_data_root(configure, tmp_path):
+    (tmp_path / "CIFAR-10-C.tar").write_bytes(b"?")
+    for name, said in (("CIFAR-10-C.tar", "is a file; unpack it"), ("CIFAR-10-C", "tar -xf CIFAR")):
+        with pytest.raises(UserError, match=f"data.root=.*{said}"):
+            built(configure, "cifar10_c", tmp_path / name, *CIFAR_C)
+
+
+def test_a_list_of_the_stream_may_hold_blanks_and_must_be_complete(configure, imagenet_clean_root):
+    (imagenet_clean_root / "image03.png").rename(imagenet_clean_root / "image 03.png")
+    table = imagenet_clean_root / "labels.csv"
+    table.write_text(table.read_text().replace("image03", "image 03"), encoding="utf-16")
+    listing = imagenet_clean_root / "list.txt"
+    listing.write_text("image 03.png\nimage01.png\n", encoding="utf-8-sig")
+    words = [w for w in PHOTOS[1:] if "image_list" not in w]
+    words.append(f"scenario.image_list={listing}")
+    stream = built(configure, "imagenet_c", imagenet_clean_root, *words)
+    assert stream.order["row"].tolist() == [3, 1] and stream.order["label"].tolist() == [3, 1]
+    for text, said in (("image99.png\n", "image99"), ("", "none is listed")):
+        listing.write_text(text)
+        with pytest.raises(UserError, match=rf"{said}.*image00\.png.*image_list=all"):
+            built(configure, "imagenet_c", imagenet_clean_root, *words)

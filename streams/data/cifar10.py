@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from driftline.core.errors import UserError, scarce
-from driftline.streams.dataset import About, Split, SplitData, about
+from driftline.streams.dataset import About, Split, SplitData, about, first_folder
 from driftline.streams.downloads import Download, Published
-from driftline.streams.images import Arrays
+from driftline.streams.images import Arrays, still_packed
 
 ABOUT = About(
     title="CIFAR-10",
@@ -81,7 +81,8 @@ def cifar(root: Path, which: Cifar, *, train: bool) -> Arrays:
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if which == "cifar10" else datasets.CIFAR100
-    folder = root / kind.base_folder
+    folder = first_folder(root, [kind.base_folder], [kind.meta["filename"]])
+    folder = folder or root / kind.base_folder
 
     def content(name: str, md5: str) -> dict[str, Any]:
         path = folder / name
@@ -96,7 +97,8 @@ def cifar(root: Path, which: Cifar, *, train: bool) -> Arrays:
             if isinstance(error, OSError) and scarce(error):
                 raise
             raise UserError(
-                f"{which} is missing or damaged: {path} ({error}). {about(which).expected}"
+                f"{which} is missing or damaged: {path} ({error}). "
+                f"{still_packed(root, named=kind.filename)}{about(which).expected}"
             ) from error
 
     parts = [content(name, md5) for name, md5 in (kind.train_list if train else kind.test_list)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from driftline.streams.dataset import (
     probe_rows,
 )
 from driftline.streams.downloads import Download, Published
-from driftline.streams.images import ImageSet, NpyRows
+from driftline.streams.images import ImageSet, corruption_arrays, still_packed
 from driftline.streams.orders import Domain
 
 ABOUT = About(
@@ -118,18 +118,6 @@ class Cifar10Clean(CleanData):
         return cifar(folder, self.which, train=True)
 
 
-def _npy(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
-    """An array of a .npy file.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    try:
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read the array {path}: {error}; copy it here again") from error
-
-
 def clean_instead(root: Path, which: Cifar) -> str:
     """What to set where clean images are there and the corrupted ones are not; else empty."""
     try:
@@ -145,39 +133,22 @@ def cifar_c(
     """`(corruption, severity) -> images`: rows 10000(s-1) ... 10000 s - 1 of each .npy file.
 
     Raises:
-        UserError: naming every missing file, or a file of the wrong shape.
+        UserError: naming every missing file, or as `corruption_arrays`.
     """
     record = about(f"{which}_c")
     name = FOLDERS[which]
     base = first_folder(root, [name], ["labels.npy", *(f"{c}.npy" for c in corruptions)])
     if base is None:
+        what = "holds no arrays" if (root / name).is_dir() else "does not exist"
+        packed = still_packed(root / name) or still_packed(root, named=name)
         clean = clean_instead(root, which)
-        raise UserError(f"{root / name} does not exist. {clean}{record.expected}")
+        raise UserError(f"{root / name} {what}. {packed}{clean}{record.expected}")
     files = ["labels.npy", *(f"{c}.npy" for c in corruptions)]
     missing = [f for f in files if not (base / f).is_file()]
     if missing:
         raise UserError(
             f"{base} lacks {len(missing)} of {len(files)} files: {', '.join(missing[:6])}"
-            f"{' ...' if len(missing) > 6 else ''}. {clean_instead(root, which)}{record.expected}"
+            f"{' ...' if len(missing) > 6 else ''}. {still_packed(base)}"
+            f"{clean_instead(root, which)}{record.expected}"
         )
-    labels = _npy(base / "labels.npy")
-    number = 10 if which == "cifar10" else 100
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not set(labels) <= set(range(number)):
-        raise UserError(f"{base / 'labels.npy'}: expected labels 0..{number - 1}, one an image")
-    block = len(labels) // 5
-    classes = [str(i) for i in range(number)]
-    sets: dict[tuple[str, int], ImageSet] = {}
-    for corruption in corruptions:
-        path = base / f"{corruption}.npy"
-        pixels = _npy(path, "r")
-        shape = pixels.shape
-        if len(shape) != 4 or shape[0] != 5 * block or shape[3] != 3 or pixels.dtype != np.uint8:
-            raise UserError(
-                f"{path}: expected {5 * block} images uint8 [N, H, W, 3], found {pixels.dtype} "
-                f"{shape}"
-            )
-        for severity in severities:
-            start = block * (severity - 1)
-            rows = labels[start : start + block]
-            sets[corruption, severity] = NpyRows(path, start, rows, classes)
-    return sets
+    return dict(corruption_arrays(base, corruptions, severities, 10 if which == "cifar10" else 100))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from driftline.core.errors import UserError
 from driftline.streams.dataset import About, DomainData, Split
-from driftline.streams.images import Files, image_folder
+from driftline.streams.images import Files, image_folder, still_packed, subfolders
 
 ABOUT = About(
     title="class folders by domain",
@@ -26,9 +26,10 @@ class FolderDomains(DomainData):
     about = ABOUT
 
     def read(self, root: Path) -> dict[str, Split]:
-        names = self.domains or sorted(p.name for p in root.iterdir() if (p / "train").is_dir())
+        names = self.domains or [n for n in subfolders(root) if (root / n / "train").is_dir()]
         if not names:
-            raise UserError(f"no domains under data.root={root}. {ABOUT.expected}")
+            packed = still_packed(root)
+            raise UserError(f"no domains under data.root={root}. {packed}{ABOUT.expected}")
 
         def images(name: str, split: str) -> Files:
             return image_folder(root / name / split, ABOUT.expected)

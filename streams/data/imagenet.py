@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import driftline.core.vision  # noqa: F401  # isort: skip
 
@@ -18,7 +18,18 @@ from driftline.core.errors import UserError
 from driftline.core.seed import derive
 from driftline.streams.dataset import About
 from driftline.streams.downloads import Download
-from driftline.streams.images import Derived, Files, ImageSet, image_folder
+from driftline.streams.images import (
+    Derived,
+    Files,
+    ImageSet,
+    holds_images,
+    image_folder,
+    is_number,
+    still_packed,
+    subfolders,
+    unfolded,
+)
+from driftline.streams.listings import find_listed, read_labels, read_list
 
 ABOUT = About(
     title="ImageNet-1k (ILSVRC2012), validation images",
@@ -26,7 +37,7 @@ ABOUT = About(
     published="https://image-net.org/download.php (ILSVRC2012 validation images)",
     licence="non-commercial research and education, on registration",
     layout="<data.root>/val/<wnid>/*.JPEG, or flat images with labels.csv "
-    "(columns filename, class_index)",
+    "(columns filename, class_index); folders may also be named by label, 0 to 999",
     label_space="imagenet1k",
     name="imagenet",
     download=Download(
@@ -61,12 +72,24 @@ def wnids() -> list[str]:
 
 
 def canonical(files: Files) -> Files:
-    """Folder names that are synset ids get their ImageNet-1k label."""
+    """Folder names that are synset ids, or numbers from 0 to 999, get that ImageNet-1k label.
+
+    Raises:
+        UserError: for others.
+    """
     position = {w: i for i, w in enumerate(wnids())}
+    if all(map(is_number, files.class_names)):
+        position = {name: int(name) for name in files.class_names if int(name) < len(wnids())}
+        warnings.warn(
+            f"{files.root}: the numbers of its class folders are taken as labels of ImageNet-1k "
+            "(sorted synset ids)",
+            stacklevel=2,
+        )
     unknown = [c for c in files.class_names if c not in position]
     if unknown:
         raise UserError(
-            f"{files.root} has class folders that are no ImageNet-1k synset ids: {unknown[:3]}"
+            f"{files.root} has class folders that are no ImageNet-1k synset ids: {unknown[:3]}; "
+            "name them like n01440764, or by label, 0 to 999"
         )
     canonical = np.asarray([position[c] for c in files.class_names])
     return Files(files.root, files.names, canonical[files.labels], wnids())
@@ -92,20 +115,16 @@ def chosen(names: Sequence[str], image_list: str, seed: int, root: Path) -> np.n
             f"scenario.image_list={image_list}: no such file; give a text file with one "
             "<wnid>/<file> a line, or `published` or `all`"
         )
-    try:
-        listed = published_list() if image_list == "published" else path.read_text().split()
-    except ValueError as error:
-        raise UserError(f"scenario.image_list={image_list}: not a text file ({error})") from error
-    position = {Path(n).with_suffix("").as_posix(): i for i, n in enumerate(names)}
-    rows = [position.get(Path(n).with_suffix("").as_posix(), -1) for n in listed]
-    missing = [n for n, r in zip(listed, rows, strict=True) if r < 0]
-    if missing:
+    lines = published_list() if image_list == "published" else read_list(path)
+    rows, missing = find_listed(lines, names)
+    if missing or not lines:
         raise UserError(
-            f"{root} lacks {len(missing)} of the {len(listed)} images of "
-            f"scenario.image_list={image_list} (first: {missing[0]}); complete the set, or set "
-            "scenario.image_list=all to draw from the images that are there"
+            f"{root} lacks {len(missing)} of the {len(lines)} images of "
+            f"scenario.image_list={image_list} (first: {[*missing, 'none is listed'][0]}; images "
+            f"there are named like {names[0]}); complete the set, or set scenario.image_list=all "
+            "to draw from the images that are there"
         )
-    return np.asarray(rows)
+    return rows
 
 
 def imagenet_clean(root: Path) -> Files:
@@ -116,24 +135,26 @@ def imagenet_clean(root: Path) -> Files:
     """
     for base in (root, root / "imagenet", root / "ImageNet"):
         if (base / "labels.csv").is_file():
-            try:
-                with open(base / "labels.csv", newline="") as file:
-                    rows = list(csv.DictReader(file))
-                labels = np.asarray([int(r["class_index"]) for r in rows if r["filename"]])
-            except (ValueError, TypeError, KeyError, csv.Error) as error:
-                raise UserError(
-                    f"{base / 'labels.csv'} needs the columns filename and class_index, a number: "
-                    f"{error}"
-                ) from error
-            if len(labels) < max(len(rows), 1):
-                raise UserError(f"{base / 'labels.csv'} needs the columns filename, class_index")
-            if labels.min() < 0 or labels.max() >= 1000:
-                raise UserError(f"{base / 'labels.csv'}: class_index must lie in 0..999")
-            return Files(base, [r["filename"] for r in rows], labels, wnids())
-    for base in (root / "imagenet" / "val", root / "ImageNet" / "val", root / "val", root):
-        if base.is_dir() and any(e.is_dir() and e.name.startswith("n0") for e in os.scandir(base)):
-            return canonical(image_folder(base, ABOUT.expected))
-    raise UserError(f"no clean ImageNet images under data.root={root}. {ABOUT.expected}")
+            table = read_labels(base / "labels.csv", len(wnids()))
+            return Files(base, table.names, table.labels, wnids())
+    base = _class_folders(root, "val")
+    if base is not None:
+        return canonical(image_folder(base, ABOUT.expected))
+    packed = still_packed(root, root / "imagenet", root / "ImageNet")
+    raise UserError(f"no clean ImageNet images under data.root={root}. {packed}{ABOUT.expected}")
+
+
+def _class_folders(root: Path, split: Literal["train", "val"]) -> Path | None:
+    """The folder that holds class folders of ImageNet, named by synset id or label."""
+    for base in (root / "imagenet" / split, root / "ImageNet" / split, root / split, root):
+        base = unfolded(base)
+        names = subfolders(base) if base.is_dir() else []
+        if any(name.startswith(("n0", "n1")) for name in names):
+            return base
+        # Folders of severities are numbers, too, but hold no images themselves.
+        if names and all(map(is_number, names)) and holds_images(base / names[0]):
+            return base
+    return None
 
 
 def imagenet_train(root: Path) -> Files:
@@ -142,9 +163,9 @@ def imagenet_train(root: Path) -> Files:
     Raises:
         UserError: if there are none.
     """
-    for base in (root / "imagenet" / "train", root / "ImageNet" / "train", root / "train", root):
-        if base.is_dir() and any(e.is_dir() and e.name.startswith("n0") for e in os.scandir(base)):
-            return canonical(image_folder(base, ABOUT.expected))
+    base = _class_folders(root, "train")
+    if base is not None:
+        return canonical(image_folder(base, ABOUT.expected))
     raise UserError(
         f"no ImageNet training images under {root}: expected train/<wnid>/*.JPEG. This method "
         "prepares on labelled source images: complete data.root, or set scenario.source_from to "

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from driftline.core.errors import UserError
+from driftline.streams import corruptions as C
 from driftline.streams.corrupted import CorruptedData, instead
 from driftline.streams.data.imagenet import ABOUT as CLEAN
 from driftline.streams.data.imagenet import (
@@ -31,7 +32,7 @@ from driftline.streams.dataset import (
     probe_rows,
 )
 from driftline.streams.downloads import Download, Published
-from driftline.streams.images import Derived, Files, ImageSet, image_folder
+from driftline.streams.images import Derived, Files, ImageSet, image_folder, still_packed
 from driftline.streams.orders import Domain
 
 ARCHIVES = {  # group -> bytes, MD5, corruptions
@@ -138,7 +139,13 @@ class ImageNetC(CorruptedData):
         )
 
     def on_the_fly(self, root: Path, domains: list[Domain]) -> Sources:
-        files = imagenet_clean(root)
+        try:
+            files = imagenet_clean(root)
+        except UserError as error:
+            if first_folder(root, FOLDERS, [*C.STANDARD, *GROUPS]) is None:
+                raise
+            text = "Corrupted images are there: scenario.corrupt=released takes them. "
+            raise UserError(f"{text}{error}") from error
         clean = cropped(files)
         rows, probe, notes = self._rows(files.names, root)
         sets = self._resized(self.generated(clean, domains, self.cache))
@@ -227,15 +234,17 @@ def imagenet_c(
     """
     base = first_folder(root, FOLDERS, [*corruptions, *GROUPS])
     if base is None:
+        packed = still_packed(root, *(root / name for name in FOLDERS))
         raise UserError(
             f"ImageNet-C is not under data.root={root} (looked for {root / 'ImageNet-C'} and "
-            f"{root / corruptions[0]}). {clean_instead(root)}{ABOUT.expected}"
+            f"{root / corruptions[0]}). {packed}{clean_instead(root)}{ABOUT.expected}"
         )
     sets, missing = {}, []
     for corruption in corruptions:
         for severity in severities:
             places = [base / corruption / str(severity)]
-            places += [base / g / corruption / str(severity) for g in GROUPS]
+            places += [base / g / corruption / str(severity) for g in (*GROUPS, corruption)]
+            places += [base / g / g / corruption / str(severity) for g in GROUPS]
             there = [p for p in places if p.is_dir()]
             if there:
                 sets[corruption, severity] = there[0]
@@ -245,6 +254,6 @@ def imagenet_c(
         raise UserError(
             f"{base} lacks {len(missing)} of {len(missing) + len(sets)} corruption folders: "
             f"{', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''}. "
-            f"{clean_instead(root)}{ABOUT.expected}"
+            f"{still_packed(base, root)}{clean_instead(root)}{ABOUT.expected}"
         )
     return sets
