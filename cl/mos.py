@@ -113,7 +113,9 @@ class Mos(CLStrategy):
     """
 
     needs = frozenset({"features", OWN_CLASSES})
-    prefix: Tensor  # float [T, P], sum of the stored sets 0..t as they were stored
+    # float [T, P], sum of the stored sets 0..t as they were stored; the newest alone, [1, P], where
+    # no earlier one is pulled any more
+    prefix: Tensor
     owner: Tensor  # int64 [C], task of each class
     finished: Tensor  # int64 [], tasks that have ended
 
@@ -166,7 +168,8 @@ class Mos(CLStrategy):
         self.stops: list[int] = []  # classes seen at the end of each task
         self.columns = range(0)
         self.gaussians = ClassGaussians(dim, statistics, RIDGE)
-        self.register_buffer("prefix", torch.zeros(0, sum(p.numel() for p in learned)))
+        rows = 0 if mode == "official" else 1
+        self.register_buffer("prefix", torch.zeros(rows, sum(p.numel() for p in learned)))
         self.register_buffer("owner", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("finished", torch.zeros((), dtype=torch.int64))
         self._hashes: dict[str, str] = {}
@@ -176,7 +179,8 @@ class Mos(CLStrategy):
     def _earlier(self, task: int) -> list[Tensor]:
         """Mean of the stored sets 0..task-1, shaped like the parameters of a set."""
         like = self.bank.parameters_of(CURRENT)
-        flat = (self.prefix[task - 1] / task).split([p.numel() for p in like])
+        row = task - 1 if self.mode == "official" else 0
+        flat = (self.prefix[row] / task).split([p.numel() for p in like])
         return [part.view_as(p) for part, p in zip(flat, like, strict=True)]
 
     def _towards(self, values: list[Tensor], goal: list[Tensor]) -> None:
@@ -233,7 +237,8 @@ class Mos(CLStrategy):
         self.gaussians.grow(task.classes.stop)
         added = max(0, task.classes.stop - len(self.owner))
         self.owner = F.pad(self.owner, (0, added), value=len(self.names) - 1)
-        self.prefix = F.pad(self.prefix, (0, 0, 0, 1))
+        if self.mode == "official":
+            self.prefix = F.pad(self.prefix, (0, 0, 0, 1))
         self.prototypes.grow(len(self.owner))
         self.stops.append(len(self.owner))
         groups = {"adapter": self.bank.parameters_of(CURRENT), "head": self.head.parameters()}
@@ -298,7 +303,8 @@ class Mos(CLStrategy):
         for stored, p in zip(self.bank.parameters_of(self.names[task]), own, strict=True):
             stored.copy_(p)
         flat = torch.cat([p.flatten() for p in own])
-        self.prefix[task] = flat + self.prefix[task - 1] if task else flat
+        row, before = (task, task - 1) if self.mode == "official" else (0, 0)
+        self.prefix[row] = flat + self.prefix[before] if task else flat
 
     def _measure(self, task: Task) -> tuple[Tensor, Tensor]:
         """Features [N, D] of the training images under the working set, and labels [N]."""

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from driftline.core.seed import derive
 from driftline.core.strategy import Strategy, optimizers
 
 KEPT = (
     "forward", "backward", "images", "steps", "evaluated", "evaluated_forward",
-    "evaluated_seconds", "end_seconds", "history",
+    "evaluated_seconds", "end_seconds", "step_seconds", "durations",
 )  # fmt: skip
+DURATIONS = 4096  # for the median; a long run shall not make every checkpoint longer
 
 
 class Costs:
@@ -28,7 +30,8 @@ class Costs:
         self.evaluated = self.evaluated_forward = 0  # test images answered, passes that took
         self.evaluated_seconds = self.end_seconds = 0.0
         self.seconds = 0.0  # of the last step
-        self.history: list[float] = []  # of every step
+        self.step_seconds = 0.0  # of all steps
+        self.durations: list[float] = []  # of steps, of all or of as many drawn at random
 
     @contextmanager
     def step(self, images: int) -> Iterator[None]:
@@ -39,7 +42,11 @@ class Costs:
         yield
         self._synchronize()
         self.seconds = time.perf_counter() - start
-        self.history.append(self.seconds)
+        self.step_seconds += self.seconds
+        if len(self.durations) < DURATIONS:
+            self.durations.append(self.seconds)
+        elif (place := derive(0, "durations", self.steps) % (self.steps + 1)) < DURATIONS:
+            self.durations[place] = self.seconds
         self.forward += self.passes.forward - forward
         self.backward += self.passes.backward - backward
         self.images += images
@@ -70,16 +77,20 @@ class Costs:
         return {k: getattr(self, k) for k in KEPT}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        state = dict(state)
+        if (history := state.pop("history", None)) is not None:  # of earlier versions: every step
+            state |= {"step_seconds": sum(history), "durations": history[:DURATIONS]}
         for key, value in state.items():
             setattr(self, key, value)
+        self.durations = [*self.durations]
 
     def summary(self, strategy: Strategy) -> dict[str, float]:
         """The cost block of a summary; the median of the steps leaves out warm-up effects."""
-        ordered = sorted(self.history)
+        ordered = sorted(self.durations)
         images = max(1, self.images)
         return {
             "seconds_per_batch": ordered[len(ordered) // 2] if ordered else 0.0,
-            "seconds_total": sum(self.history),
+            "seconds_total": self.step_seconds,
             **(
                 {
                     "end_of_task_seconds": self.end_seconds,

@@ -6,6 +6,7 @@ import difflib
 import errno
 import os
 import re
+import resource
 from collections.abc import Iterable, Mapping
 
 
@@ -89,6 +90,9 @@ def scarce(error: OSError) -> bool:
 def _number(error: BaseException, advice: Mapping[int, str]) -> int | None:
     """The number of the system's error that this one is, or speaks of."""
     if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if isinstance(error, SystemError) and limited:  # a MemoryError that found no memory for itself
         return errno.ENOMEM
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in advice else None

@@ -139,6 +139,20 @@ def _sum_of(record: Mapping[str, Any]) -> str:
     return checksum(json.dumps(record, sort_keys=True).encode())
 
 
+def checksum_of(path: Path, size: int) -> int:
+    """CRC-32 of the first `size` bytes of a file, read block by block."""
+    with open(path, "rb") as file:
+        return _sum_up(file, size)
+
+
+def _sum_up(file: BinaryIO, size: int) -> int:
+    total = 0
+    while size > 0 and (block := file.read(min(size, 2**20))):
+        total = zlib.crc32(block, total)
+        size -= len(block)
+    return total
+
+
 def checksum(content: bytes) -> str:
     """CRC-32, 8 hex digits."""
     return f"{zlib.crc32(content):08x}"
@@ -202,10 +216,7 @@ def read_checked(path: Path, kind: str, key: str) -> Iterator[BinaryIO]:
         OSError: if it cannot be read.
     """
     with open(path, "rb") as file:
-        checksum, left = 0, os.fstat(file.fileno()).st_size - LINE
-        while left > 0 and (block := file.read(min(left, 2**20))):
-            checksum = zlib.crc32(block, checksum)
-            left -= len(block)
+        checksum = _sum_up(file, os.fstat(file.fileno()).st_size - LINE)
         line = file.read()
         words = line.split()[1:3]  # kind and key
         if not line.startswith(MARK) or len(words) < 2:

@@ -299,8 +299,8 @@ class Guard:
 
     def _collapsed(self, classes: list[int]) -> bool:
         """Whether a window is full with these predictions and falls in few classes."""
-        self._window += classes
-        if len(self._window) < WINDOW or self.classes < 2:
+        self._window = [*self._window, *classes] if self.classes > 1 else []
+        if len(self._window) < WINDOW:
             return False
         most = Counter(self._window).most_common(2 if self.classes > 4 else 1)
         few = sum(n for _, n in most) >= SHARE * len(self._window)

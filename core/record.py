@@ -9,7 +9,7 @@ import platform
 import time
 import traceback
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from driftline.core import distributed
-from driftline.core.files import Damaged, append, write_record, write_text
+from driftline.core.files import Damaged, append, checksum_of, write_record, write_text
 from driftline.core.sinks import TABLES
+
+PENDING = 1000  # rows that wait to be written, at most
 
 
 class Sink(Protocol):
@@ -86,6 +88,8 @@ class RunLogger:
     def log(self, table: str, **values: float | int | str | Tensor | None) -> None:
         """Add a row; 0-dim tensors stay on their device until `flush`."""
         self._pending.append((table, values))
+        if len(self._pending) >= PENDING:  # where checkpoints are rare
+            self.flush()
 
     def flush(self) -> None:
         """Write the pending rows; one device synchronisation for all tensors in them."""
@@ -128,27 +132,27 @@ class RunLogger:
         self._pending.clear()
         actual = {}
         for table, size in offsets.items():
-            content = self.path(table).read_bytes()[:size] if self.path(table).exists() else b""
-            actual[table] = zlib.crc32(content)
-            if len(content) < size:
+            there = self.path(table).stat().st_size if self.path(table).exists() else 0
+            if there < size:
                 raise Damaged(
-                    f"{self.path(table)} is damaged: {len(content):,} of {size:,} bytes are there"
+                    f"{self.path(table)} is damaged: {there:,} of {size:,} bytes are there"
                 )
+            actual[table] = checksum_of(self.path(table), size)
             if sums is not None and actual[table] != sums[table]:
                 raise Damaged(f"{self.path(table)} is damaged: other rows than were written")
         self.sums = actual
         for table in TABLES:
             if self.path(table).exists():
                 os.truncate(self.path(table), offsets.get(table, 0))
-            for row in self.rows(table):  # a mirror has them all, whatever it had before
-                for sink in self.sinks:
+            for row in self.rows(table) if self.sinks else ():
+                for sink in self.sinks:  # a mirror has them all, whatever it had before
                     sink.log(table, row)
 
-    def rows(self, table: str) -> list[dict[str, Any]]:
-        """All rows of a table written so far."""
-        if not self.path(table).exists():
-            return []
-        return [json.loads(line) for line in self.path(table).read_text().splitlines()]
+    def rows(self, table: str) -> Iterator[dict[str, Any]]:
+        """The rows of a table written so far, one after the other."""
+        if self.path(table).exists():
+            with open(self.path(table)) as file:
+                yield from map(json.loads, file)
 
     def checksums(self) -> dict[str, str]:
         """CRC-32 of what each table holds, 8 hex digits."""
@@ -190,8 +194,8 @@ class NoRecords(RunLogger):
     def rewind(self, offsets: Mapping[str, int], sums: Mapping[str, int] | None = None) -> None:
         pass
 
-    def rows(self, table: str) -> list[dict[str, Any]]:
-        return []
+    def rows(self, table: str) -> Iterator[dict[str, Any]]:
+        return iter(())
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         pass

@@ -374,6 +374,7 @@ class TTAStrategy(Strategy):
     """
 
     counters: ClassVar[tuple[str, ...]] = ()  # attributes that count over the whole stream
+    grows: ClassVar[str] = ""  # what it keeps the more of, the longer a stream is, and how much
     event = ""  # what a rule did at the last batch, for its record
 
     @classmethod

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Memory(nn.Module):
         super().__init__()
         self.register_buffer("pool", None)
         self.slots: list[int] = []  # where in the pool each image lies
+        self._free: list[int] | None = None  # slots without one, a heap; None: to be looked up
         self.labels, self.scores, self.ages = [], [], []
 
     def __len__(self) -> int:
@@ -42,8 +44,11 @@ class Memory(nn.Module):
         if len(self) == size:
             more = image.new_zeros(max(1, size), *image.shape)
             self.pool = more if self.pool is None else torch.cat([self.pool, more])
+            self._free = [*range(size, len(self.pool))]
         assert self.pool is not None
-        slot = min(set(range(len(self.pool))) - set(self.slots))
+        if self._free is None:
+            self._free = sorted(set(range(len(self.pool))) - set(self.slots))
+        slot = heappop(self._free)
         self.pool[slot] = image
         self.slots.append(slot)
         self.labels.append(label)
@@ -52,6 +57,8 @@ class Memory(nn.Module):
 
     def remove(self, position: int) -> None:
         """Later images move up by one."""
+        if self._free is not None:
+            heappush(self._free, self.slots[position])
         for held in (self.slots, self.labels, self.scores, self.ages):
             held.pop(position)
 
@@ -94,6 +101,7 @@ class Memory(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         for name, held in state.items():
             setattr(self, name, list(held))
+        self._free = None
 
 
 def most_frequent(labels: Sequence[int]) -> list[int]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from traceback import print_exc
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from driftline.core.errors import UserError
+from driftline.core.errors import UserError, shortage
 from driftline.core.exact import divide_
 from driftline.core.processes import end_with_parent, obey_parent, signals_wait
 from driftline.core.seed import derive
@@ -162,6 +165,7 @@ def _generate(sets: Sequence[ImageSet], rows: Rows, at: np.ndarray, levels: Tens
 
 def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
+    traceback.print_exc = _print_in_short
     # One whose pipe is full would wait for ever for a main process that was killed.
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
@@ -178,6 +182,15 @@ def remember(sets: Sequence[ImageSet], limit: int) -> None:
     for base, count in Counter(bases).items():
         if count > 1 and isinstance(base, Derived):
             base.remember(limit)
+
+
+def _print_in_short(*args: Any, **options: Any) -> None:
+    """As `traceback.print_exc`, but one line for a lack that the main process ends with."""
+    error = sys.exception()
+    if error is not None and shortage(error):
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    else:
+        print_exc(*args, **options)
 
 
 @dataclass(frozen=True)

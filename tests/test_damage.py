@@ -122,7 +122,7 @@ def test_a_state_that_has_lost_its_rows_begins_again(tmp_path, table, damage):
     checkpoint.save(Stub(), {}, batch=7)  # type: ignore[arg-type]
     checkpoint.log.log("matrix", batch=8)
     checkpoint.log.flush()  # rows after the checkpoint are dropped
-    assert opened().load() is not None and len(opened().log.rows("matrix")) == 2
+    assert opened().load() is not None and len([*opened().log.rows("matrix")]) == 2
     path = tmp_path / f"{table}.jsonl"
     path.unlink() if damage == "gone" else harm(path, damage)
     assert opened().load() is None

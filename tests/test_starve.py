@@ -9,10 +9,12 @@ import os
 import resource
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_runs import records
 
@@ -20,7 +22,7 @@ from driftline.core import features, files
 from driftline.core.errors import UserError, shortage
 from driftline.core.files import replacing, sweep_away, write_checked
 from driftline.runs.execute import run_experiment
-from driftline.streams import content
+from driftline.streams import content, loading
 from driftline.streams.images import Arrays, Derived, ImageError, open_rgb
 
 SHORT = {
@@ -69,6 +71,29 @@ def test_words_of_libraries_for_too_little_memory():
         ImportError("libx.so: failed to map segment from shared object"),
     ):
         assert shortage(error), error
+
+
+def test_a_lack_of_memory_without_an_exception_of_its_own(monkeypatch):
+    """CPython raises a SystemError where it has no memory left for a MemoryError."""
+    error = SystemError("error return without exception set")
+    assert shortage(error) is None  # of other origin
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (2**30, 2**30))
+    assert str(shortage(error)).startswith("out of memory")
+
+
+def test_a_worker_that_lacks_something_prints_no_traceback(capsys, monkeypatch):
+    """`multiprocessing` prints one by this function, beside the line that the run ends with."""
+    monkeypatch.setattr(traceback, "print_exc", traceback.print_exc)  # put back afterwards
+    threads = torch.get_num_threads()
+    loading._begin_worker(0)
+    torch.set_num_threads(threads)
+    for error, lines in ((RuntimeError("can't start new thread"), 1), (ValueError("a fault"), 4)):
+        try:
+            raise error
+        except Exception:
+            traceback.print_exc()
+        printed = capsys.readouterr().err.splitlines()
+        assert len(printed) == lines and printed[-1] == f"{type(error).__name__}: {error}"
 
 
 def test_what_is_wrong_otherwise_is_no_shortage():

@@ -136,6 +136,10 @@ class SimATTA(TTAStrategy):
 
     needs = frozenset({"head", "features"})
     buys_labels = True
+    grows = (
+        "images: each label bought, within scenario.label_budget, and each kept one, within "
+        "capacity; 12 H W bytes each, in a pool that doubles"
+    )
     backbone: Any  # a Backbone; the parent promises less
 
     def __init__(

@@ -45,6 +45,7 @@ class T3A(TTAStrategy):
     """
 
     needs = frozenset({"head", "features"})
+    grows = "with supports=all: 4 D + 12 bytes an image; else bounded by supports a class"
     backbone: Any  # a Backbone; the parent promises less
     features: Tensor
     classes: Tensor

@@ -79,6 +79,7 @@ class AdapterBank(nn.Module):
         super().__init__()
         self.sets = nn.ModuleDict()
         self._constant: dict[str, set[str]] = {}  # names of parameters of a set that never train
+        self._frozen: set[str] = set()  # names of sets, by `freeze`
         self._backbone = [backbone]  # in a list: not a submodule
         self._hooked: set[str] = set()
         self._active: list[tuple[str, float]] = []
@@ -171,17 +172,21 @@ class AdapterBank(nn.Module):
         """Drop a set."""
         del self.sets[name], self._constant[name]
         self._reach.verified.discard(name)
+        self._frozen.discard(name)
 
     def freeze(self, name: str, frozen: bool = True) -> None:
         """Stop (or start) training a set; a frozen set is in evaluation mode for good."""
         for p in self.parameters_of(name):
             p.requires_grad_(not frozen)
         self.sets[name].train(not frozen)
+        (self._frozen.add if frozen else self._frozen.discard)(name)
 
     def train(self, mode: bool = True) -> AdapterBank:
         """Sets that train follow `mode`; frozen ones stay in evaluation mode."""
         self.training = mode
-        for modules in self.sets.values():
+        for name, modules in self.sets.items():
+            if name in self._frozen:  # a step shall not take longer with every task
+                continue
             learns = any(p.requires_grad for p in modules.parameters())
             modules.train(mode and learns)
         return self
