@@ -201,6 +201,7 @@ def test_methods_run_on_recurring_streams(configure, words, classes):
 
 def test_fine_tuning_learns_among_the_classes_that_are_there(configure):
     words = [*SCOLE, "strategy.epochs=1", "backbone=test_resnet", "scenario.tasks=1"]
+    words += ["scenario.embedded_images=[3,1]"]
     summary = run_experiment(configure("strategy=finetune", *words), [])
     assert summary["metrics"]["acc_last"] >= 0
 
@@ -208,10 +209,11 @@ def test_fine_tuning_learns_among_the_classes_that_are_there(configure):
 def test_a_killed_run_with_a_memory_of_several_corruptions_resumes(configure, monkeypatch):
     words = ["strategy=er", "strategy.capacity=10", "strategy.replay_batch=4", *BLURRY]
     words += ["backbone=test_resnet", "scenario.corruptions=[contrast,clean]"]
+    words += ["scenario.embedded_images=[4,1]"]
     whole = run_experiment(configure(*words), [])
     cfg = configure(*words, "on_exists=rerun", "checkpoint.every=2")
     with monkeypatch.context() as patch:
-        stop_after(patch, 5)  # in the second stretch
+        stop_after(patch, 4)  # in the second stretch
         with pytest.raises(Kill):
             run_experiment(cfg, [])
     again = run_experiment(cfg, [])
