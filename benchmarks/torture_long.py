@@ -95,7 +95,7 @@ def look(batches: int, folder: Path) -> Look:
 
 
 FILES = ("last.pt", "batches.jsonl")
-EVERY = 20  # batches between checkpoints
+EVERY = 10  # batches between checkpoints
 
 
 def resident() -> int:
@@ -261,7 +261,8 @@ def long_stream(
     result = stream(name, rule, watched)
     shutil.rmtree(folder)
     batches = len(watched.seconds)
-    first = min(watched.looks, key=lambda one: abs(one.batches - batches / 10))
+    saved = [one for one in watched.looks if one.checkpoint > 0] or watched.looks
+    first = min(saved, key=lambda one: abs(one.batches - batches / 10))
     tenth = max(1, batches // 10)
     times = watched.seconds[:tenth], watched.seconds[-tenth:]
     return {
