@@ -330,7 +330,7 @@ def split_stream(
         "shots": shots,
         "single_pass": classes.single_pass,
         "fingerprint": fingerprint(
-            *(c for part in images.values() for c in part.reader.contents([None])),
+            *(c for part in (train_images, test_images) for c in part.reader.contents([None])),
             order,
             sizes,
             *([shots] if shots else []),
