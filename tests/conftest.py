@@ -201,6 +201,14 @@ def _option(group: str, choice: str) -> dict[str, Any]:
     return plain_yaml(ROOT / "conf" / group / f"{choice}.yaml")
 
 
+def scenario_node(name: str, **options: Any) -> dict[str, Any]:
+    """The options of conf/scenario/NAME.yaml, which has no defaults list, with some changed."""
+    node = plain_yaml(ROOT / "conf" / "scenario" / f"{name}.yaml")
+    for key in ("name", "real", "embedded", "backbones"):
+        node.pop(key, None)
+    return node | {"label": name.rpartition("/")[2]} | options
+
+
 def plain_yaml(path: Path) -> dict[str, Any]:
     """A file of conf/ as plain values of the caller's own."""
     return deepcopy(_plain_yaml(path))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, plain_yaml, write_images
+from conftest import ROOT, scenario_node, write_images
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -76,11 +76,10 @@ def birds(tmp_path, monkeypatch) -> dict[str, Any]:
     monkeypatch.delitem(sys.modules, "birds", raising=False)
     own: Any = OmegaConf.to_container(OmegaConf.create(block("# conf/scenario/birds.yaml")))
     assert own.pop("defaults") == ["base/stream@_here_"]
-    node = {**plain_yaml(ROOT / "conf" / "scenario" / "base" / "stream.yaml"), **own}
-    for key in ("real", "embedded", "backbones"):
-        node.pop(key)
-    node |= {"label": "birds", "batch_size": 4, "probe_images": 2, "clean_images": 3, "images": 5}
-    return node
+    for key in ("name", "backbones"):
+        own.pop(key)
+    counts = {"batch_size": 4, "probe_images": 2, "clean_images": 3, "images": 5}
+    return scenario_node("base/stream", **own, **counts)
 
 
 def stream(node: dict[str, Any], root: Path | None = None) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import scenario_node
 from test_contract import OF_FILES, construct
 
 from driftline.core.build import build
@@ -29,21 +30,20 @@ PASSES = ("sema",)  # one after the other: sweeps, adapters, descriptors
 
 def few_shot_online() -> TaskStream:
     """Eight classes with two images each, then two with one each; one pass."""
-    node = {
-        "_target_": "driftline.streams.class_incremental.split_stream",
-        "label": "split",
-        "dataset": "cifar10",
-        "base": 8,
-        "increment": 2,
-        "class_order": "fixed",
-        "order_seed": 0,
-        "batch_size": 5,
-        "test_batch_size": 10,
-        "pipeline": "pilot",
-        "embedded_images": [2, 1],
-        "shots": 1,
-        "single_pass": True,
-    }
+    node = scenario_node(
+        "split_cifar",
+        dataset="cifar10",
+        base=8,
+        increment=2,
+        class_order="fixed",
+        order_seed=0,
+        batch_size=5,
+        test_batch_size=10,
+        pipeline="pilot",
+        embedded_images=[2, 1],
+        shots=1,
+        single_pass=True,
+    )
     return build(
         node,
         at="scenario",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import strategy_node
+from conftest import scenario_node, strategy_node
 from golden_cl_case import ClCase, images
 from golden_cl_case import backbone as recorded_backbone
 from torch import Tensor
@@ -31,21 +31,20 @@ def make(name: str, **options: Any) -> Any:
 
 def stream() -> TaskStream:
     """Tasks of two classes from embedded images, six of each class, cropped at random."""
-    node = {
-        "_target_": "driftline.streams.class_incremental.split_stream",
-        "label": "split",
-        "dataset": "cifar10",
-        "base": 0,
-        "increment": 2,
-        "class_order": "fixed",
-        "order_seed": 0,
-        "batch_size": 5,
-        "test_batch_size": 5,
-        "pipeline": "pilot",
-        "embedded_images": [6, 2],
-        "shots": None,
-        "single_pass": False,
-    }
+    node = scenario_node(
+        "split_cifar",
+        dataset="cifar10",
+        base=0,
+        increment=2,
+        class_order="fixed",
+        order_seed=0,
+        batch_size=5,
+        test_batch_size=5,
+        pipeline="pilot",
+        embedded_images=[6, 2],
+        shots=None,
+        single_pass=False,
+    )
     return build(
         node,
         at="scenario",
