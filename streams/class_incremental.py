@@ -41,7 +41,7 @@ from driftline.streams.corrupted import (
 from driftline.streams.data.imagenet import cropped
 from driftline.streams.dataset import NAMED, SplitData
 from driftline.streams.images import ImageSet, fingerprint
-from driftline.streams.loading import Rows
+from driftline.streams.loading import Rows, contents
 from driftline.streams.store import TaskLoading
 from driftline.streams.task_orders import (
     Options,
@@ -330,7 +330,7 @@ def split_stream(
         "shots": shots,
         "single_pass": classes.single_pass,
         "fingerprint": fingerprint(
-            *(c for part in (train_images, test_images) for c in part.reader.contents([None])),
+            *contents([train, test], [None, None], loading.on_error),
             order,
             sizes,
             *([shots] if shots else []),

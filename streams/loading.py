@@ -193,6 +193,29 @@ def _print_in_short(*args: Any, **options: Any) -> None:
         print_exc(*args, **options)
 
 
+def contents(
+    sets: Sequence[ImageSet],
+    rows: Sequence[np.ndarray | None],
+    on_error: Literal["raise", "skip"],
+) -> list[str]:
+    """Hash of the images of some rows of each set; None: all its rows.
+
+    Raises:
+        ImageError: naming files that are missing, which would be noticed in the middle of a run
+            otherwise; not under `on_error="skip"`, which leaves them out.
+    """
+    hashes = [images.content(chosen) for images, chosen in zip(sets, rows, strict=True)]
+    if on_error == "raise":
+        pairs = zip(sets, rows, strict=True)
+        lacking = list(dict.fromkeys(p for s, r in pairs for p in unreadable(s, r)))
+        if lacking:
+            raise ImageError(
+                f"image files that are missing or cannot be opened: {len(lacking)} (first: "
+                f"{lacking[0]}); complete the set, or leave them out with data.on_error=skip"
+            )
+    return hashes
+
+
 @dataclass(frozen=True)
 class Reader:
     """Loads batches of rows from image sets, one set per domain.
@@ -245,22 +268,8 @@ class Reader:
             )
 
     def contents(self, rows: Sequence[np.ndarray | None]) -> list[str]:
-        """Hash of the images of some rows of each set; None: all its rows.
-
-        Raises:
-            ImageError: naming files that are missing, which would be noticed in the middle of a run
-                otherwise; not under `on_error="skip"`, which leaves them out.
-        """
-        contents = [s.content(chosen) for s, chosen in zip(self.sets, rows, strict=True)]
-        if self.on_error == "raise":
-            pairs = zip(self.sets, rows, strict=True)
-            lacking = list(dict.fromkeys(p for s, r in pairs for p in unreadable(s, r)))
-            if lacking:
-                raise ImageError(
-                    f"image files that are missing or cannot be opened: {len(lacking)} (first: "
-                    f"{lacking[0]}); complete the set, or leave them out with data.on_error=skip"
-                )
-        return contents
+        """Hash of the images of some rows of each set, see `contents`."""
+        return contents(self.sets, rows, self.on_error)
 
     def content(self, rows: Rows) -> str:
         """Hash of the images of `rows` in their order."""
