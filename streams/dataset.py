@@ -44,14 +44,14 @@ class About:
     layout: str  # what lies where under data.root
     label_space: str  # outputs of networks for it: "imagenet1k"; empty: the data says
     subset: tuple[int, ...] | None = None  # classes of the label space that occur; None: all
-    hashes: Mapping[str, str] = field(default_factory=dict)  # file -> "md5:..." or "sha256:..."
+    hashes: Mapping[str, str] = field(default_factory=dict)  # file in its folder -> "md5:..."
     name: str = ""  # as `scenario.dataset` names it, for `scripts/get_data.py`
     download: Download | None = None  # None: there is nothing to load
 
     @property
     def how(self) -> str:
         """The command that loads the set, or says what a person has to do; maybe empty."""
-        if self.download is None:
+        if self.download is None or not self.name:
             return ""
         what = "loads it" if self.download.by_program else "says how to get it"
         return f"`python scripts/get_data.py {self.name} --to <data.root>` {what}. "

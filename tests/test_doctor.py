@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 from conftest import ROOT, write_images
 
+from driftline.streams.data import cifar10_c
 from driftline.streams.downloads import Download, Published, get
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -70,6 +72,23 @@ def test_images_that_do_not_decode_are_found(capsys, imagenet_c_root, imagenet_c
     assert report.problems == 1 and first.name in said(capsys)
     doctor.data(report, str(imagenet_clean_root))
     assert report.problems == 1 and "12 clean ImageNet images of 12 classes" in said(capsys)
+
+
+def test_files_of_the_release_are_compared_with_their_published_sums(capsys, tmp_path, monkeypatch):
+    base = tmp_path / "CIFAR-10-C"
+    base.mkdir()
+    np.save(base / "labels.npy", np.arange(50000) % 10)
+    np.lib.format.open_memmap(base / "fog.npy", "w+", np.uint8, (50000, 32, 32, 3))  # sparse
+    monkeypatch.setattr(doctor, "_digest", lambda path, *kind: path.stem)  # it has 150 MB
+    report = doctor.Report()
+    doctor.data(report, str(tmp_path))
+    assert report.problems == 1
+    assert "labels.npy, fog.npy: MD5 sum is not the published one" in said(capsys)
+    sums = {"labels.npy": "md5:labels", "fog.npy": "md5:fog"}
+    monkeypatch.setattr(cifar10_c, "ABOUT", replace(cifar10_c.ABOUT, hashes=sums))
+    doctor.data(report, str(tmp_path))
+    assert report.problems == 1
+    assert "MD5 sums of labels.npy and fog.npy as published" in said(capsys)
 
 
 def test_what_was_loaded_and_what_was_not_finished_is_named(capsys, tmp_path):

@@ -35,6 +35,28 @@ ABOUT = About(
     licence="CC BY 4.0",
     layout="<data.root>/CIFAR-10-C/<corruption>.npy and labels.npy",
     label_space="cifar10",
+    hashes={
+        "labels.npy": "md5:c439b113295ed5254878798ffe28fd54",
+        "brightness.npy": "md5:0a81ef75e0b523c3383219c330a85d48",
+        "contrast.npy": "md5:3c8262171c51307f916c30a3308235a8",
+        "defocus_blur.npy": "md5:7d1322666342a0702b1957e92f6254bc",
+        "elastic_transform.npy": "md5:9421657c6cd452429cf6ce96cc412b5f",
+        "fog.npy": "md5:7b397314b5670f825465fbcd1f6e9ccd",
+        "frost.npy": "md5:31f6ab3bce1d9934abfb0cc13656f141",
+        "gaussian_blur.npy": "md5:c33370155bc9b055fb4a89113d3c559d",
+        "gaussian_noise.npy": "md5:ecaf8b9a2399ffeda7680934c33405fd",
+        "glass_blur.npy": "md5:7361fb4019269e02dbf6925f083e8629",
+        "impulse_noise.npy": "md5:2090e01c83519ec51427e65116af6b1a",
+        "jpeg_compression.npy": "md5:2b9cc4c864e0193bb64db8d7728f8187",
+        "motion_blur.npy": "md5:fffa5f852ff7ad299cfe8a7643f090f4",
+        "pixelate.npy": "md5:0f14f7e2db14288304e1de10df16832f",
+        "saturate.npy": "md5:1cfae0964219c5102abbb883e538cc56",
+        "shot_noise.npy": "md5:3a7239bb118894f013d9bf1984be7f11",
+        "snow.npy": "md5:bb238de8555123da9c282dea23bd6e55",
+        "spatter.npy": "md5:8a5a3903a7f8f65b59501a6093b4311e",
+        "speckle_noise.npy": "md5:ef00b87611792b00df09c0b0237a1e30",
+        "zoom_blur.npy": "md5:6ea8e63f1c5cdee1517533840641641b",
+    },
     name="cifar10_c",
     download=Download(
         (
@@ -49,7 +71,8 @@ ABOUT = About(
                 checksum="sha256:c72763e101c723b7c507b96205f7e938912a5d587376173b825850cf3cb876a7",
             ),
         ),
-        sources="size and SHA-256: TensorFlow Datasets (cifar10_corrupted)",
+        sources="size and SHA-256: TensorFlow Datasets (cifar10_corrupted); MD5 of the "
+        "unpacked files: as torch-uncertainty checks them",
     ),
 )
 FOLDERS = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
