@@ -18,7 +18,9 @@ import statistics
 import sys
 import time
 import tomllib
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -254,6 +256,7 @@ def _cifar_c(report: Report, root: Path) -> int:
     """CIFAR-C: shapes and label counts, and two files against their published MD5 sums."""
     from driftline.streams.corrupted import MANIFEST
     from driftline.streams.dataset import about
+    from driftline.streams.images import corruption_arrays
 
     count = 0
     for name, classes in (("CIFAR-10-C", 10), ("CIFAR-100-C", 100)):
@@ -266,15 +269,19 @@ def _cifar_c(report: Report, root: Path) -> int:
         if not (base / "labels.npy").exists() or not files:
             report.problem(f"{base} lacks labels.npy or the corruptions", fix)
             continue
-        labels = np.load(base / "labels.npy")
-        counts = np.bincount(labels, minlength=classes)
-        odd = [p.name for p in files if np.load(p, mmap_mode="r").shape != (len(labels), 32, 32, 3)]
-        if odd or len(counts) != classes or counts.min() != counts.max():
-            report.problem(f"{base}: wrong shape or labels ({', '.join(odd) or 'labels'})", fix)
+        try:
+            with _noted(report):
+                sets = corruption_arrays(base, [p.stem for p in files], [1], classes)
+        except UserError as error:
+            report.problem(str(error), fix)
             continue
+        counts = np.bincount(sets[files[0].stem, 1].labels, minlength=classes)
+        if counts.min() != counts.max():
+            report.note(f"{base}: from {counts.min()} to {counts.max()} images a class")
+        images = len(np.load(files[0], mmap_mode="r"))
         spots = ("labels.npy", files[0].name)
-        text = f"{base}: {len(files)} corruptions, {len(labels):,} images each; "
-        if len(labels) != 50000 or (base / MANIFEST).exists():  # a part of it, or made here
+        text = f"{base}: {len(files)} corruptions, {images:,} images each; "
+        if images != 50000 or (base / MANIFEST).exists():  # a part of it, or made here
             spot = _digest(files[0], "sha256", 2**20)
             report.note(f"{text}first MiB of {files[0].name} sha256 {spot[:12]}")
             continue
@@ -330,9 +337,13 @@ def _imagenet(report: Report, root: Path) -> int:
     from driftline.streams.images import open_rgb
 
     try:
-        files = imagenet_clean(root)
-    except UserError:
-        return 0
+        with _noted(report):
+            files = imagenet_clean(root)
+    except UserError as error:
+        if not (root / "labels.csv").is_file():
+            return 0
+        report.problem(str(error), "the message says it")
+        return 1
     try:
         for row in range(0, len(files.names), max(1, len(files.names) // 3)):
             open_rgb(Path(files.root) / files.names[row])
@@ -349,14 +360,32 @@ def _imagenet(report: Report, root: Path) -> int:
 
 def _folders(report: Report, root: Path) -> int:
     """Class folders for split_imagefolder."""
+    from driftline.streams.images import image_folder, subfolders
+
     count = 0
     for split in ("train", "test"):
-        classes = [d for d in (root / split).glob("*/") if d.is_dir()]
-        if classes:
-            count += 1
-            images = sum(1 for d in classes for _ in d.iterdir())
-            report.ok(f"{root / split}: {len(classes):,} class folders, {images:,} files")
+        if not (root / split).is_dir() or not subfolders(root / split):
+            continue
+        count += 1
+        try:
+            with _noted(report):
+                files = image_folder(root / split, "")
+        except UserError as error:
+            report.problem(str(error), "the message says it")
+            continue
+        text = f"{files.root}: {files.num_classes:,} class folders, {len(files.names):,} images"
+        report.ok(text)
     return count
+
+
+@contextmanager
+def _noted(report: Report) -> Iterator[None]:
+    """Warnings become notes of the report."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        report.note(str(warning.message))
 
 
 def _digest(path: Path, kind: str, limit: int | None = None) -> str:

@@ -51,7 +51,7 @@ def test_data_sets_are_counted_and_damage_is_named(capsys, tmp_path, cifar10_c_r
     np.save(base / "fog.npy", np.zeros((7, 32, 32, 3), np.uint8))
     doctor.data(report, str(cifar10_c_root))
     text = said(capsys)
-    assert report.problems == 1 and "wrong shape or labels (fog.npy)" in text
+    assert report.problems == 1 and "fog.npy holds 7 images, but" in text
     assert f"then: python scripts/get_data.py cifar10_c --to {cifar10_c_root}" in text
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -152,4 +152,11 @@ def test_class_folders_are_counted(capsys, tmp_path):
     write_images(tmp_path, ["train/a/0.png", "train/b/0.png", "test/a/0.png"])
     report = doctor.Report()
     doctor.data(report, str(tmp_path))
-    assert "train: 2 class folders, 2 files" in said(capsys) and report.problems == 0
+    assert "train: 2 class folders, 2 images" in said(capsys) and report.problems == 0
+    write_images(tmp_path, [".hidden/0.png", "train/.hidden/0.png"])
+    (tmp_path / "train" / "a" / "1.tif").write_bytes(b"?")
+    (tmp_path / "labels.csv").write_text("filename;class_index\na.png;\n")
+    doctor.data(report, str(tmp_path))
+    text = said(capsys)
+    assert "1 entries of class folders are not read: .tif (1)" in text and "train: 2 class" in text
+    assert report.problems == 1 and "line 2 has no class_index" in text
