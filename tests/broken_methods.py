@@ -281,6 +281,9 @@ class ForgottenCount(Wrapper):
 class AdaptsToPredict(Wrapper):
     """A rule that lets the method learn from test images."""
 
+    def __init__(self, *, inner: TTAStrategy) -> None:
+        super().__init__(inner)
+
     def predict(self, x: Tensor) -> Tensor:
         return self.inner.adapt(x)
 
