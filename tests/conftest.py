@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -14,6 +19,7 @@ import driftline.core.vision  # noqa: F401  # isort: skip
 import numpy as np
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -23,12 +29,48 @@ from driftline.core import papers
 from driftline.parts.optim import Optim
 
 papers.register()
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is quicker
 ROOT = Path(__file__).parents[1]
 # Scripts that tests start import the packages of this checkout, whichever one is installed.
 paths = [str(ROOT), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 PACKAGES = ("analysis", "backbones", "cl", "core", "kernels", "parts", "runs", "streams", "tta")
 HANG = 1800  # seconds after which a process counts as hung; nothing is measured by it
+
+
+@cache
+def _server() -> tuple[tempfile.TemporaryDirectory[str], subprocess.Popen[bytes]]:
+    folder = tempfile.TemporaryDirectory(prefix="driftline-tests-")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    script, path = str(ROOT / "tests" / "forked.py"), f"{folder.name}/socket"
+    server = subprocess.Popen(
+        [sys.executable, script, path],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    words = shlex.join([sys.executable, "-IS", script, "--ask", path])
+    program = Path(folder.name, "python")
+    program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+    program.chmod(0o755)
+    while not os.path.exists(path):
+        assert server.poll() is None, "tests/forked.py has ended"
+        time.sleep(0.02)
+    return folder, server
+
+
+def python() -> str:
+    """A program like `sys.executable`, with torch imported already: see forked.py."""
+    return f"{_server()[0].name}/python"
+
+
+def pytest_sessionfinish() -> None:
+    if _server.cache_info().currsize:
+        folder, server = _server()
+        server.terminate()
+        server.wait()
+        folder.cleanup()
 
 
 @pytest.fixture(scope="session")

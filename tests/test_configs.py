@@ -12,7 +12,7 @@ import sys
 import pytest
 import timm
 import torchvision
-from conftest import HANG, ROOT, strategy_node
+from conftest import HANG, ROOT, python, strategy_node
 from omegaconf import OmegaConf
 
 from driftline.backbones.load import ROBUSTBENCH_FILES
@@ -29,7 +29,7 @@ LIVE = {"backbone", "seed", "num_classes"}
 
 def cli(*words: str, timeout: float = HANG) -> subprocess.CompletedProcess[str]:
     """`python run.py words...`."""
-    command = [sys.executable, str(ROOT / "run.py"), *words]
+    command = [python(), str(ROOT / "run.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import HANG, ROOT
+from conftest import HANG, ROOT, python
 from omegaconf import OmegaConf
 
 from driftline.core import papers
@@ -58,8 +58,8 @@ def copy(tmp_path) -> Path:
 
 def shell(commands: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """`commands` in bash with this Python first on the path and one torch thread."""
-    here = Path(sys.executable).parent
-    env = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    path = [Path(python()).parent, Path(sys.executable).parent, os.environ["PATH"]]
+    env = os.environ | {"PATH": ":".join(map(str, path)), "OMP_NUM_THREADS": "1"}
     command = ["bash", "-euo", "pipefail", "-c", commands]
     return subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG, check=False

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import HANG, PACKAGES, ROOT, equal, strategy_node
+from conftest import HANG, PACKAGES, ROOT, equal, python, strategy_node
 from torch import nn
 
 import driftline
@@ -222,7 +222,7 @@ def own_package(tmp_path) -> Path:
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / "run.py"), *words, f"root={folder / 'results'}"]
+    line = [python(), str(ROOT / "run.py"), *words, f"root={folder / 'results'}"]
     return subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=HANG)
 
 
@@ -295,7 +295,7 @@ def test_a_wheel_holds_the_packages_and_the_configuration(tmp_path):
     words = ["strategy=tent", "scenario=cifar10_c", *SMALL]
     code = "import sys; from driftline.runs.command import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", code, *words],
+        [python(), "-c", code, *words],
         cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HANG, ROOT
+from conftest import HANG, ROOT, python
 
 from driftline.core import papers
 
@@ -30,7 +30,7 @@ def finished(
 
 
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/paper.py", *words]
+    command = [python(), "scripts/paper.py", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
 
 

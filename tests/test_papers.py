@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HANG, ROOT
+from conftest import HANG, ROOT, python
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -161,7 +160,7 @@ def test_rows_are_looked_up_among_all_tables(write):
 
 @pytest.mark.slow
 def test_the_tables_are_listed_by_help():
-    command = [sys.executable, "run.py", "--help"]
+    command = [python(), "run.py", "--help"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG).stdout
     for paper in papers.papers():
         for group in papers.GROUPS:

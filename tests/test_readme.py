@@ -6,10 +6,9 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
-from conftest import HANG, ROOT
+from conftest import HANG, ROOT, python
 
 README = (ROOT / "README.md").read_text()
 
@@ -38,14 +37,14 @@ def test_a_new_method_is_one_python_file_and_one_yaml_file(tmp_path):
     (copy / "tta" / "prior_shift.py").write_text(code)
     settings = block("conf/strategy/prior_shift.yaml")
     (copy / "conf" / "strategy" / "prior_shift.yaml").write_text(settings)
-    command = [sys.executable, "run.py", "strategy=prior_shift", "scenario.images=60"]
+    command = [python(), "run.py", "strategy=prior_shift", "scenario.images=60"]
     command += ["scenario.corruptions=[contrast,fog]", "runtime.threads=1"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     summary = json.loads(next(copy.rglob("prior_shift/*/*/summary.json")).read_text())
     assert summary["metrics"]["err_mean"] != summary["source"]["metrics"]["err_mean"]
     listed = subprocess.run(
-        [sys.executable, "run.py", "--help"], cwd=copy, capture_output=True, text=True, timeout=HANG
+        [python(), "run.py", "--help"], cwd=copy, capture_output=True, text=True, timeout=HANG
     )
     assert "prior_shift" in listed.stdout
 

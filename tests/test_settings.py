@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from annotated_types import Interval
-from conftest import ROOT
+from conftest import ROOT, python
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -330,7 +330,7 @@ def test_a_sweep_without_a_place_for_its_folder(tmp_path):
     (tmp_path / "file").write_text("")
     words = ["-m", "seed=0,1", f"root={tmp_path / 'file' / 'results'}"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True, cwd=ROOT
+        [python(), str(ROOT / "run.py"), *words], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 2 and "root" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "sweep of" not in done.stdout + done.stderr
@@ -341,7 +341,7 @@ def test_flags_of_hydra_that_name_nothing(flag, tmp_path):
     """In a process: Hydra reads its flags itself. A setting behind the flag is no obstacle."""
     words = [flag, "/nonexistent", f"root={tmp_path}"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True, cwd=ROOT
+        [python(), str(ROOT / "run.py"), *words], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 2 and "nonexistent" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
