@@ -202,6 +202,17 @@ class CorruptedData(ShiftData):
         """The images of `clean` under each of `domains`; `cache` as of `corrupted`."""
         return corrupted(clean, domains, cache, **self._settings)
 
+    def alike(self, base: ImageSet, domains: list[Domain]) -> dict[Domain, ImageSet]:
+        """Made on the fly beside released files, too, with other draws than known images have."""
+        settings = self._settings | {"seed": self.corruption_seed + 2}
+        embedded = self.data_root is None
+        if embedded:
+            settings["jpeg_quality"] = None
+        failing = [d for d in domains if d[0] in OUTAGES]
+        real = [d for d in domains if d not in failing]
+        sets = corrupted(base, real, "memory" if embedded else self.cache, **settings)
+        return sets | outages(base, failing, settings["seed"])
+
     @property
     def _settings(self) -> dict[str, Any]:
         return {
