@@ -34,7 +34,7 @@ AVERAGE = ("scenario.order_seed",)  # settings that are repetitions, as the seed
 # Keys of a configuration that no number depends on, names, and the record of a search.
 NO_SETTING = (*VOLATILE, *(f"data.{key}" for key in VOLATILE_DATA), "seed", "tuned")
 NO_SETTING += tuple(f"{group}.{key}" for group in IDENTITY[:3] for key in ("name", "label"))
-NO_SETTING += ("time._target_", "estimate")  # which changes no number of the method
+NO_SETTING += ("time._target_",)
 SEEDS_AGREE = (
     "every seed gave the same numbers: nothing in it draws on the seed. The order of classes and "
     "images comes from scenario.order_seed ('scenario.order_seed=${seed}' makes it follow the seed)"
@@ -342,7 +342,8 @@ def notes(runs: pd.DataFrame, used: pd.DataFrame, average: Sequence[str] = AVERA
             "environment.git.dirty": "runs of changed code (their patch.diff says how)",
             "skipped_images": "runs that skipped unreadable images",
         }.items():
-            n = int(some[name].map(float).gt(0).sum()) if name in some else 0  # NaN is not greater
+            known = some[name].dropna() if name in some else []  # None outside of a repository
+            n = sum(bool(value > 0) for value in known)
             sentences += [f"{title(place)}: {n} {what}"] if n else []
     return sentences
 

@@ -446,7 +446,7 @@ def torchvision_backbone(
     checkpoint: str | None,
     normalize: Literal["checkpoint", "none", "imagenet"],
 ) -> Backbone:
-    """A torchvision classifier with its ImageNet-1k head.
+    """A torchvision classifier with its ImageNet-1k head, or that of a file of weights.
 
     Args:
         name: short name for folders and tables.
@@ -468,7 +468,7 @@ def torchvision_backbone(
         raise UserError(
             f"backbone.weights={weights!r}: torchvision's {arch} has {', '.join(kinds)}"
         )
-    chosen = kinds[weights]
+    chosen, outputs = kinds[weights], 1000
     with _fixed_seed():
         if checkpoint is None:
             try:
@@ -487,7 +487,11 @@ def torchvision_backbone(
         else:
             net = torchvision.models.get_model(arch, weights=None)
             if checkpoint != RANDOM:
-                load_strict(net, load_tensors(checkpoint), checkpoint)
+                tensors = load_tensors(checkpoint)
+                outputs = _outputs(net, tensors)
+                if outputs != Backbone(net).num_classes:
+                    net = torchvision.models.get_model(arch, weights=None, num_classes=outputs)
+                load_strict(net, tensors, checkpoint)
     preset = chosen.transforms()
     full = f"torchvision/{arch}" if checkpoint == RANDOM else f"torchvision/{arch}.{weights}"
     return Backbone(
@@ -496,9 +500,17 @@ def torchvision_backbone(
         tag=_label(full, checkpoint),
         input_size=preset.crop_size[0],
         interpolation=preset.interpolation.value,
-        classes=None if checkpoint == RANDOM else "imagenet1k",
+        classes="imagenet1k" if checkpoint != RANDOM and outputs == 1000 else None,
         **_normalization(normalize, preset.mean, preset.std),
     ).eval()
+
+
+def _outputs(net: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+    """Outputs of a network of this architecture with these weights."""
+    backbone = Backbone(net)
+    name = next((n for n, m in net.named_modules() if m is backbone.head), None)
+    weight = tensors.get(f"{name}.weight")
+    return backbone.num_classes if weight is None or weight.ndim != 2 else len(weight)
 
 
 # ---------------------------------------------------------------- embedded and CIFAR networks

@@ -149,16 +149,42 @@ def outages(base: ImageSet, domains: list[Domain], seed: int) -> dict[Domain, Im
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorruptedData(ShiftData):
+class Corruptions:
+    """Options of corruptions.
+
+    Args:
+        corruptions: see `corruption_names`.
+        corruption_seed: draws of corruptions made on the fly.
+        jpeg_quality: of images made on the fly; None: as made.
+        frost_dir: folder of the original photographs; None: a synthetic texture.
+    """
+
+    corruptions: str | Annotated[list[str], MinLen(1)]
+    severity: Severity | Annotated[list[Severity], MinLen(1), Predicate(distinct)]
+    corruption_seed: Seed
+    jpeg_quality: Annotated[int, Ge(1), Le(100)] | None
+    frost_dir: str | None
+
+    def all_severities(self) -> list[int]:
+        return [*self.severity] if isinstance(self.severity, list) else [self.severity]
+
+    def settings(self, preset: C.Preset) -> dict[str, Any]:
+        """Those of `corrupted`."""
+        return {
+            "preset": preset,
+            "seed": self.corruption_seed,
+            "jpeg_quality": self.jpeg_quality if preset == "imagenet" else None,
+            "frost_dir": self.frost_dir,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptedData(Corruptions, ShiftData):
     """Domains are corruptions at severities; row i is the same image in each of them.
 
     Args:
         corrupt: released files, or corruptions made on the fly from clean images.
-        corruptions: see `corruption_names`.
-        corruption_seed: draws of corruptions made on the fly.
         image_list, legacy_resize: of ImageNet; other sets take no notice.
-        jpeg_quality: of images made on the fly, where the released ones are JPEG; None: as made.
-        frost_dir: folder of the original photographs; None: a synthetic texture.
     """
 
     preset: ClassVar[Literal["imagenet", "cifar"]]  # parameters of the corruptions
@@ -166,19 +192,14 @@ class CorruptedData(ShiftData):
     clean_about: ClassVar[About]  # of the set that corruptions on the fly are made from
 
     corrupt: Literal["released", "on_the_fly"]
-    corruptions: str | Annotated[list[str], MinLen(1)]
-    severity: Severity | Annotated[list[Severity], MinLen(1), Predicate(distinct)]
-    corruption_seed: Seed
     image_list: str
     legacy_resize: bool
-    jpeg_quality: Annotated[int, Ge(1), Le(100)] | None
-    frost_dir: str | None
 
     def names(self) -> list[str]:
         return corruption_names(self.corruptions)
 
     def severities(self) -> list[int]:
-        return [*self.severity] if isinstance(self.severity, list) else [self.severity]
+        return self.all_severities()
 
     @abstractmethod
     def released(self, root: Path, domains: list[Domain]) -> Sources:
@@ -200,27 +221,7 @@ class CorruptedData(ShiftData):
         self, clean: ImageSet, domains: list[Domain], cache: str | None = None
     ) -> dict[Domain, ImageSet]:
         """The images of `clean` under each of `domains`; `cache` as of `corrupted`."""
-        return corrupted(clean, domains, cache, **self._settings)
-
-    def alike(self, base: ImageSet, domains: list[Domain]) -> dict[Domain, ImageSet]:
-        """Made on the fly beside released files, too, with other draws than known images have."""
-        settings = self._settings | {"seed": self.corruption_seed + 2}
-        embedded = self.data_root is None
-        if embedded:
-            settings["jpeg_quality"] = None
-        failing = [d for d in domains if d[0] in OUTAGES]
-        real = [d for d in domains if d not in failing]
-        sets = corrupted(base, real, "memory" if embedded else self.cache, **settings)
-        return sets | outages(base, failing, settings["seed"])
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "preset": self.preset,
-            "seed": self.corruption_seed,
-            "jpeg_quality": self.jpeg_quality if self.preset == "imagenet" else None,
-            "frost_dir": self.frost_dir,
-        }
+        return corrupted(clean, domains, cache, **self.settings(self.preset))
 
     def sources(self, domains: list[Domain]) -> Sources:
         failing = [d for d in domains if d[0] in OUTAGES]
@@ -229,7 +230,7 @@ class CorruptedData(ShiftData):
         frost = frost_source(self.frost_dir)
         manifest = None
         if self.data_root is None:
-            options = {**self._settings, "jpeg_quality": None}
+            options = {**self.settings(self.preset), "jpeg_quality": None}
             images = stand_ins({d: d for d in real}, self, options)
             images.notes["parameters"] = f"those of {self.dataset}, on 32 px images"
         elif made_here:

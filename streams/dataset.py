@@ -191,10 +191,6 @@ class ShiftData(ABC):
             UserError: for missing data or settings that do not fit.
         """
 
-    def alike(self, base: ImageSet, domains: list[Domain]) -> dict[Domain, ImageSet]:
-        """Other images, of unknown classes, under the shift of each domain; here: as they are."""
-        return dict.fromkeys(domains, base)
-
     @abstractmethod
     def training(self, folder: Path) -> ImageSet:
         """Labelled images of the source domain under `folder`.
@@ -217,16 +213,19 @@ class SubsetData(ShiftData):
 
     subset_scores: Literal["masked", "all"]
 
+    @property
+    def subset(self) -> tuple[int, ...] | None:
+        """Classes of the label space that the set has; None: all of them."""
+        return None if self.data_root is None else self.about.subset
+
     def facts(self) -> dict[str, object]:
-        subset = self.about.subset
-        if self.data_root is None or subset is None:
+        if self.subset is None:
             return {}
-        return {"subset": {"classes": len(subset), "scores": self.subset_scores}}
+        return {"subset": {"classes": len(self.subset), "scores": self.subset_scores}}
 
     @property
     def kept(self) -> tuple[int, ...] | None:
-        real = self.data_root is not None
-        return self.about.subset if real and self.subset_scores == "masked" else None
+        return self.subset if self.subset_scores == "masked" else None
 
 
 def count_of(images: int | None, available: int) -> int:

@@ -13,18 +13,13 @@ from annotated_types import MinLen, Predicate
 from driftline.core.errors import UserError, suggest
 from driftline.core.ranges import distinct
 from driftline.core.seed import derive
-from driftline.streams.corrupted import corrupted, stand_ins
+from driftline.streams.corrupted import stand_ins
 from driftline.streams.dataset import ShiftData, Sources, count_of, existing_root, probe_rows
 from driftline.streams.images import ImageSet
-from driftline.streams.orders import Domain
+from driftline.streams.orders import Domain, called
 
 # What stands for the domains where the images are embedded ones, in turn, at severity 3.
 STAND_INS = ("contrast", "fog", "pixelate", "gaussian_noise", "brightness", "defocus_blur")
-SETTINGS = {"preset": "cifar", "seed": 0, "jpeg_quality": None, "frost_dir": None}
-
-
-def _stand_ins(domains: list[Domain]) -> dict[Domain, Domain]:
-    return {d: (STAND_INS[i % len(STAND_INS)], 3) for i, d in enumerate(domains)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +61,20 @@ class NaturalData(ShiftData):
         """Evaluation images of the source domain, for source forgetting; None without any."""
         return None
 
-    def alike(self, base: ImageSet, domains: list[Domain]) -> dict[Domain, ImageSet]:
-        """As they are; embedded ones as the stand-ins of the domains."""
-        if self.data_root is not None:
-            return super().alike(base, domains)
-        kinds = _stand_ins(domains)
-        sets = corrupted(base, list(dict.fromkeys(kinds.values())), "memory", **SETTINGS)
-        return {d: sets[kind] for d, kind in kinds.items()}
-
     def sources(self, domains: list[Domain]) -> Sources:
         if self.data_root is None:
-            return stand_ins(_stand_ins(domains), self, SETTINGS)
+            kinds = {d: (STAND_INS[i % len(STAND_INS)], 3) for i, d in enumerate(domains)}
+            settings = {"preset": "cifar", "seed": 0, "jpeg_quality": None, "frost_dir": None}
+            return stand_ins(kinds, self, settings)
         root = existing_root(self.data_root, self.about)
-        sets: dict[Domain, ImageSet] = {d: self.read(root, d[0]) for d in domains}
+        return self.arranged({d: self.read(root, d[0]) for d in domains}, self.clean(root))
+
+    def arranged(self, sets: dict[Domain, ImageSet], clean: ImageSet | None) -> Sources:
+        """Which images of each domain the stream and its probes show.
+
+        Args:
+            clean: images of the source domain that are in none of `sets`.
+        """
         rows, probe, notes = {}, {}, {}
         for d, images in sets.items():
             listed = np.arange(len(images.labels))
@@ -87,8 +83,7 @@ class NaturalData(ShiftData):
                     listed
                 )
             rows[d] = listed[: count_of(self.images, len(listed))]
-            probe[d], notes[d[0]] = probe_rows(len(listed), rows[d], self)
-        clean = self.clean(root)
+            probe[d], notes[called(d)] = probe_rows(len(listed), rows[d], self)
         return Sources(
             sets=sets,
             rows=rows,

@@ -87,6 +87,9 @@ def test_every_configuration_names_weights_that_exist() -> None:
         if file.stem == "timm":
             cfg.tag = "convnext_tiny.fb_in22k_ft_in1k"
             assert cfg.name == cfg.tag
+        if file.stem == "torchvision":
+            cfg.arch = "resnet18"
+            assert cfg.name == cfg.arch
         if target.endswith("timm_backbone"):
             assert load.resolve_tag(cfg.tag) == cfg.tag
         elif target.endswith("torchvision_backbone"):
@@ -99,6 +102,8 @@ def test_every_configuration_names_weights_that_exist() -> None:
 def test_the_general_configuration_asks_for_a_tag() -> None:
     with pytest.raises(UserError, match="backbone.tag must be text that is not empty, got None"):
         config("timm")
+    with pytest.raises(UserError, match="backbone.arch must be text that is not empty, got None"):
+        config("torchvision")
 
 
 def test_random_weights_are_asked_for_labelled_and_repeatable() -> None:

@@ -116,12 +116,22 @@ def swept(runs: Runs) -> None:
         assert len(runs["bn_adapt", "imagenet_c[embedded]"]) == 2
 
 
+def own_network(runs: Runs) -> None:
+    tent, cotta, lame = (runs[name, "folders"][0] for name in ("tent", "cotta", "lame"))
+    assert tent["data"]["classes"] == 7
+    folders = {run["source"]["folder"] for run in (tent, cotta, lame)}
+    assert len(folders) == 1  # the same run beside all of them
+    source = tent["source"]["metrics"]["err_mean"]
+    assert tent["metrics"]["err_mean"] < source < 70
+
+
 CHECKS = {  # what a tutorial must leave behind
     "adapters": tuned,
     "rules": ruled,
     "tta_method": adapted,
     "cl_method": learned,
     "your_data": read_images,
+    "own_data": own_network,
     "cluster": swept,
 }
 

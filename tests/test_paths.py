@@ -109,7 +109,7 @@ def home(tmp_path, monkeypatch) -> Path:
     names = [f"images/val/{w}/{i}.png" for w in ("n01440764", "n01443537") for i in range(3)]
     write_images(folder, names, 64)
     write_images(folder / "frost", list(FROST_FILES), 400)
-    (folder / "train").symlink_to("images/val")
+    write_images(folder / "train", [n.removeprefix("images/val/") for n in names], 64, seed=1)
     (folder / "list.txt").write_text("n01440764/1\nn01443537/0\n")
     np.save(folder / "index.npy", np.asarray([1, 0]))
     side = np.linspace(90, 10, 6)
@@ -128,6 +128,7 @@ PATHS = {  # every setting that may hold a path, and one that fits
     "scenario.image_list": "~/list.txt",
     "scenario.index_file": "~/index.npy",
     "scenario.frost_dir": "~/frost",
+    "scenario.classes": "~/names.txt",
     "scenario.calibration": "~/grid.json",
     "backbone.checkpoint": "~/weights.safetensors",
     "strategy.checkpoint": "~/weights.safetensors",
