@@ -34,7 +34,7 @@ AVERAGE = ("scenario.order_seed",)  # settings that are repetitions, as the seed
 # Keys of a configuration that no number depends on, names, and the record of a search.
 NO_SETTING = (*VOLATILE, *(f"data.{key}" for key in VOLATILE_DATA), "seed", "tuned")
 NO_SETTING += tuple(f"{group}.{key}" for group in IDENTITY[:3] for key in ("name", "label"))
-NO_SETTING += ("time._target_",)
+NO_SETTING += ("time._target_", "estimate")  # which changes no number of the method
 SEEDS_AGREE = (
     "every seed gave the same numbers: nothing in it draws on the seed. The order of classes and "
     "images comes from scenario.order_seed ('scenario.order_seed=${seed}' makes it follow the seed)"

@@ -33,10 +33,15 @@ SHIFT = (
     "forgetting",
     "source_forgetting",
     "source_forgetting_adapting",
+    "auroc",
+    "fpr95",
+    "h_score",
     "time/availability",
     "time/err_served",
     "time/timeliness",
     "time/utility",
+    "estimate/agreement_mae",
+    "estimate/aetta_mae",
 )
 TASK = ("acc_inc", "acc_last", "plasticity", "stability", "forgetting", "bwt", "fwt")
 TASK += ("intransigence",)
@@ -52,13 +57,13 @@ COST = {  # metric -> head of its column, decimals
     "cost/parameters_total": ("parameters", 0),
 }
 UNRANKED = "joint"  # an upper bound that sees all data
-SMALLER = ("err", "clean_err", "forgetting", "source_forgetting", "intransigence", "mce")
+SMALLER = ("err", "clean_err", "fpr95", "forgetting", "source_forgetting", "intransigence", "mce")
 SHARES = ("ece", "nll", "brier", "collapse")  # not in percent
 
 
 def smaller_is_better(metric: str) -> bool:
     name = metric.removeprefix("til/").removeprefix("time/")
-    return name.startswith((*SMALLER, *SHARES, "nan", "missed", "spent"))
+    return name.startswith((*SMALLER, *SHARES, "nan", "missed", "spent")) or name.endswith("_mae")
 
 
 def digits(metric: str) -> int:

@@ -358,7 +358,7 @@ def small_disk(folder: Path, options: str) -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Starved:
     """Takes something away from a run, then gives it back and repeats the command."""
 
@@ -552,7 +552,15 @@ SECTIONS = {
 
 def page(rows: Sequence[dict[str, Any]], words: str) -> str:
     """Markdown of all rows, section by section."""
-    code = list(dict.fromkeys(row["code"] for row in rows))
+    titles: dict[str, list[str]] = {}  # of the sections that each commit made
+    for row in rows:
+        of_code = titles.setdefault(row["code"], [])
+        if (title := SECTIONS[row["section"]].title) not in of_code:
+            of_code.append(title)
+    code = [
+        f"{one} ({', '.join(of_code)})" if len(titles) > 1 else one
+        for one, of_code in titles.items()
+    ]
     days = sorted({row["day"] for row in rows})
     made = f"{days[0]} to {days[-1]}" if len(days) > 1 else "".join(days)
     lines = [

@@ -53,6 +53,8 @@ from driftline.runs.library import make, settings
 
 ROOT = Path(__file__).parents[1]
 BATCH, CLASSES, SIDE = 64, 10, 8  # images a batch, classes, pixels
+SIZES = {"memo": 4}  # images a batch of what looks at one after the other
+FEWEST = 50  # batches that say something of growth
 SAMPLES = 20  # looks at memory along a stream, at equal distances
 LABELS = 60  # that a method which buys them may buy
 # Settings that make small steps of what is slow because it repeats itself.
@@ -257,7 +259,7 @@ def long_stream(
 ) -> dict[str, Any]:
     """What one method needed along a long stream, after one tenth of it and at its end."""
     shutil.rmtree(folder, ignore_errors=True)
-    watched = Watched(folder, images, limit)
+    watched = Watched(folder, images, limit, SIZES.get(name, BATCH))
     result = stream(name, rule, watched)
     shutil.rmtree(folder)
     batches = len(watched.seconds)
@@ -282,7 +284,8 @@ TEXT = (
     "Every method of adaptation, and every rule around Tent, on one segment of up to a million "
     f"images of {SIDE} x {SIDE} pixels in batches of {BATCH}, through the loop of `core/runner.py` "
     f"with rows, guard and a checkpoint every {EVERY} batches; a ResNet of 10,000 or a ViT of "
-    "7,000 random weights. What is slow got fewer images: as many as take the seconds given. "
+    "7,000 random weights. What is slow got fewer images: as many as take the seconds given; MEMO "
+    f"takes batches of {SIZES['memo']}. "
     "Each pair of numbers is after a tenth of the batches and at the end (time: medians of the "
     "first and the last tenth, in seconds of the processor). Flat: the process gained less than "
     f"{RESIDENT >> 20} MiB, its tensors less than {TENSORS >> 10} KiB, Python's objects less than "
@@ -327,6 +330,8 @@ def row_of_stream(name: str, rule: str | None, folder: Path, images: int, limit:
     kind = locate(settings(name)._target_)
     declared = kind.grows and not set(grows) - {"tensors", "checkpoint", "time", "memory"}
     verdict = f"**{', '.join(grows)} grow**" if grows else "flat"
+    if found["batches"] < FEWEST:
+        verdict, grows = "not judged: too few batches", []
     if grows and declared:
         verdict = f"as stated: {kind.grows}"
     per_row = (last.rows - first.rows) / max(1, last.batches - first.batches)

@@ -15,7 +15,8 @@ from driftline.core.strategy import Strategy, optimizers
 
 KEPT = (
     "forward", "backward", "images", "steps", "evaluated", "evaluated_forward",
-    "evaluated_seconds", "end_seconds", "step_seconds", "durations",
+    "evaluated_seconds", "end_seconds", "step_seconds", "durations", "estimated_forward",
+    "estimated_seconds",
 )  # fmt: skip
 DURATIONS = 4096  # for the median; a long run shall not make every checkpoint longer
 
@@ -29,6 +30,7 @@ class Costs:
         self.forward = self.backward = self.images = self.steps = 0
         self.evaluated = self.evaluated_forward = 0  # test images answered, passes that took
         self.evaluated_seconds = self.end_seconds = 0.0
+        self.estimated_forward, self.estimated_seconds = 0, 0.0  # beside the method
         self.seconds = 0.0  # of the last step
         self.step_seconds = 0.0  # of all steps
         self.durations: list[float] = []  # of steps, of all or of as many drawn at random
@@ -61,6 +63,16 @@ class Costs:
         self._synchronize()
         self.evaluated_seconds += time.perf_counter() - start
         self.evaluated_forward += self.passes.forward - forward
+
+    @contextmanager
+    def estimate(self) -> Iterator[None]:
+        """Measure what estimates without labels take, which is no part of the method's cost."""
+        forward = self.passes.forward
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.estimated_seconds += time.perf_counter() - start
+        self.estimated_forward += self.passes.forward - forward
 
     @contextmanager
     def end_of_task(self) -> Iterator[None]:
@@ -99,6 +111,14 @@ class Costs:
                     "evaluation_forward_images": self.evaluated_forward,
                 }
                 if self.evaluated
+                else {}
+            ),
+            **(
+                {
+                    "estimate_seconds": self.estimated_seconds,
+                    "estimate_forward_images": self.estimated_forward,
+                }
+                if self.estimated_forward
                 else {}
             ),
             "images": self.images,

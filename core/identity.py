@@ -24,11 +24,14 @@ SINCE: dict[str, dict[str, Any]] = {
     "driftline.tta.tent.Tent": {"adapter": None},
     "driftline.streams.shifts.corruption_stream": {
         "label_budget": None,
+        "label_delay": 0,
+        "unknown_share": 0.0,
+        "unknown_from": None,
         "stay": 0.95,
         "burst_share": 0.5,
         "burst_length": 10,
     },
-    "driftline.streams.pairs.pair_stream": {"label_budget": None},
+    "driftline.streams.pairs.pair_stream": {"label_budget": None, "label_delay": 0},
     "driftline.streams.class_incremental.split_stream": {
         "order": "increment",
         "tasks": 10,

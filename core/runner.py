@@ -18,14 +18,16 @@ from driftline.core.checkpoint import Checkpointer, Snapshots
 from driftline.core.console import Console
 from driftline.core.cost import Costs, durations, reset_peak_memory
 from driftline.core.errors import Diverged, UserError
+from driftline.core.estimates import Estimates, predict_as
 from driftline.core.features import FeatureCache
 from driftline.core.guard import Guard
 from driftline.core.metrics import AccuracyMatrix, NearFuture, OnlineError, Predictions
+from driftline.core.open_world import OpenWorld
 from driftline.core.oracle import Oracle
 from driftline.core.ranges import Reaction
 from driftline.core.record import RunLogger, device_name
 from driftline.core.seed import rng_state, set_rng_state
-from driftline.core.strategy import CLStrategy, Outputs, TTAStrategy, Wrapper
+from driftline.core.strategy import CLStrategy, ScoreKind, TTAStrategy, Wrapper
 from driftline.core.stream import Batch, ShiftStream, Skipped, Task, TaskStream
 
 
@@ -43,6 +45,7 @@ class Context:
     guard: Reaction = "warn"  # what is done about numbers that go bad
     clock: Clock | None = None  # None: the stream waits for the method
     source: TTAStrategy | None = None  # the frozen model, where a clock needs it
+    estimates: Estimates | None = None  # of the accuracy, without labels
 
 
 TOLD = ("acc_last", "acc_inc", "plasticity", "forgetting")  # with the task known at test
@@ -329,8 +332,13 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         "guard": guard,
         **run.meters,
         **({"clock": run.clock} if run.clock else {}),
+        **({"estimates": run.estimates} if run.estimates else {}),
     }
-    oracle = Oracle(stream.label_budget, sum(s.images for s in stream.segments))
+    unknown = OpenWorld(len(stream.domains)) if stream.open_world else None
+    if unknown is not None:
+        meters["open_world"] = unknown
+    images = sum(s.images for s in stream.segments)
+    oracle = Oracle(stream.label_budget, images, stream.label_delay)
     if strategy.buys_labels:
         strategy.use_oracle(oracle)
         meters["oracle"] = oracle
@@ -362,18 +370,13 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             strategy.restore(before)
             set_rng_state(random)
 
-    def missed(x: Tensor, who: Literal["source", "last"]) -> tuple[Tensor, Outputs]:
+    def missed(x: Tensor, who: Literal["source", "last"]) -> tuple[Tensor, ScoreKind]:
         """Scores of somebody else for a batch that the method was too busy for, and their kind."""
         if who == "source":
             assert run.source is not None
             return run.source.adapt(x), run.source.outputs
         assert isinstance(run.clock, Deadline) and run.clock.before is not None
-        now = deepcopy(strategy.snapshot())
-        strategy.restore(run.clock.before)
-        try:
-            return predict(x), strategy.outputs
-        finally:
-            strategy.restore(now)
+        return predict_as(strategy, run.clock.before, x), strategy.outputs
 
     def adapt(x: Tensor, where: str) -> Tensor:
         """The method's scores.
@@ -403,7 +406,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     reset_peak_memory(run.device)
     total = sum(s.steps for s in stream.segments)
     run.console.start(total, costs.steps, type(strategy.method).__name__)
-    clock, cold = run.clock, True
+    clock, estimates, cold = run.clock, run.estimates, True
 
     for segment in stream.segments[at["segment"] :]:
         before = sum(s.steps for s in stream.segments[: segment.index])
@@ -418,23 +421,34 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
                 _warm_up(clock, strategy, run.source, batch.x, run.device)
             cold = False
             who = "method" if clock is None else clock.who(before + i + 1 == total)
-            kind, noted = strategy.outputs, {}
+            kind, noted = strategy.outputs, dict[str, Any]()
             if who == "method":
                 if isinstance(clock, Deadline) and clock.missed == "last":
                     clock.before = deepcopy(strategy.snapshot())
+                if estimates is not None:
+                    with costs.estimate():
+                        estimates.before(strategy, batch.x)
                 with costs.step(len(batch.y)), oracle.batch(batch.y):
                     scores = adapt(batch.x, f"segment {segment.name}, batch {i}")
-                noted = guard.row
+                noted = dict(guard.row)
+                if estimates is not None:
+                    noted |= estimates.after(scores, batch.y)
             elif who == "frozen":
                 with costs.step(len(batch.y)):
                     scores = predict(batch.x)
             else:
                 scores, kind = missed(batch.x, who)
-            wrong = online.update(scores, batch.y, segment.index, batch.domain, kind)
+            y, domain = batch.y, batch.domain
+            if unknown is not None:
+                unknown.update(scores, y, domain, kind)
+                known = y >= 0
+                scores, y, domain = scores[known], y[known], domain[known]
+                noted = {"unknown": len(known) - len(y), **noted}
+            wrong = online.update(scores, y, segment.index, domain, kind)
             seconds = costs.seconds if who in ("method", "frozen") else 0.0
-            row = {"n": len(batch.y), "wrong": wrong, "seconds": seconds, **noted}
+            row = {"n": len(y), "wrong": wrong, "seconds": seconds, **noted}
             if clock is not None:
-                clock.answered(who, seconds, wrong, len(batch.y))
+                clock.answered(who, seconds, wrong, len(y))
                 row["answer"] = who
             if who == "method" and isinstance(strategy, Wrapper) and (events := strategy.events()):
                 row["event"] = ", ".join(events)
@@ -462,6 +476,9 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
     cost = costs.summary(strategy)
     report = strategy.report() | (oracle.report() if strategy.buys_labels else {})
     result = {"metrics": metrics, "cost": cost, "method": report, "guard": guard.summary()}
+    for meter in (unknown, estimates):
+        if meter is not None:
+            metrics |= meter.summary()
     if clock is not None:
         metrics |= clock.summary()
         result["time"] = clock.about() | {"device": device_name(run.device)}

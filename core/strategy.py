@@ -18,7 +18,7 @@ from driftline.core.seed import generator
 from driftline.core.stream import Batch, SourceImages, Task
 
 Preferred = Literal["vit", "cnn"] | None
-Outputs = Literal["logits", "probabilities"]
+ScoreKind = Literal["logits", "probabilities"]
 
 
 class Strategy(nn.Module):
@@ -36,7 +36,7 @@ class Strategy(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()  # of what stream and backbone provide
     batch_dependent: ClassVar[bool] = False  # True: `predict` depends on how images are batched
     static: ClassVar[bool] = False  # True: `predict` never changes once the stream has begun
-    outputs: ClassVar[Outputs] = "logits"
+    outputs: ClassVar[ScoreKind] = "logits"
     records_nan: ClassVar[bool] = False  # True: non-finite scores are counted and stop no run
     prefers: ClassVar[Preferred] = None  # which kind backbone=auto picks
     buys_labels: ClassVar[bool] = False  # True: gets an `Oracle`; no other method meets a label

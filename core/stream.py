@@ -15,7 +15,7 @@ class Batch(NamedTuple):
     """Images and what is known of them. A TTA method receives `x` alone."""
 
     x: Tensor  # float32 [B, 3, H, W] in [0, 1], not normalised
-    y: Tensor  # int64 [B], position in the stream's label space
+    y: Tensor  # int64 [B], position in the stream's label space; -1: of no class of it
     index: Tensor  # int64 [B], row in the image set
     domain: Tensor  # int64 [B], position in the stream's list of domains (0 where there is one)
 
@@ -171,6 +171,8 @@ class ShiftStream:
     holdout_adapting: bool = False  # score them a second time with a method that adapts to them
     source: Callable[[], SourceImages] | None = None  # raises UserError where there are none
     label_budget: float | None = None  # labels that may be bought, see core/oracle.py
+    label_delay: int = 0  # batches until they are there
+    open_world: bool = False  # images with label -1 among the others, see core/open_world.py
     order: Mapping[str, np.ndarray] = field(default_factory=dict)  # int64 [N] each: what, when
     provides: frozenset[str] = frozenset()
     outputs: Outputs | None = None  # None: every output is a class of the stream

@@ -299,9 +299,9 @@ def explain(error: BaseException) -> str:
         key = found.group(1).split("@")[0].lstrip("+~")
         if key.startswith("around.") and (trouble := _option_of_rule(key)):
             return trouble
-        if key.startswith("time."):
-            chosen = " or ".join(f"time={name}" for name in _options("time"))
-            return f"{key}: the stream waits for the method; choose {chosen} first"
+        if (group := key.partition(".")[0]) in ("time", "estimate"):
+            chosen = " or ".join(f"{group}={name}" for name in _options(group))
+            return f"{key}: choose {chosen} first"
         if key.startswith("backbone.") and not any(w.startswith("backbone=") for w in sys.argv):
             return f"{key}: backbone=auto has no settings; name one first, such as backbone=timm"
         keys = _keys()

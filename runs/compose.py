@@ -179,7 +179,8 @@ def check_kind(cfg: DictConfig, stream: Stream) -> type[Strategy]:
 def _check_labels(cfg: DictConfig, stream: Stream, backbone: Backbone) -> None:
     labels = stream.order.get("label")
     last = stream.num_classes - 1
-    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() <= last:
+    first = -1 if isinstance(stream, ShiftStream) and stream.open_world else 0
+    if labels is not None and len(labels) and not first <= labels.min() <= labels.max() <= last:
         raise UserError(
             f"scenario={stream.name} has labels from {labels.min()} to {labels.max()}, but its "
             f"{stream.num_classes} classes are 0 ... {last}; correct the labels of the data set"

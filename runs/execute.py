@@ -19,6 +19,7 @@ from driftline.core.build import build, nodes
 from driftline.core.checkpoint import Checkpointer, Signals, Stopped
 from driftline.core.console import Console
 from driftline.core.errors import UserError, shortage
+from driftline.core.estimates import Estimates
 from driftline.core.identity import VOLATILE, identity, method_folder, method_name
 from driftline.core.provenance import Code, code_of, git_state
 from driftline.core.record import NoRecords, RunLogger, environment
@@ -215,6 +216,7 @@ def _execute(
             cfg.guard,
             clock,
             source_model,
+            _estimates(cfg, stream),
         )
         try:
             if isinstance(stream, TaskStream):
@@ -288,6 +290,13 @@ def _clock(
     set_rng_state(random)
     assert isinstance(source, TTAStrategy)
     return clock, source
+
+
+def _estimates(cfg: DictConfig, stream: Stream) -> Estimates | None:
+    """What `estimate=` asks for."""
+    if cfg.get("estimate") is None:
+        return None
+    return build(cfg.estimate, at="estimate", label_space=str(stream.facts["label_space"]))
 
 
 def _as_source(cfg: DictConfig) -> DictConfig:
@@ -466,10 +475,11 @@ def _beside(
     with open_dict(cfg := cfg.copy()):
         cfg.strategy, cfg.around, cfg.reference, cfg.on_exists = strategy, {}, None, "skip"
         cfg.guard = "warn"
-        for key in ("tuned", "time"):  # what others are compared with, they all are
+        for key in ("tuned", "time", "estimate"):  # what others are compared with, they all are
             cfg.pop(key, None)
         if "label_budget" in cfg.scenario and strategy.name == "source":
             cfg.scenario.label_budget = None  # of no matter to the frozen model
+            cfg.scenario.label_delay = 0
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
         cfg.scenario.label = cfg.scenario.label.split("[")[0]
     return run_experiment(cfg, [override], quiet=True, wait=True, make_room=make_room)

@@ -82,6 +82,7 @@ class Settings(TypedDict):
     around: dict[str, Any]
     logger: dict[str, Any]
     time: NotRequired[dict[str, Any] | None]
+    estimate: NotRequired[dict[str, Any] | None]
     tuned: NotRequired[dict[str, Any]]  # by scripts/tune.py
 
 
@@ -104,6 +105,7 @@ LIVE = {
     "around": ("inner", "source"),
     "logger": ("about",),
     "time": (),
+    "estimate": ("label_space",),
 }
 
 
@@ -142,7 +144,8 @@ def check_settings(cfg: DictConfig) -> None:
         check_value(plain[place].get("name"), PlainName, at=f"{place}.name")
     _check_strategy(plain["strategy"])
     check_around(plain["around"], plain["strategy"])
-    _check_time(plain.get("time"), plain["strategy"])
+    for group, kind in (("time", "Clock"), ("estimate", "Estimates")):
+        _check_beside(plain.get(group), plain["strategy"], group, kind)
     _check_scenario(plain["scenario"], real=not embedded(plain))
     name = plain["backbone"].get("name")
     if name == "auto":
@@ -198,19 +201,18 @@ def check_around(rules: Mapping[str, Any], strategy: Mapping[str, Any]) -> None:
         )
 
 
-def _check_time(node: Mapping[str, Any] | None, strategy: Mapping[str, Any]) -> None:
-    """`time=...` simulates a clock, and only on a stream that is adapted to."""
+def _check_beside(
+    node: Mapping[str, Any] | None, strategy: Mapping[str, Any], group: str, kind: str
+) -> None:
+    """What `time=...` or `estimate=...` puts beside the loop of adaptation, if anything."""
     if node is None:
         return
-    name = node.get("name")
-    if "_target_" not in node:
-        raise UserError("time.*: no clock is chosen; add time=deadline, time=decay or time=budget")
-    _made(node, "time", "Clock")
-    check(node, at="time", live=LIVE["time"])
+    check(node, at=group, live=LIVE[group])
+    _made(node, group, kind)
     if not _adapts(strategy, "strategy"):
         raise UserError(
-            f"time={name} is for test-time adaptation, and strategy={strategy['name']} learns "
-            "tasks: leave time out"
+            f"{group}={node.get('name')} is for test-time adaptation, and "
+            f"strategy={strategy['name']} learns tasks: leave {group} out"
         )
 
 

@@ -42,8 +42,10 @@ def result_table(summary: dict[str, Any]) -> str:
     ]
     rows.append(("mean", *(f"{m['err_mean']:.1f}" for m in columns.values())))
     names = ("plasticity", "stability", "forgetting", "source_forgetting")
-    names += ("source_forgetting_adapting", "collapse", "nan")
-    shown = [k for k in names if k in metrics] + [k for k in metrics if k.startswith("time/")]
+    names += ("source_forgetting_adapting", "auroc", "fpr95", "h_score", "collapse", "nan")
+    shown = [k for k in names if k in metrics] + [
+        k for k in metrics if k.startswith(("time/", "estimate/"))
+    ]
     figures = [f"{k} {metrics[k]:.2f}" for k in shown]
     figures += [f"{k} {v:g}" for k, v in summary.get("method", {}).items()]
     figures = [text for text in figures if text not in ("collapse 0.00", "nan 0.00")]

@@ -223,6 +223,17 @@ class CorruptedData(Corruptions, ShiftData):
         """The images of `clean` under each of `domains`; `cache` as of `corrupted`."""
         return corrupted(clean, domains, cache, **self.settings(self.preset))
 
+    def alike(self, base: ImageSet, domains: list[Domain]) -> dict[Domain, ImageSet]:
+        """Made on the fly beside released files, too, with other draws than known images have."""
+        settings = self.settings(self.preset) | {"seed": self.corruption_seed + 2}
+        embedded = self.data_root is None
+        if embedded:
+            settings["jpeg_quality"] = None
+        failing = [d for d in domains if d[0] in OUTAGES]
+        real = [d for d in domains if d not in failing]
+        sets = corrupted(base, real, "memory" if embedded else self.cache, **settings)
+        return sets | outages(base, failing, settings["seed"])
+
     def sources(self, domains: list[Domain]) -> Sources:
         failing = [d for d in domains if d[0] in OUTAGES]
         real = [d for d in domains if d not in failing]

@@ -191,6 +191,10 @@ class ShiftData(ABC):
             UserError: for missing data or settings that do not fit.
         """
 
+    def alike(self, base: ImageSet, domains: list[Domain]) -> dict[Domain, ImageSet]:
+        """Other images, of unknown classes, under the shift of each domain; here: as they are."""
+        return dict.fromkeys(domains, base)
+
     @abstractmethod
     def training(self, folder: Path) -> ImageSet:
         """Labelled images of the source domain under `folder`.

@@ -13,13 +13,18 @@ from annotated_types import MinLen, Predicate
 from driftline.core.errors import UserError, suggest
 from driftline.core.ranges import distinct
 from driftline.core.seed import derive
-from driftline.streams.corrupted import stand_ins
+from driftline.streams.corrupted import corrupted, stand_ins
 from driftline.streams.dataset import ShiftData, Sources, count_of, existing_root, probe_rows
 from driftline.streams.images import ImageSet
 from driftline.streams.orders import Domain, called
 
 # What stands for the domains where the images are embedded ones, in turn, at severity 3.
 STAND_INS = ("contrast", "fog", "pixelate", "gaussian_noise", "brightness", "defocus_blur")
+SETTINGS = {"preset": "cifar", "seed": 0, "jpeg_quality": None, "frost_dir": None}
+
+
+def _stand_ins(domains: list[Domain]) -> dict[Domain, Domain]:
+    return {d: (STAND_INS[i % len(STAND_INS)], 3) for i, d in enumerate(domains)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +66,17 @@ class NaturalData(ShiftData):
         """Evaluation images of the source domain, for source forgetting; None without any."""
         return None
 
+    def alike(self, base: ImageSet, domains: list[Domain]) -> dict[Domain, ImageSet]:
+        """As they are; embedded ones as the stand-ins of the domains."""
+        if self.data_root is not None:
+            return super().alike(base, domains)
+        kinds = _stand_ins(domains)
+        sets = corrupted(base, list(dict.fromkeys(kinds.values())), "memory", **SETTINGS)
+        return {d: sets[kind] for d, kind in kinds.items()}
+
     def sources(self, domains: list[Domain]) -> Sources:
         if self.data_root is None:
-            kinds = {d: (STAND_INS[i % len(STAND_INS)], 3) for i, d in enumerate(domains)}
-            settings = {"preset": "cifar", "seed": 0, "jpeg_quality": None, "frost_dir": None}
-            return stand_ins(kinds, self, settings)
+            return stand_ins(_stand_ins(domains), self, SETTINGS)
         root = existing_root(self.data_root, self.about)
         return self.arranged({d: self.read(root, d[0]) for d in domains}, self.clean(root))
 

@@ -356,6 +356,7 @@ def pair_stream(
     jpeg_quality: Annotated[int, Ge(1), Le(100)] | None,
     frost_dir: str | None,
     label_budget: CountOrZero | Unit | None,
+    label_delay: CountOrZero,
     cache: str | None,
 ) -> ShiftStream:
     """A stream under pairs of corruptions; a segment is the walk of one pair.
@@ -473,6 +474,7 @@ def pair_stream(
         holdout_adapting=beside.clean_adapting,
         source=around.source,
         label_budget=label_budget,
+        label_delay=label_delay,
         order={
             "segment": dealt.walk,
             "domain": domain,

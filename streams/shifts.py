@@ -37,6 +37,7 @@ from driftline.streams.loading import Reader, Rows, remember
 from driftline.streams.orders import LABEL_ORDERS, Options, Step, called, parse, plan
 from driftline.streams.pipelines import PHOTOMETRIC, Pipeline, as_stored
 from driftline.streams.store import ImageStore
+from driftline.streams.unknown import Unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +117,11 @@ def corruption_stream(
     ordering: Annotated[Ordering, Flat()],
     loading: Annotated[Loading, Flat()],
     beside: Annotated[Beside, Flat()],
+    unknown: Annotated[Unknown, Flat()],
     resize: Size | None,
     probe_every: Count,
     label_budget: CountOrZero | Unit | None,
+    label_delay: CountOrZero,
 ) -> ShiftStream:
     """The images of a data set as a stream for test-time adaptation.
 
@@ -138,14 +141,14 @@ def corruption_stream(
     if kept is not None:
         outputs = Outputs(kept, sets[0].num_classes)
     skipped = Skipped()
-    reader = loading.reader(sets, skipped)
     probe_reader = loading.reader([images.probe_sets[d] for d in domains], skipped)
     raw: Pipeline = as_stored
     if resize is not None:
         raw = T.Resize([resize, resize], T.InterpolationMode.BILINEAR)
 
     def load(rows: Rows, start: int = 0) -> Iterator[Batch | None]:
-        return reader.batches(rows, loading.batch_size, raw, start=start)
+        batches = reader.batches(rows, loading.batch_size, raw, start=start)
+        return unknown.in_their_domains(batches, len(domains))
 
     dealt: list[tuple[str, int, Rows]] = []
     for step in steps:
@@ -159,12 +162,22 @@ def corruption_stream(
         joined = Rows.join([rows for *_, rows in dealt])
         dealt = [("mixed", 1, ordering.mixed(joined))]
     dealt = [(name, turn, ordering.arranged(name, rows)) for name, turn, rows in dealt]
+    notes = dict(images.notes)
+    if unknown.unknown_share:
+        like = sets[0].image(int(images.rows[domains[0]][0]))
+        dealt, strangers = unknown.among(dealt, data, domains, like, loading.batch_size)
+        sets = [*sets, *strangers]
+        notes["unknown"] = {
+            "share": unknown.unknown_share,
+            "images": sum(int((rows.label < 0).sum()) for *_, rows in dealt),
+        }
+    reader = loading.reader(sets, skipped)
 
     segments = [
         Segment(
             index=i,
             name=name,
-            domains=tuple(dict.fromkeys(rows.domain.tolist())),
+            domains=tuple(dict.fromkeys((rows.domain % len(domains)).tolist())),
             images=len(rows),
             steps=-(-len(rows) // loading.batch_size),
             batches=partial(load, rows),
@@ -185,9 +198,10 @@ def corruption_stream(
     }
     # Rows of each set whose images a result depends on. (Embedded probes are another set, which
     # follows from the settings.)
+    probe = [*(images.probe[d] for d in domains), *[np.zeros(0, np.int64)] * len(sets)]
     used = [
-        np.unique(np.concatenate([images.probe[d], *(r.row[r.domain == i] for *_, r in dealt)]))
-        for i, d in enumerate(domains)
+        np.unique(np.concatenate([probe[i], *(r.row[r.domain == i] for *_, r in dealt)]))
+        for i in range(len(sets))
     ]
     shown = list(zip(sets, used, strict=True))
     around = surroundings(data, beside, loading, images.clean, images.held_out, raw, skipped, shown)
@@ -202,7 +216,7 @@ def corruption_stream(
         "resize": resize,
         "segments": [s.name for s in segments],
         **data.facts(),
-        **images.notes,
+        **notes,
         "fingerprint": fingerprint(
             *reader.contents(used),
             *(np.stack([r.domain, r.row]) for *_, r in dealt),
@@ -225,9 +239,11 @@ def corruption_stream(
         holdout_adapting=beside.clean_adapting,
         source=around.source,
         label_budget=label_budget,
+        label_delay=label_delay,
+        open_world=unknown.unknown_share > 0,
         order={
             "segment": np.concatenate([np.full(len(r), i) for i, (*_, r) in enumerate(dealt)]),
-            "domain": np.concatenate([r.domain for *_, r in dealt]),
+            "domain": np.concatenate([r.domain for *_, r in dealt]) % len(domains),
             "row": np.concatenate([r.row for *_, r in dealt]),
             "label": np.concatenate([r.label for *_, r in dealt]),
         },

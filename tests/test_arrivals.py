@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from conftest import copied
 from test_analysis import write_run
 from test_runs import Kill, records, stop_after
 
@@ -19,6 +21,7 @@ from driftline.runs.execute import run_experiment
 TINY = ["scenario.images=16", "scenario.corruptions=[contrast,fog]", "scenario.batch_size=4"]
 TINY += ["scenario.probe_images=0", "scenario.clean_images=0"]
 GIVEN = ["time.latency=3", "time.source=1"]
+MEASURED: dict = {"latency": "measured", "source": "measured"}
 
 
 def queued(latencies: list[float], interval: float, queue: int) -> list[int]:
@@ -117,12 +120,19 @@ def rows(summary: dict) -> list[dict]:
     return records(summary["run"]["folder"])["batches"]
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Results that the runs here are compared with are made once."""
+    return tmp_path_factory.mktemp("results")
+
+
 @pytest.fixture
-def timed(configure):
+def timed(configure, shared):
     """`timed("tent", "time=deadline", ...)` runs that on eight small batches."""
 
     def run(strategy: str, *words: str) -> dict:
-        return run_experiment(configure(f"strategy={strategy}", *TINY, *words), [])
+        words = (f"strategy={strategy}", f"root={shared}", *TINY, *words)
+        return run_experiment(configure(*words), [])
 
     return run
 
@@ -164,13 +174,9 @@ def test_a_stream_that_is_slow_enough_is_the_stream_that_waits(timed):
         assert summary["time"]["device"].startswith("cpu")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["time=deadline", "time.missed=last", "time.queue=1"], ["time=budget", "time.budget=5"]],
-    ids=["deadline", "budget"],
-)
-def test_given_latencies_resume_to_the_last_bit(timed, monkeypatch, words):
-    words = [*words, *GIVEN, "checkpoint.every=1", "strategy.optim.lr=0.1", "scenario.images=12"]
+def test_given_latencies_resume_to_the_last_bit(timed, monkeypatch):
+    words = ["time=deadline", "time.missed=last", "time.queue=1", *GIVEN]
+    words += ["checkpoint.every=1", "strategy.optim.lr=0.1"]
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(Kill):
@@ -178,7 +184,14 @@ def test_given_latencies_resume_to_the_last_bit(timed, monkeypatch, words):
     again = timed("tent", *words)
     whole = timed("tent", *words, "on_exists=rerun")
     assert rows(again) == rows(whole) and again["metrics"] == whole["metrics"]
-    assert {r["answer"] for r in rows(again)} >= {"method"}
+    assert {r["answer"] for r in rows(again)} == {"method", "last"}
+    for clock in (Decay(threshold=2.0, **MEASURED), Budget(budget=0.5, **MEASURED)):
+        other = deepcopy(clock)
+        clock.calibrate([1.0, 1.0])
+        clock.answered(clock.who(False), 2.0, torch.tensor(1), 4)
+        other.restore(copied(clock.snapshot()))
+        assert other.summary() == clock.summary() and other.unit == 1
+        assert other.who(False) == clock.who(False)
 
 
 def test_clocks_are_for_streams_of_shifts_and_their_settings_for_a_chosen_clock(configure):

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from driftline.core import papers
-from driftline.core.build import _hints, check, locate
+from driftline.core.build import _hints, _kinds, check, locate
 from driftline.core.errors import UserError
 from driftline.core.ranges import NonNegative, Positive, Seed, Unit, describe, fits
 from driftline.runs import command, schema
@@ -107,7 +107,7 @@ def refused(call: Any, option: str, value: Any) -> str | None:
 
 FILES = sorted(
     p
-    for group in ("strategy", "scenario", "backbone", "around")
+    for group in ("strategy", "scenario", "backbone", "around", "time", "estimate")
     for p in (CONF / group).glob("*.yaml")
 )
 
@@ -131,10 +131,13 @@ def test_every_option_refuses_what_its_type_does_not_allow(path):
         node = {k: v for k, v in node.items() if k not in ("backbones", "real", "embedded")}
         node["label"] = "label"
     check(node, at=at, live=live)
-    kinds = _hints(locate(node["_target_"]))
+    options = {k: v for k, v in node.items() if k != "_target_"}
+    kinds = _kinds(locate(node["_target_"]), options, at, live)[0]
     wrong, tried = [], 0
     for option in node:
         if option == "_target_" or (option == "name" and place != "backbone"):
+            continue
+        if option == "dataset":  # chooses what the others are; tests/test_datasets.py
             continue
         for value in unsuitable(kinds[option]):
             tried += 1

@@ -72,14 +72,57 @@ def test_an_oracle_sells_labels_of_the_present_batch_within_its_budget() -> None
         assert free.left == 4
 
 
+def test_labels_that_take_time_come_under_the_numbers_of_their_orders() -> None:
+    oracle = Oracle(delay=2)
+    came, numbers = [], list[int]()
+    for first in (0, 10, 20, 30, 40):
+        with oracle.batch(torch.arange(first, first + 4)):
+            came.append(oracle.delivered())
+            if first < 20:
+                numbers += oracle.order([1, 3] if first else [2])
+            assert oracle.delivered() == {}
+        assert oracle.delivered() == {}  # outside a batch
+        other = Oracle(delay=2)
+        other.restore(copied(oracle.snapshot()))
+        oracle = other
+    assert numbers == [0, 1, 2] and oracle.bought == 3
+    assert came == [{}, {}, {0: 2}, {1: 11, 2: 13}, {}]
+    with oracle.batch(torch.arange(4)), pytest.raises(UserError, match="scenario.label_delay=2"):
+        oracle.ask([0])
+
+
+def test_a_late_label_belongs_to_its_image_and_one_of_no_class_teaches_nothing() -> None:
+    """With a delay of one batch; the second image bought is of an unknown class."""
+    method, oracle = make(buy_above=0.0, keep_below=0.0, clusters=8), Oracle(3, delay=1)
+    x = images(4)
+    scores = adapt(method, x, torch.tensor([5, -1, 7, 8]), oracle)
+    assert oracle.bought == 3 and not len(method.bought) and len(method.waiting) == 3
+    start = make().backbone.state_dict()
+    assert equal(copied(method.backbone.state_dict()), copied(start))  # nothing to learn from yet
+    held = {tuple(image.flatten()[:3].tolist()) for image in method.waiting.images()}
+    bought = [i for i in range(4) if tuple(x[i].flatten()[:3].tolist()) in held]
+    torch.testing.assert_close(adapt(method, x, torch.tensor([0, 0, 0, 0]), oracle), scores)
+    labels = {tuple(x[i].flatten()[:3].tolist()): [5, -1, 7, 8][i] for i in bought}
+    known = [label for label in labels.values() if label >= 0]
+    assert sorted(method.bought.labels) == sorted(known) and not len(method.waiting)
+    for image, label in zip(method.bought.images(), method.bought.labels, strict=True):
+        assert labels[tuple(image.flatten()[:3].tolist())] == label
+    again, late = make(buy_above=0.0, keep_below=0.0, clusters=8), Oracle(delay=1)
+    again.begin_stream()
+    adapt(again, x, torch.arange(4), late)
+    again.reset()  # as a rule does; what was ordered before is of no use
+    adapt(again, x, torch.arange(4), late)
+    assert not len(again.bought) and len(again.waiting) == 4
+
+
 class Record(Oracle):
     """Which labels were bought, by their place in the stream."""
 
     places: ClassVar[list[list[int]]] = []
 
-    def ask(self, positions: Any) -> Tensor:
+    def order(self, positions: Any) -> list[int]:
         self.places.append([self.seen - len(self._labels), *positions])  # type: ignore[arg-type]
-        return super().ask(positions)
+        return super().order(positions)
 
 
 def runs(

@@ -168,6 +168,7 @@ class SimATTA(TTAStrategy):
         self.backbone.requires_grad_(True)
         self.optimizer = optim.optimizer({"weights": self.backbone.parameters()})
         self.bought, self.kept = Memory(), Memory()  # scores: weights in the clustering
+        self.waiting = Memory()  # paid, label not there yet; labels: numbers of their orders
         self.clusters, self.growth = float(clusters), growth
         self.oracle: Oracle | None = None
         for purpose in ("clusters", "training"):
@@ -201,6 +202,7 @@ class SimATTA(TTAStrategy):
             scores = self.backbone.head(features)
         if not scores.isfinite().all():  # diverged; whoever asked sees it
             return scores
+        self._receive()
         self._buy(x, features, entropy(scores))
         if self.keep_below:
             self._keep(x)
@@ -229,9 +231,21 @@ class SimATTA(TTAStrategy):
         self.bought.scores = [weight + gain for weight, gain in pairs]
         sizes, order = sizes.sort(descending=True, stable=True)
         rows = candidates[rows[order[: self.oracle.left]]].tolist()
-        labels = self.oracle.ask(rows).tolist()
-        for row, label, size in zip(rows, labels, sizes.tolist(), strict=False):
-            self.bought.insert(x[row], label, size)
+        numbers = self.oracle.order(rows)
+        for row, number, size in zip(rows, numbers, sizes.tolist(), strict=False):
+            self.waiting.insert(x[row], number, size)
+        self._receive()
+
+    def _receive(self) -> None:
+        """Images whose label has come; one of no class of the network is of no use."""
+        labels = {} if self.oracle is None else self.oracle.delivered()
+        for number, label in labels.items():
+            if number not in self.waiting.labels:  # a rule has put the method back since
+                continue
+            at = self.waiting.labels.index(number)
+            if label >= 0:
+                self.bought.insert(self.waiting.images([at])[0], label, self.waiting.scores[at])
+            self.waiting.remove(at)
 
     def select(
         self, points: Tensor, weights: Tensor, clusters: int
