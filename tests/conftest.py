@@ -38,13 +38,27 @@ PACKAGES = ("analysis", "backbones", "cl", "core", "kernels", "parts", "runs", "
 HANG = 1800  # seconds after which a process counts as hung; nothing is measured by it
 
 
-@cache
-def _server() -> tuple[tempfile.TemporaryDirectory[str], subprocess.Popen[bytes]]:
+HEAVY = ("hydra.main", "safetensors.torch", "timm", "torch", "torchvision.transforms.v2")
+servers: dict[
+    tuple[str, ...], tuple[tempfile.TemporaryDirectory[str], subprocess.Popen[bytes]]
+] = {}
+
+
+def python(modules: tuple[str, ...] = HEAVY) -> str:
+    """A program like `sys.executable`, with modules imported already: see forked.py."""
+    if modules not in servers or servers[modules][1].poll() is not None:
+        servers[modules] = _server(modules)
+    return f"{servers[modules][0].name}/python"
+
+
+def _server(
+    modules: tuple[str, ...],
+) -> tuple[tempfile.TemporaryDirectory[str], subprocess.Popen[bytes]]:
     folder = tempfile.TemporaryDirectory(prefix="driftline-tests-")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     script, path = str(ROOT / "tests" / "forked.py"), f"{folder.name}/socket"
     server = subprocess.Popen(
-        [sys.executable, script, path],
+        [sys.executable, script, path, str(os.getpid()), *modules],
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -60,14 +74,8 @@ def _server() -> tuple[tempfile.TemporaryDirectory[str], subprocess.Popen[bytes]
     return folder, server
 
 
-def python() -> str:
-    """A program like `sys.executable`, with torch imported already: see forked.py."""
-    return f"{_server()[0].name}/python"
-
-
 def pytest_sessionfinish() -> None:
-    if _server.cache_info().currsize:
-        folder, server = _server()
+    for folder, server in servers.values():
         server.terminate()
         server.wait()
         folder.cleanup()

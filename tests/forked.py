@@ -3,8 +3,9 @@
 A server imports what is not ours (torch, torchvision, timm, Hydra) and forks for every command; the
 fork imports driftline and runs it. `conftest.python()` starts a server and gives a program that
 hands its command to it, for tests in which the start of Python, signals and threads do not matter.
+The server ends with the process that started it, a command with the process that asked for it.
 
-    python tests/forked.py SOCKET                    # it ends with the process that started it
+    python tests/forked.py SOCKET PARENT MODULES     # PARENT is the process that starts it
     python -IS tests/forked.py --ask SOCKET WORDS    # `python WORDS`
 """
 
@@ -12,10 +13,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import json
 import os
 import random
 import runpy
+import select
+import signal
 import socket
 import sys
 import threading
@@ -39,9 +43,8 @@ def ask(path: str, first: str, *words: str) -> NoReturn:
     raise SystemExit(status)
 
 
-def serve(path: str) -> list[str]:
+def serve(path: str, parent: int) -> list[str]:
     """Fork for every command; returns in each fork, as the process that was asked for."""
-    parent = os.getppid()
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(f"{path}.new")
         door.listen()
@@ -58,24 +61,36 @@ def serve(path: str) -> list[str]:
             with line:
                 line.settimeout(None)
                 _, fds, _, _ = socket.recv_fds(line, 1, 3)
-                command = json.loads(line.makefile().readline())
-                if os.fork() == 0:
+                text = line.makefile().readline()
+                if text.endswith("\n") and os.fork() == 0:  # else who asked has ended
                     door.close()
                     if program := os.fork():
                         for fd in fds:
                             os.close(fd)
-                        _, status = os.waitpid(program, 0)
-                        line.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
-                        os._exit(0)
+                        watch(program, line)
                     line.close()
-                    return become(fds, **command)
+                    return become(fds, **json.loads(text))
             for fd in fds:
                 os.close(fd)
     raise SystemExit
 
 
+def watch(program: int, line: socket.socket) -> NoReturn:
+    """Say how the program ends; without one who listens it is killed, with what it started."""
+    with contextlib.suppress(OSError):
+        os.setpgid(program, program)  # both do it: neither knows which of them comes first
+    while not (ended := os.waitpid(program, os.WNOHANG))[0]:
+        if select.select([line], [], [], 0.02)[0]:  # nothing more is sent: the end of the line
+            os.killpg(program, signal.SIGKILL)
+            os._exit(0)
+    with contextlib.suppress(OSError):
+        line.sendall(b"%d\n" % os.waitstatus_to_exitcode(ended[1]))
+    os._exit(0)
+
+
 def become(fds: list[int], words: list[str], folder: str, env: dict[str, str]) -> list[str]:
     """Take over files, folder, environment and path of the process that asked; returns `words`."""
+    os.setpgid(0, 0)
     for fd, own in zip(fds, (0, 1, 2), strict=True):
         os.dup2(fd, own)
         os.close(fd)
@@ -91,16 +106,19 @@ def become(fds: list[int], words: list[str], folder: str, env: dict[str, str]) -
 
 def run(words: list[str]) -> None:
     """What Python does with these words."""
-    if words[0] == "-c":
-        sys.argv = ["-c", *words[2:]]
-        main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(words[1], "<string>", "exec"), vars(main))
-    elif words[0] == "-m":
+    if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        return
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    if words[0] == "-c":
+        sys.argv, place, code = ["-c", *words[2:]], "<string>", words[1].encode()
     else:
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+        sys.argv, place = words, os.path.abspath(words[0])
+        with open(place, "rb") as file:
+            code = file.read()
+        main.__file__ = place
+    exec(compile(code, place, "exec"), vars(main))
 
 
 def end(status: int) -> NoReturn:
@@ -116,13 +134,10 @@ if __name__ == "__main__":
     if sys.argv[1] == "--ask":
         ask(*sys.argv[2:])
 
-    import hydra.main  # noqa: F401
-    import safetensors.torch  # noqa: F401
-    import timm  # noqa: F401
-    import torch  # noqa: F401
-    import torchvision.transforms.v2  # noqa: F401
-
-    words = serve(sys.argv[1])
+    path, parent, *modules = sys.argv[1:]
+    for module in modules:
+        importlib.import_module(module)
+    words = serve(path, int(parent))
     try:
         run(words)
     except SystemExit as stop:
