@@ -60,8 +60,8 @@ def _doubted(summary: dict[str, Any]) -> list[str]:
     worse, judged = method.get("rails_worse", 0), method.get("rails_judged", 0)
     if not worse:
         return []
-    often = "worse than not adapting is likely" if 2 * worse > judged else "worse now and then"
-    return [f"{often}: {worse:g} of {judged:g} comparisons without labels (around=rails)"]
+    likely = "worse than not adapting is likely" if 2 * worse >= judged else "worse now and then"
+    return [f"{likely}: in {worse:g} of {judged:g} batches, told without labels (around=rails)"]
 
 
 def _timed(summary: dict[str, Any]) -> list[str]:

@@ -237,7 +237,7 @@ QUICK_RULES: dict[str, dict[str, Any]] = {
     "reset_on_collapse": {"below": 2.0, "ema": 0.5},
     "window": {"length": 3},
     "weight_average": {"decay": 0.9, "every": 2},
-    "rails": {"probe": 2, "images": 4, "rest": 1, "gate": 0.99},
+    "rails": {"images": 4, "few": 3, "gate": 0.99},
 }
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
 HEAD_ALONE = "linear_probe"

@@ -1,33 +1,53 @@
 """A method is watched without labels, and the frozen network answers where it is likely better.
 
-What batch statistics or entropy minimisation do to a stream of sorted labels or of batches of a few
-images is wrong from the first batch on, so going back to the start is no help: only the source is.
-Every few batches the source answers as well, and both are judged on the same images by
+What the statistics of a batch do to a few images is wrong from the first batch on, so going back to
+the start is no help there: only the source is. What learning does to a stream takes time. So there
+are two kinds of watching.
 
+* **Batches of fewer than `few` images.** The source sees every one, and both answer: the mean of
+  their probabilities. The statistics of three neighbours leave the method with little confidence,
+  and a method that is better than the source is confident, too. Logits that are flat by a factor
+  (as those of ROID, which a prior scales) get the spread of the source's first.
+* **Larger ones.** The method answers, and the source is asked now and then, for at most `share` of
+  the passes that the method itself takes, with a credit of two windows for the start and for
+  batches at which the answers change (`jump`). The first question costs one pass of the source: are
+  the method's answers less various? A collapse makes them so. Only where they are, the mirror
+  images are compared as well, until a window has decided.
+
+Two numbers judge a window of images, in nats, each of the method and of the source:
+
+    V = entropy of the shares of the classes among all answers
     A = mean over images of [image and mirror image get one class] * -log(share of that class)
 
-in nats, where the share is that among all answers of the window. It is large where answers hold
-against what does not matter and are various together; it falls with a collapse, with answers that
-became arbitrary and with batch statistics that do not fit; and it asks for no confidence, which
-entropy minimisation moves as it likes. Ours, after the mutual information of two views (Ji et al.,
-"Invariant Information Clustering", ICCV 2019), whose estimate needs many images a class. On seven
-methods and seven streams of embedded images, in windows of 100 images in which the method was more
-than 3 points better or worse: 96 % of those that A called worse were, and it called 78 % of those
-that were; in windows of 200 images 100 and 91 %.
+A is large where answers hold against what does not matter and are various together, and asks for no
+confidence. The method is *likely worse* where its A is below that of the source by more than
+`margin` and by more than its standard error, and its V by more than `margin`; in small batches A
+alone decides, because statistics of a few images spread the answers over classes that are not
+there. It is likely better where its A is above. A alone is not enough for larger batches: networks
+learn from mirrored images, but not with the statistics of a batch, and on real images A then calls
+a method worse that is 19 points better. A is ours, after the mutual information of two views (Ji et
+al., "Invariant Information Clustering", ICCV 2019), whose estimate needs many images a class. What
+all this is worth: results/reference/rails.md.
 
-The pieces, each an option:
+Where the method is likely worse the source answers, and the method adapts beside it until a full
+window no longer says so; then both answer, until a window says that the method is better or a
+further one says nothing. The pieces, each an option:
 
-* `probe`, `images`, `margin`: the comparison; ours. ASR (Lim et al., ICLR 2026, arXiv 2603.03796;
-  YonseiML/asr @ 361560c) asks the source too, in every batch, how many predictions differ.
-* `jump`: a mean entropy far from its moving average asks for a new window at once; ours.
-* `gate`: no update while the moving average of the entropy is high, as the entropy gate of
-  StableSleep (Arasu and Jahangiri, 2025, arXiv 2509.02982; ahritik/StableSleep @ 7a2c158), which
-  looks at the batch itself; here at those before, so that nothing has to be taken back.
-* `ring`: states of the method that were judged better than the source; the method goes back to the
-  newest, and with none left to its start, as RDumb (NeurIPS 2023), SAR (ICLR 2023) and ASR do.
-* `answer`: who answers while the method is likely worse; `method` leaves it at a warning.
+* `share`, `images`, `margin`, `few`: the comparison and the mean; ours. ASR (Lim et al., ICLR 2026,
+  arXiv 2603.03796; YonseiML/asr @ 361560c) asks the source too, in every batch, how many
+  predictions differ.
+* `jump`: a mean entropy that is many standard errors from the mean of earlier images asks for a new
+  window at once, and so do answers that became far less various; ours.
+* `gate`: no update while the mean of the entropy is high, as the entropy gate of StableSleep (Arasu
+  and Jahangiri, 2025, arXiv 2509.02982; ahritik/StableSleep @ 7a2c158), which looks at the batch
+  itself; here at those before, so that nothing has to be taken back.
+* `ring`, `patience`: states of the method that were not judged worse; one that has not recovered by
+  itself after some windows goes back to the newest, and with none left to its start, as those of
+  RDumb (NeurIPS 2023), SAR (ICLR 2023) and ASR do.
+* `answer`: who answers while the method is in doubt; `method` leaves it at a warning.
 
-Nothing is drawn, and no label is read.
+Restoring single weights at random (CoTTA) or by Fisher information (PETAL) is an option of those
+methods. Nothing is drawn, and no label is read.
 """
 
 from __future__ import annotations
@@ -43,15 +63,17 @@ from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Positive, Unit
 from driftline.core.strategy import TTAStrategy, Wrapper
-from driftline.parts.rules.reset_on_collapse import mean_entropy
 from driftline.parts.rules.window import Window
 
-EMA = 0.9  # weight of the old moving average of the entropy
-SETTLED = 10  # batches before which it says nothing
-# The newest images of a window, as shares of it, and standard errors beyond which they are enough.
-SHARES, CERTAIN = (0.25, 0.5, 1), 2.0
-TRIAL = 4  # times `probe`: batches that are compared one by one after the source has answered
-COUNTS = ("probes", "judged", "worse", "by_source", "paused", "back")
+ENOUGH = 32  # images of a window that may judge, where they leave little doubt
+CERTAIN = 2.0  # standard errors of A beyond which they do; of a full window one is enough
+CREDIT = 2  # windows for which the source may be asked at once
+MEMORY = 400  # images that the mean of the entropy remembers
+FALL = 0.7  # of V of the method in its last window, below which its answers ask for a new one
+FLAT = 0.2  # of the spread of the source's logits, below which those of the method get that
+COUNTS = ("probes", "judged", "worse", "by_source", "by_both", "paused", "back")
+WORSE, UNSURE, BETTER = -1, 0, 1
+Trust = Literal["method", "both", "source"]
 
 
 class Rails(Wrapper):
@@ -60,15 +82,16 @@ class Rails(Wrapper):
     Args:
         inner: the method, or the rule, inside.
         source: the network before any method touched it; None: nothing is compared.
-        probe: batches without a comparison for each that was compared, between two windows.
+        share: of the passes of the method, what comparisons may take while it is trusted.
         images: of a window.
-        margin: by how much, in nats, A of the method is below that of the source where it is likely
-            worse.
-        rest: of so many batches that the source answers, the method adapts to one and is judged.
-        jump: standard deviations from its moving average at which the entropy asks for a new
-            window at once; None: never.
+        margin: by how much, in nats, A and V of the method are below those of the source where it
+            is likely worse.
+        few: of batches with fewer images than this, each is compared, and both answer.
+        jump: standard errors from its mean at which the entropy asks for a new window at once;
+            None: never, nor does anything else.
         gate: share of log C of the entropy above which the method only predicts; None: never.
         ring: states that are kept.
+        patience: windows that the source answers for before the method goes back to one of them.
         answer: `source`, or `method` whatever comes out.
 
     Raises:
@@ -76,20 +99,23 @@ class Rails(Wrapper):
     """
 
     counters = ("counts",)
-    window: Tensor | None
+    seen: Tensor | None
+    turned: Tensor | None
+    own: Tensor | None
 
     def __init__(
         self,
         *,
         inner: TTAStrategy,
         source: Backbone | None,
-        probe: Count,
+        share: Unit,
         images: Count,
         margin: NonNegative,
-        rest: Count,
+        few: CountOrZero,
         jump: Positive | None,
         gate: Unit | None,
         ring: CountOrZero,
+        patience: Count,
         answer: Literal["source", "method"],
     ) -> None:
         super().__init__(inner)
@@ -99,19 +125,25 @@ class Rails(Wrapper):
                 "around=[rails,window] judges the batches that it gathers"
             )
         self.source = source
+        self.passes = cast(Backbone, inner.backbone).passes
         if source is not None:
             source.eval().requires_grad_(False)
-            source.passes = cast(Backbone, inner.backbone).passes  # they count as passes of the run
-        self.probe, self.images, self.margin, self.rest = probe, images, margin, rest
-        self.jump, self.gate, self.ring, self.by_source = jump, gate, ring, answer == "source"
-        # Classes by method and source, for images and mirror images, of those compared last.
-        self.register_buffer("window", None)  # int64 [up to `images`, 2, 2]
-        self.burst, self.asleep = 0, 0  # batches compared for this window, and left until the next
-        self.good = False  # it was judged better than the source since it last was at its start
-        self.trial = 0  # batches that are still compared one by one, after the source has answered
-        self.resting, self.rested = False, 0  # the source answers, for so many batches now
-        self.entropy = [0.0, 0.0, 0]  # moving mean and variance, batches
-        self.states: list[dict[str, Any]] = []  # of the method, judged good, the newest last
+            source.passes = self.passes  # they count as passes of the run
+        self.share, self.images, self.margin, self.few = share, images, margin, few
+        self.jump, self.gate, self.watches = jump, gate, answer == "method"
+        self.ring, self.patience = ring, patience
+        # Classes of the newest images that were compared, by method and source; and of those whose
+        # mirror images were, for image and mirror image.
+        self.register_buffer("seen", None)  # int64 [up to `images`, 2]
+        self.register_buffer("turned", None)  # int64 [up to `images`, 2, 2]
+        self.register_buffer("own", None)  # int64 [up to `images`], classes of the method alone
+        self.usual = 0.0  # V of the method in the last window that trusted it
+        self.trust: Trust = "method"
+        self.judged = False  # once at least
+        self.credit = float(CREDIT * images)  # images for which the source may be asked
+        self.since = 0  # images since a turn, or since the method went back
+        self.entropy = [0.0, 0.0, 0]  # mean and variance over images, and their number
+        self.states: list[dict[str, Any]] = []  # of the method, the newest last
         self.counts = dict.fromkeys(COUNTS, 0)
 
     def frozen(self) -> set[str]:
@@ -119,31 +151,29 @@ class Rails(Wrapper):
 
     def get_extra_state(self) -> dict[str, Any]:
         return {
-            "flags": [self.resting, self.good],
-            "batches": [self.burst, self.asleep, self.rested, self.trial],
+            "plain": [self.trust, self.credit, self.since, self.usual, self.judged],
             "entropy": self.entropy,
             "states": self.states,
             "counts": self.counts,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.resting, self.good = state["flags"]
-        self.burst, self.asleep, self.rested, self.trial = state["batches"]
+        self.trust, self.credit, self.since, self.usual, self.judged = state["plain"]
         self.entropy, self.states = [*state["entropy"]], [*state["states"]]
         self.counts = dict(state["counts"])
 
     def report(self) -> dict[str, float]:
-        """Batches that both answered, judgements, those against the method, batches answered by
-        the source, batches without an update, and how often the method went back."""
+        """Batches that both predicted, those since the first judgement, those of a method that was
+        likely worse, those answered by the source and by both, those without an update, and how
+        often the method went back."""
         return super().report() | {f"rails_{k}": float(n) for k, n in self.counts.items()}
 
     # ------------------------------------------------------------------ one batch
 
     def adapt(self, x: Tensor) -> Tensor:
-        """Scores [B, C] of the method, or of the source where the method is likely worse."""
+        """Scores [B, C] of the method, of the source, or of both, see above."""
         self.event = ""
-        if self.resting:
-            return self._rest(x)
+        before = self._taken()
         if self._uncertain():
             self.counts["paused"] += 1
             self.event = "paused: entropy"
@@ -151,60 +181,133 @@ class Rails(Wrapper):
                 scores = self.inner.predict(x)
         else:
             scores = self.inner.adapt(x)
-        jumped = self._follow(scores)
+        broken = not scores.isfinite().all()
+        jumped = not broken and self._follow(scores)
         if self.source is None:
             return scores
-        if jumped:
-            self.window, self.asleep = None, 0
-        self.trial = max(0, self.trial - 1)
-        if self.asleep and not self.trial:
-            self.asleep -= 1
+        taken = self.share * (self._taken() - before)
+        self.credit = min(CREDIT * self.images, self.credit + taken)
+        part, alone = x[: self.images], self._alone(x)
+        self.counts["judged"] += self.judged
+        if alone and not broken and not self._due(len(part), jumped or self._fallen(scores)):
             return scores
-        answers = self._source(x)
-        self.burst += 1
-        better = self._compare(x, scores, answers)
-        if better is None:
+        self.counts["probes"] += 1
+        answers = self._source(part)
+        verdict = WORSE if broken else self._judge(x, scores, answers, alone)
+        self._turn(verdict, len(part), len(x) < self.few, broken)
+        if verdict is not None and not self.judged:
+            self.judged, self.counts["judged"] = True, 1
+        self.counts["worse"] += self.trust == "source"
+        if self.watches or (self._alone(x) and not broken):
             return scores
-        self.asleep, self.burst = self.probe * self.burst, 0
-        if not self.trial:
-            self.window = None  # the next one is of new images
-        if better < -self.margin:
-            self.event = "likely worse than the source"
-            if self.by_source:
-                if self.good:
-                    self._go_back()  # a method that was never better needs time, not its start
-                self.resting, self.rested, self.window = True, 0, None
-                self.counts["by_source"] += 1
-                return answers
-            self.trial = TRIAL * self.probe
-        elif better > self.margin:
-            self.good = True
-            if self.ring:
-                self.states = [*self.states, deepcopy(self.inner.snapshot())][-self.ring :]
-        return scores
+        if len(part) < len(x):
+            answers = torch.cat([answers, self._source(x[len(part) :])])
+        if self.trust == "source" or broken:
+            self.counts["by_source"] += 1
+            return answers
+        self.counts["by_both"] += 1
+        return mean_of(scores, answers, self.outputs)
 
-    def _rest(self, x: Tensor) -> Tensor:
-        """The source's answer to a batch; some of them the method adapts to and is judged on."""
-        answers = self._source(x)
-        self.counts["by_source"] += 1
-        self.rested += 1
-        if self.rested % self.probe == 0:
-            self._go_back()  # it did not recover
-        if self.rested % self.rest == 0:
-            better = self._compare(x, self.inner.adapt(x), answers, shares=(1,))
-            if better is not None and better > self.margin:
-                self.resting, self.window, self.trial = False, None, TRIAL * self.probe
-                self.good = True
-                self.event = "adapts again"
-        return answers
+    def _alone(self, x: Tensor) -> bool:
+        """Whether the method is trusted with batches of this size."""
+        return self.trust == "method" and len(x) >= self.few
+
+    def _due(self, images: int, jumped: bool) -> bool:
+        """Whether the source is asked about so many images of a trusted method."""
+        if self.turned is not None:
+            return True  # a suspicion is followed whatever it takes
+        if jumped:
+            self.seen = None  # what was known is of other images
+        elif self._full(self.seen):
+            if self.credit < CREDIT * self.images:
+                return False
+            self.seen = None  # a new window
+        if self.credit < images:
+            return False
+        self.credit -= images
+        return True
+
+    def _judge(self, x: Tensor, scores: Tensor, answers: Tensor, alone: bool) -> int | None:
+        """What the window says with this batch; None: too few images yet.
+
+        Args:
+            answers: of the source to the first images `x`.
+            alone: the method is trusted with batches of this size.
+        """
+        classes, part = scores.shape[1], x[: len(answers)]
+        now = torch.stack([scores[: len(part)].argmax(1), answers.argmax(1)], 1)
+        self.seen = self._newest(self.seen, now)
+        if alone:
+            if len(self.seen) < min(ENOUGH, self.images):
+                return None
+            own, source = variety(self.seen[:, None], classes)
+            if own >= source - self.margin:
+                self.usual, self.turned = own, None
+                return UNSURE
+        with torch.no_grad():
+            mirrored = self.inner.predict(x.flip(3))[: len(part)]
+        other = torch.stack([mirrored.argmax(1), self._source(part.flip(3)).argmax(1)], 1)
+        self.turned = self._newest(self.turned, torch.stack([now, other], 1))
+        return self._verdict(self.turned, classes, len(x) < self.few)
+
+    def _verdict(self, turned: Tensor, classes: int, few: bool) -> int | None:
+        """What images and their mirror images say, `turned` int64 [N, views, method and source]."""
+        count = len(turned)
+        if count < min(ENOUGH, self.images):
+            return None
+        own, source = variety(turned, classes)
+        if source < self.margin:
+            return None  # black images, say: nothing can be told
+        gain = agreement(turned[:, :, 0], classes) - agreement(turned[:, :, 1], classes)
+        better = float(gain.mean())
+        certain = 1.0 if count >= self.images else CERTAIN
+        if abs(better) > max(self.margin, certain * float(gain.std()) / math.sqrt(count)):
+            if better > 0:
+                return BETTER
+            if few or own < source - self.margin:
+                return WORSE
+        return UNSURE if count >= self.images else None
+
+    def _turn(self, verdict: int | None, images: int, few: bool, broken: bool) -> None:
+        """Who is trusted after this batch, and where the method goes on from."""
+        self.since += images
+        full = self._full(self.turned)
+        if self.trust == "source":
+            if verdict == WORSE and (broken or self.since >= self.patience * self.images):
+                self._go_back()  # it did not recover by itself
+            elif full and verdict in (UNSURE, BETTER):
+                self.trust, self.since = "both", 0
+                self.event = "in doubt: both answer"
+        elif verdict == WORSE:
+            self.trust = "source"
+            self.event = "likely worse than the source"
+            self.since = 0
+            if broken:
+                self._go_back()
+        elif self.trust == "both" and (verdict == BETTER or (full and self.since >= self.images)):
+            self.trust, self.since = "method", 0
+            self.seen = self.turned = None  # and is watched anew
+            self.credit = float(CREDIT * self.images)
+            self.event = "adapts again"
+        elif self.trust == "method" and verdict is not None and self._full(self.seen):
+            if full and not few:
+                self.turned = None  # the suspicion was wrong
+            if self.ring and self.since >= self.images:
+                self.since = 0
+                self.states = [*self.states, deepcopy(self.inner.snapshot())][-self.ring :]
+
+    def _full(self, window: Tensor | None) -> bool:
+        return window is not None and len(window) >= self.images
 
     def _go_back(self) -> None:
+        if self.watches:
+            return
         self.counts["back"] += 1
+        self.since = 0
         if self.states:
             self.inner.restore(self.states.pop())
         else:
             self.inner.reset()
-            self.good = False
 
     @torch.no_grad()
     def _source(self, x: Tensor) -> Tensor:
@@ -212,61 +315,49 @@ class Rails(Wrapper):
         scores = self.source(x)
         return scores.softmax(1) if self.outputs == "probabilities" else scores
 
+    def _newest(self, window: Tensor | None, now: Tensor) -> Tensor:
+        joined = now if window is None else torch.cat([window, now])
+        return joined[-self.images :]
+
+    def _taken(self) -> int:
+        """Passes so far, a backward one as two forward ones."""
+        return self.passes.forward + 2 * self.passes.backward
+
+    # ------------------------------------------------------------------ entropy
+
     @torch.no_grad()
-    def _compare(
-        self, x: Tensor, scores: Tensor, answers: Tensor, shares: tuple[float, ...] = SHARES
-    ) -> float | None:
-        """A of the method minus that of the source; None: too few images yet.
-
-        Args:
-            shares: of a window, the newest images of which may be enough; to trust the method
-                again they are not.
-        """
-        self.counts["probes"] += 1
-        mirrored = x.flip(3)
-        pairs = [(scores, self.inner.predict(mirrored)), (answers, self._source(mirrored))]
-        now = torch.stack([torch.stack([one.argmax(1) for one in pair], 1) for pair in pairs], 1)
-        self.window = now if self.window is None else torch.cat([self.window, now])
-        self.window = self.window[-self.images :]
-        better = self._verdict(scores.shape[1], shares)
-        if better is None:
-            return None
-        if not scores.isfinite().all():
-            better = -math.inf
-        self.counts["judged"] += 1
-        self.counts["worse"] += better < -self.margin
-        return better
-
-    def _verdict(self, classes: int, shares: tuple[float, ...]) -> float | None:
-        """From the newest images alone where they leave no doubt, else from the full window."""
-        assert self.window is not None
-        for share in shares:
-            n = round(share * self.images)
-            if n > len(self.window):
-                return None
-            method, source = (agreement(self.window[-n:, i], classes) for i in range(2))
-            gain = method - source
-            better, error = float(gain.mean()), float(gain.std()) / math.sqrt(n)
-            if share == 1 or abs(better) > max(self.margin, CERTAIN * error):
-                return better
-        return None
-
-    # ------------------------------------------------------------------ moving average
-
     def _follow(self, scores: Tensor) -> bool:
-        """Take the batch into the moving average; whether its entropy is far from it."""
+        """Take the batch into mean and variance; whether its entropy is far from them."""
         if self.jump is None and self.gate is None:
             return False
-        value = float(mean_entropy(scores.detach(), self.outputs))
-        if not math.isfinite(value):
-            return True
-        mean, variance, batches = self.entropy
-        far = self.jump is not None and abs(value - mean) > self.jump * math.sqrt(variance)
-        weight = max(1 - EMA, 1 / (batches + 1))
-        step = value - mean
-        mean, variance = mean + weight * step, (1 - weight) * (variance + weight * step * step)
-        self.entropy = [mean, variance, batches + 1]
-        return far and batches >= SETTLED
+        p = scores if self.outputs == "probabilities" else scores.softmax(1)
+        each = torch.special.entr(p).sum(1)
+        mean, variance, images = self.entropy
+        count = len(each)
+        value, spread = torch.stack([each.mean(), (each - mean).square().mean()]).tolist()
+        error = math.sqrt(variance * (1 / count + 1 / max(1, images)))
+        far = images > 0 and self.jump is not None and abs(value - mean) > self.jump * error
+        if far or not images:
+            inside = float(each.var(correction=0)) if count > 1 else variance or 1.0
+            self.entropy = [value, inside, count]
+        else:
+            weight = count / min(images + count, MEMORY)
+            mean, variance = mean + weight * (value - mean), variance + weight * (spread - variance)
+            self.entropy = [mean, variance, min(images + count, MEMORY)]
+        return far
+
+    def _fallen(self, scores: Tensor) -> bool:
+        """Whether the method's answers are far less various than when it was last trusted."""
+        if self.jump is None:
+            return False
+        self.own = self._newest(self.own, scores.argmax(1))
+        if len(self.own) < self.images:
+            return False
+        now = variety(self.own[:, None, None], scores.shape[1])[0]
+        if now >= FALL * self.usual:
+            return False
+        self.usual = now  # asked once
+        return True
 
     def _uncertain(self) -> bool:
         if self.gate is None or self.entropy[2] < 1:
@@ -279,3 +370,22 @@ def agreement(classes: Tensor, count: int) -> Tensor:
     share = torch.bincount(classes.flatten(), minlength=count) / classes.numel()
     same = classes[:, 0] == classes[:, 1]
     return torch.where(same, -share[classes[:, 0]].log(), 0)
+
+
+def variety(classes: Tensor, count: int) -> list[float]:
+    """V in nats of each of P predictors, for `classes` int64 [N, views, P] of `count` ones."""
+    shares = [torch.bincount(one.flatten(), minlength=count) for one in classes.unbind(2)]
+    return torch.special.entr(torch.stack(shares) / shares[0].sum()).sum(1).tolist()
+
+
+def mean_of(scores: Tensor, answers: Tensor, outputs: str) -> Tensor:
+    """Scores [B, C] of the mean of the probabilities of both, as what they are (`outputs`).
+
+    Logits [B, C] of the method that are flat, as those that ROID scales by a prior, get the spread
+    of the source's: they are no sign of doubt.
+    """
+    if outputs == "probabilities":
+        return (scores + answers) / 2
+    ratio = answers.std(1).mean() / scores.std(1).mean().clamp_min(1e-12)
+    scores = torch.where(FLAT * ratio > 1, scores * ratio, scores)
+    return torch.logaddexp(scores.log_softmax(1), answers.log_softmax(1)) - math.log(2)
