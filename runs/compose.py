@@ -195,7 +195,13 @@ def _check_labels(cfg: DictConfig, stream: Stream, backbone: Backbone) -> None:
             if space == "embedded"
             else "Choose a backbone trained for this label space"
         )
-        if "classes" in cfg.backbone and backbone.num_classes == outputs:
+        if space == "own":
+            fix = (
+                "Name a network with these outputs (backbone=torchvision or timm, "
+                "backbone.checkpoint=...); where the folders are synset ids of ImageNet, set "
+                "scenario.classes=imagenet1k"
+            )
+        elif "classes" in cfg.backbone and backbone.num_classes == outputs:
             fix += (
                 f"; the number of outputs, {outputs}, says nothing about their meaning. "
                 f"If yours are these classes in this order, set backbone.classes={space}"

@@ -194,5 +194,7 @@ def test_a_network_of_ones_own_runs_on_a_part_of_its_classes(configure, tmp_path
     assert among >= alone  # more ways to be wrong
     with pytest.raises(UserError, match="scenario=folders has 4 classes, but .* has 6 outputs"):
         run_experiment(configure(*words, wide), [])
+    with pytest.raises(UserError, match="holds own classes.*, set scenario.classes=imagenet1k"):
+        run_experiment(configure(*words[:4], words[-2], "backbone=embedded_resnet"), [])
     with pytest.raises(UserError, match="none is agreed on for scenario=folders"):
         run_experiment(configure(*words[:2], words[-2]), [])
