@@ -201,7 +201,7 @@ class OnlineError:
     stream is cut into batches.
 
     Args:
-        domains: names of the stream's domains, `corruption:severity`.
+        domains: names of the stream's domains, `corruption:severity`, or without severities.
         classes: length C of a score vector.
         rounds: segment -> round of a recurring stream; empty if nothing recurs.
     """
@@ -353,7 +353,8 @@ class OnlineError:
             if inside:
                 n, wrong = np.sum(inside, axis=0)
                 errors_by_name[f"err_round/{r}"] = _mean(100 * wrong[n > 0] / n[n > 0])
-        severity = {i: self.domains[d].rpartition(":")[2] for i, d in single.items()}
+        of_domain = [name.rpartition(":") for name in self.domains]  # "fog:5", or a name alone
+        severity = {i: of_domain[d][2] for i, d in single.items() if of_domain[d][1]}
         if len(set(severity.values())) > 1:
             for s in sorted(set(severity.values())):
                 of = [self.segment(i)["err"] for i in severity if severity[i] == s]

@@ -444,6 +444,9 @@ def test_rounds_segments_and_severities_have_their_own_means():
     assert got["err_round/1"] == 30 and got["err_round/2"] == 70
     assert got["err_segments"] == 50 and got["err_mean"] == pytest.approx((40 + 40 + 80) / 3)
     assert got["err_severity/4"] == 40 and got["err_severity/5"] == 60
+    online = OnlineError(["day", "night", "dusk"], 2)  # places have names, and no severities
+    _stream_of_errors(online, [(0, 0, 2), (1, 1, 4), (2, 2, 6)])
+    assert not [key for key in online.summary() if key.startswith("err_severity")]
     assert "mce" not in got
 
 
