@@ -1,7 +1,16 @@
 """CIFAR-10.1: about 2,000 new test images of the classes of CIFAR-10."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
 from driftline.streams.dataset import About
 from driftline.streams.downloads import Download, Published
+from driftline.streams.images import load_array
+from driftline.streams.new_cifar import NewCifar10
 
 BASE = "https://raw.githubusercontent.com/modestyachts/CIFAR-10.1/master/datasets"
 FILES = {  # file -> bytes, SHA-256
@@ -47,3 +56,16 @@ ABOUT = About(
         sources="sizes and SHA-256: TensorFlow Datasets (cifar10_1)",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar101(NewCifar10):
+    """Version 6, in which every class has as many images, or version 4, of 2,021 images."""
+
+    about = ABOUT
+    tops = ("CIFAR-10.1", "cifar-10.1", "cifar10.1")
+    all_files = {v: (f"cifar10.1_{v}_data.npy", f"cifar10.1_{v}_labels.npy") for v in ("v6", "v4")}
+
+    def arrays(self, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+        pixels, labels = map(load_array, paths)
+        return pixels, labels

@@ -1,7 +1,17 @@
 """CIFAR-10.2: 2,000 new test and 10,000 new training images of the classes of CIFAR-10."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from driftline.core.errors import UserError
 from driftline.streams.dataset import About
 from driftline.streams.downloads import Download, Published
+from driftline.streams.new_cifar import NewCifar10
 
 COMMIT = "521467a52ad494b78ff9c70051099c0d9ba74d40"
 BASE = f"https://raw.githubusercontent.com/modestyachts/cifar-10.2/{COMMIT}"
@@ -36,3 +46,19 @@ ABOUT = About(
         "public study pins them at this commit",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar102(NewCifar10):
+    """The test images; the training images are a domain, too."""
+
+    about = ABOUT
+    tops = ("CIFAR-10.2", "cifar-10.2", "cifar10.2")
+    all_files = {part: (f"cifar102_{part}.npz",) for part in ("test", "train")}
+
+    def arrays(self, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            with np.load(paths[0], allow_pickle=False) as content:
+                return content["images"], content["labels"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise UserError(f"cannot read {paths[0]}: {error}; copy it here again") from error

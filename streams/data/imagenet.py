@@ -71,8 +71,11 @@ def wnids() -> list[str]:
     return [str(name) for name in ImageNetInfo().label_names()]
 
 
-def canonical(files: Files) -> Files:
+def canonical(files: Files, *, numbered: bool = False) -> Files:
     """Folder names that are synset ids, or numbers from 0 to 999, get that ImageNet-1k label.
+
+    Args:
+        numbered: numbers are the published names; else a warning says what they are taken for.
 
     Raises:
         UserError: for others.
@@ -80,11 +83,12 @@ def canonical(files: Files) -> Files:
     position = {w: i for i, w in enumerate(wnids())}
     if all(map(is_number, files.class_names)):
         position = {name: int(name) for name in files.class_names if int(name) < len(wnids())}
-        warnings.warn(
-            f"{files.root}: the numbers of its class folders are taken as labels of ImageNet-1k "
-            "(sorted synset ids)",
-            stacklevel=2,
-        )
+        if not numbered:
+            warnings.warn(
+                f"{files.root}: the numbers of its class folders are taken as labels of "
+                "ImageNet-1k (sorted synset ids)",
+                stacklevel=2,
+            )
     unknown = [c for c in files.class_names if c not in position]
     if unknown:
         raise UserError(

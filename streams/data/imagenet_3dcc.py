@@ -1,7 +1,12 @@
 """ImageNet-3DCC: corruptions that follow the depth of the scene."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from driftline.streams.dataset import About
 from driftline.streams.downloads import Download, Published
+from driftline.streams.released import ReleasedCorruptions
 
 CORRUPTIONS = (
     "near_focus",
@@ -39,3 +44,12 @@ ABOUT = About(
         sources="addresses: tools/download_imagenet_3dcc.sh of its repository",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNet3DCC(ReleasedCorruptions):
+    """The twelve corruptions that are released for ImageNet."""
+
+    about = ABOUT
+    folders = ("ImageNet-3DCC", "imagenet-3dcc", "imagenet_3dcc", "3DCC")
+    all_corruptions = CORRUPTIONS

@@ -1,7 +1,28 @@
 """ImageNet-R: renditions of 200 ImageNet classes."""
 
-from driftline.streams.dataset import About
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from driftline.streams.dataset import About, SubsetData
+from driftline.streams.domain_folders import ImageNetDomains
 from driftline.streams.downloads import Download, Published
+
+# Labels of ImageNet-1k, from eval.py of hendrycks/imagenet-r;
+# bethgelab/robustness has the same ones.
+SUBSET = (
+    1, 2, 4, 6, 8, 9, 11, 13, 22, 23, 26, 29, 31, 39, 47, 63, 71, 76, 79, 84, 90, 94, 96, 97, 99,
+    100, 105, 107, 113, 122, 125, 130, 132, 144, 145, 147, 148, 150, 151, 155, 160, 161, 162, 163,
+    171, 172, 178, 187, 195, 199, 203, 207, 208, 219, 231, 232, 234, 235, 242, 245, 247, 250, 251,
+    254, 259, 260, 263, 265, 267, 269, 276, 277, 281, 288, 289, 291, 292, 293, 296, 299, 301, 308,
+    309, 310, 311, 314, 315, 319, 323, 327, 330, 334, 335, 337, 338, 340, 341, 344, 347, 353, 355,
+    361, 362, 365, 366, 367, 368, 372, 388, 390, 393, 397, 401, 407, 413, 414, 425, 428, 430, 435,
+    437, 441, 447, 448, 457, 462, 463, 469, 470, 471, 472, 476, 483, 487, 515, 546, 555, 558, 570,
+    579, 583, 587, 593, 594, 596, 609, 613, 617, 621, 629, 637, 657, 658, 701, 717, 724, 763, 768,
+    774, 776, 779, 780, 787, 805, 812, 815, 820, 824, 833, 847, 852, 866, 875, 883, 889, 895, 907,
+    928, 931, 932, 933, 934, 936, 937, 943, 945, 947, 948, 949, 951, 953, 954, 957, 963, 965, 967,
+    980, 981, 983, 988,
+)  # fmt: skip
 
 ABOUT = About(
     title="ImageNet-R",
@@ -10,6 +31,7 @@ ABOUT = About(
     licence="MIT, as its repository; the rights of the images are their owners'",
     layout="<data.root>/imagenet-r/<wnid>/*.jpg",
     label_space="imagenet1k",
+    subset=SUBSET,
     name="imagenet_r",
     download=Download(
         (
@@ -23,3 +45,11 @@ ABOUT = About(
         sources="size and SHA-256: TensorFlow Datasets (imagenet_r)",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNetR(SubsetData, ImageNetDomains):
+    """All its images, resized and cropped to 224 px as the official code does it."""
+
+    about = ABOUT
+    spellings = {"imagenet_r": ("imagenet-r", "ImageNet-R", "imagenet_r")}

@@ -1,6 +1,11 @@
 """ImageNet-Sketch: drawings of the 1,000 ImageNet classes."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from driftline.streams.dataset import About
+from driftline.streams.domain_folders import ImageNetDomains
 from driftline.streams.downloads import Download, Published
 
 ABOUT = About(
@@ -25,3 +30,12 @@ ABOUT = About(
         "Google Drive; the address is that of a copy of it",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNetSketch(ImageNetDomains):
+    """All its images, resized and cropped to 224 px."""
+
+    about = ABOUT
+    tops = ("ImageNet-Sketch", "imagenet-sketch")
+    spellings = {"imagenet_sketch": ("sketch", "ImageNet-Sketch", "imagenet-sketch")}

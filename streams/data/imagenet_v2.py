@@ -1,6 +1,11 @@
 """ImageNet-V2: three sets of new test images, collected as ImageNet was."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from driftline.streams.dataset import About
+from driftline.streams.domain_folders import ImageNetDomains
 from driftline.streams.downloads import Download, Published
 
 BASE = "https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main"  # of the authors
@@ -42,3 +47,16 @@ ABOUT = About(
         sources="sizes and SHA-256: TensorFlow Datasets (imagenet_v2)",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNetV2(ImageNetDomains):
+    """The three sets are the domains; class folders are named by label."""
+
+    about = ABOUT
+    numbered = True
+    tops = ("imagenet-v2", "imagenetv2", "ImageNetV2", "ImageNet-V2")
+    spellings = {
+        part: (f"imagenetv2-{part}-format-val", f"ImageNetV2-{part}", f"imagenetv2-{part}")
+        for part in FILES
+    }

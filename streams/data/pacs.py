@@ -1,6 +1,11 @@
 """PACS: photos, art, cartoons and sketches of seven classes."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from driftline.streams.dataset import About
+from driftline.streams.domain_folders import WHOLE, TrainedOnADomain
 from driftline.streams.downloads import Download, Published
 
 ABOUT = About(
@@ -9,7 +14,7 @@ ABOUT = About(
     published="https://github.com/facebookresearch/DomainBed (scripts/download.py)",
     licence="none stated; research",
     layout="<data.root>/PACS/<art_painting, cartoon, photo or sketch>/<class>/*.jpg",
-    label_space="",
+    label_space="pacs",
     name="pacs",
     download=Download(
         (
@@ -27,3 +32,14 @@ ABOUT = About(
         sources="address: DomainBed",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pacs(TrainedOnADomain):
+    """All images of a domain, without the splits that some papers make; 224 px as in DomainBed."""
+
+    about = ABOUT
+    shape = WHOLE
+    classes = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
+    tops = ("PACS", "PACS/kfold", "pacs", "pacs_data", "kfold")
+    spellings = {name: (name,) for name in ("photo", "art_painting", "cartoon", "sketch")}
