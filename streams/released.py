@@ -12,7 +12,7 @@ from annotated_types import MinLen, Predicate
 
 from driftline.core.errors import UserError, suggest
 from driftline.core.ranges import distinct
-from driftline.streams.corrupted import Severity, stand_ins
+from driftline.streams.corrupted import Severity, corrupted, stand_ins
 from driftline.streams.data.imagenet import (
     canonical,
     chosen,
@@ -29,7 +29,7 @@ from driftline.streams.dataset import (
     probe_rows,
 )
 from driftline.streams.images import Files, ImageSet, image_folder, still_packed
-from driftline.streams.natural import STAND_INS
+from driftline.streams.natural import SETTINGS, STAND_INS
 from driftline.streams.orders import Domain
 
 
@@ -65,12 +65,21 @@ class ReleasedCorruptions(ShiftData):
     def severities(self) -> list[int]:
         return [*self.severity] if isinstance(self.severity, list) else [self.severity]
 
+    def _stand_ins(self, domains: list[Domain]) -> dict[Domain, Domain]:
+        place = {name: i % len(STAND_INS) for i, name in enumerate(self.all_corruptions)}
+        return {d: (STAND_INS[place[d[0]]], d[1]) for d in domains}
+
+    def alike(self, base: ImageSet, domains: list[Domain]) -> dict[Domain, ImageSet]:
+        """As they are; embedded ones as the stand-ins of the domains."""
+        if self.data_root is not None:
+            return super().alike(base, domains)
+        kinds = self._stand_ins(domains)
+        sets = corrupted(base, list(dict.fromkeys(kinds.values())), "memory", **SETTINGS)
+        return {d: sets[kind] for d, kind in kinds.items()}
+
     def sources(self, domains: list[Domain]) -> Sources:
         if self.data_root is None:
-            known = list(self.all_corruptions)
-            kinds = {d: (STAND_INS[known.index(d[0]) % len(STAND_INS)], d[1]) for d in domains}
-            settings = {"preset": "cifar", "seed": 0, "jpeg_quality": None, "frost_dir": None}
-            return stand_ins(kinds, self, settings)
+            return stand_ins(self._stand_ins(domains), self, SETTINGS)
         root = existing_root(self.data_root, self.about)
         places = self.places(root, domains)
         first = canonical(image_folder(places[domains[0]], self.about.expected))

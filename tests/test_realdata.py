@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
+import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 from driftline.runs.execute import run_experiment
+from driftline.streams.images import image_folder
 
 pytestmark = pytest.mark.realdata
 
@@ -114,3 +120,54 @@ def test_split_of_real_cifar_images(configure, realdata, tmp_path):
     assert found["simplecil"]["acc_last"] > 15  # chance is 10
     assert found["simplecil"]["forgetting"] < found["finetune"]["forgetting"]
     assert (ROOT / "results" / "split_cifar10_subset").exists() is False
+
+
+def network_of_photos(realdata, folder: Path) -> Path:
+    """A file of EfficientNet-Lite0 whose seven outputs are nearest class means of photos."""
+    net = timm.create_model("tf_efficientnet_lite0")
+    net.load_state_dict(
+        load_file(realdata / "efficientnet_lite0" / "tf_efficientnet_lite0.safetensors")
+    )
+    net.reset_classifier(7)
+    images = image_folder(folder / "PACS" / "photo", "")
+    pixels = [np.asarray(images.image(i).resize((224, 224))) for i in range(len(images.labels))]
+    x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        features = net.eval().forward_head(net.forward_features(x), pre_logits=True)
+        means = torch.stack([features[images.labels == c].mean(0) for c in range(7)])
+        net.classifier.weight.copy_(means)
+        net.classifier.bias.copy_(-means.square().sum(1) / 2)
+    save_file(net.state_dict(), folder / "photos.safetensors")
+    return folder / "photos.safetensors"
+
+
+def test_a_network_of_photos_meets_the_sketches_of_pacs(configure, realdata, tmp_path):
+    """It knows other photos better than sketches; these photos are none it was made of."""
+    for part, place, each in (("train", tmp_path / "train", 3), ("test", tmp_path, 2)):
+        pack = np.load(realdata / "pacs_real" / f"{part}.npz")
+        for row in range(each * 28):  # `each` images of each class in each domain
+            domain = str(pack["domain_names"][pack["domains"][row]])
+            path = (
+                place / "PACS" / domain / str(pack["classes"][pack["labels"][row]]) / f"{row}.jpg"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            start, stop = pack["offsets"][row : row + 2]
+            path.write_bytes(pack["jpeg"][start:stop].tobytes())
+    words = [
+        "scenario=pacs",
+        "scenario.domains=[photo,sketch]",
+        "scenario.batch_size=14",
+        "scenario.probe_images=0",
+        f"data.root={tmp_path}",
+        "backbone=efficientnet_lite0_in1k",
+        "backbone.num_classes=7",
+        "backbone.classes=pacs",
+        f"backbone.checkpoint={network_of_photos(realdata, tmp_path / 'train')}",
+        "channels_last=true",
+        "runtime.workers=0",
+    ]
+    cfg = configure(*words, "strategy=source", "root=" + str(tmp_path / "results"))
+    summary = run_experiment(cfg, [])
+    assert summary["run"]["scenario"] == "pacs" and summary["data"]["label_space"] == "pacs"
+    error = summary["metrics"]
+    assert error["err/photo"] < 25 < 50 < error["err/sketch"] < 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -455,3 +456,21 @@ def test_arrays_of_another_kind_are_refused(tmp_path):
     np.savez(tmp_path / "CIFAR-10.2/cifar102_test.npz", pixels=np.zeros(3))
     with pytest.raises(UserError, match="cannot read .*cifar102_test.npz.*copy it here again"):
         stream("cifar10_2", tmp_path)
+
+
+# ------------------------------------------------------------------------ the page
+
+
+def test_the_page_says_what_each_set_was_tried_on():
+    page = (ROOT / "docs" / "scenarios.md").read_text()
+    part = page.partition("## Data sets of test-time adaptation")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]*`) \|(?:[^|]*\|){2} ([^|]*) \|$", part, re.MULTILINE)
+    tried = {name: text for names, text in rows for name in re.findall(r"`(\w+)`", names)}
+    scenarios = {p.stem: node(p.stem) for p in (ROOT / "conf" / "scenario").glob("*.yaml")}
+    streams = ("shifts.corruption_stream", "pairs.pair_stream")
+    shifts = {n for n, s in scenarios.items() if s.get("_target_", "").endswith(streams)}
+    assert tried.keys() == shifts
+    assert {name for name, text in tried.items() if "made by tests" in text} >= LAYOUTS.keys()
+    real = {name for name, text in tried.items() if text.startswith("real images")}
+    used = re.findall(r"scenario=(\w+)", (ROOT / "tests" / "test_realdata.py").read_text())
+    assert real == shifts.intersection(used)
