@@ -359,17 +359,20 @@ def _imagenet(report: Report, root: Path) -> int:
 
 
 def _folders(report: Report, root: Path) -> int:
-    """Class folders for split_imagefolder."""
+    """Class folders for folders and split_imagefolder, and those of domains."""
+    from driftline.streams.data.imagefolder import has_class_folders
     from driftline.streams.images import image_folder, subfolders
 
     count = 0
-    for split in ("train", "test"):
-        if not (root / split).is_dir() or not subfolders(root / split):
+    domains = [root / name for name in subfolders(root)]
+    places = [d / part for d in (root, *domains) for part in ("train", "test", "val", "")]
+    for folder in dict.fromkeys(places):
+        if not has_class_folders(folder):
             continue
         count += 1
         try:
             with _noted(report):
-                files = image_folder(root / split, "")
+                files = image_folder(folder, "")
         except UserError as error:
             report.problem(str(error), "the message says it")
             continue
@@ -442,7 +445,7 @@ def _known_weights() -> Iterator[tuple[str, Path | None, str]]:
         yield file.stem, file, ""
     for path in sorted((ROOT / "conf" / "backbone").glob("*.yaml")):
         node: Any = OmegaConf.load(path)
-        if "weights" in node:
+        if node.get("weights") and node.get("arch"):
             chosen = torchvision.models.get_model_weights(node.arch)[node.weights]
             file = Path(urlparse(chosen.url).path).name
             local = Path(torch.hub.get_dir(), "checkpoints", file)

@@ -153,6 +153,10 @@ def test_class_folders_are_counted(capsys, tmp_path):
     report = doctor.Report()
     doctor.data(report, str(tmp_path))
     assert "train: 2 class folders, 2 images" in said(capsys) and report.problems == 0
+    write_images(tmp_path, ["sketch/test/a/0.png", "photo/a/0.png", "photo/b/0.png"])
+    doctor.data(report, str(tmp_path))
+    text = said(capsys)
+    assert "sketch/test: 1 class folders" in text and "photo: 2 class folders" in text
     write_images(tmp_path, [".hidden/0.png", "train/.hidden/0.png"])
     (tmp_path / "train" / "a" / "1.tif").write_bytes(b"?")
     (tmp_path / "labels.csv").write_text("filename;class_index\na.png;\n")

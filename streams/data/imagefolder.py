@@ -262,8 +262,11 @@ def _evaluation(folder: Path) -> Path | None:
 
 def _has_classes(folder: Path) -> bool:
     """Whether a folder holds class folders with images, or a table of labels."""
-    if (folder / TABLE).is_file():
-        return True
+    return (folder / TABLE).is_file() or has_class_folders(folder)
+
+
+def has_class_folders(folder: Path) -> bool:
+    """Whether a folder holds folders with images."""
     return folder.is_dir() and any(_has_images(folder / name) for name in subfolders(folder))
 
 
