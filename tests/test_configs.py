@@ -12,15 +12,16 @@ import sys
 import pytest
 import timm
 import torchvision
-from conftest import HANG, ROOT, python, strategy_node
+from conftest import HANG, ROOT, plain_yaml, python, strategy_node
 from omegaconf import OmegaConf
 
 from driftline.backbones.load import ROBUSTBENCH_FILES
 from driftline.core import papers
 from driftline.core.build import locate, options_of
 from driftline.core.errors import UserError
+from driftline.core.strategy import CLStrategy
 from driftline.runs.execute import run_experiment
-from driftline.streams.orders import parse
+from driftline.streams import orders, task_orders
 
 CONF = ROOT / "conf"
 STRATEGIES = sorted(p.stem for p in (CONF / "strategy").glob("*.yaml"))
@@ -55,10 +56,11 @@ def test_the_yaml_of_a_rule_holds_one_node_of_its_name_with_every_option(name):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "backbone").glob("*.yaml")))
 def test_backbone_yaml_fits_its_loader(name):
-    node = OmegaConf.load(CONF / "backbone" / f"{name}.yaml")
-    assert node.name == name if name != "timm" else "name" in node
+    node = plain_yaml(CONF / "backbone" / f"{name}.yaml")
+    any_network = {"timm": "${.tag}", "torchvision": "${.arch}"}  # named by an option
+    assert node["name"] == any_network.get(name, name)
     if name != "auto":
-        parameters = inspect.signature(locate(node._target_)).parameters
+        parameters = inspect.signature(locate(node["_target_"])).parameters
         assert {k for k in node if k != "_target_"} <= set(parameters)
 
 
@@ -83,9 +85,9 @@ def test_a_preset_is_complete_and_its_figures_have_sources(configure, preset):
         assert row.metric in ("err_mean", "acc_inc", "acc_last")
     own = [row for row in cfg.reference if row.strategy == cfg.strategy.name]
     assert own or preset == "vida/imagenet_c_vit_b16_normalized"  # a row of the source model alone
-    if "order" in cfg.scenario:
-        parse(cfg.scenario.order)
     kind = locate(cfg.strategy._target_)
+    if "order" in cfg.scenario:
+        (task_orders if issubclass(kind, CLStrategy) else orders).parse(cfg.scenario.order)
     assert {k for k in cfg.strategy if k not in ("_target_", "name")} == set(
         inspect.signature(kind).parameters
     ) - LIVE

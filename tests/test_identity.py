@@ -287,9 +287,9 @@ WITHIN_TASKS = ("finetune", "ease", "lae", "er", "icarl", "ranpac")
 @pytest.mark.parametrize("strategy", CL)
 def test_a_resumed_result_is_that_of_an_undisturbed_run(configure, monkeypatch, strategy):
     """Killed after every checkpoint in turn: metrics, per class, cost counters, kernel, records."""
-    words = [*settings(strategy), "scenario.increment=5"]
+    words = [*settings(strategy), "scenario.increment=5", "scenario.embedded_images=[4,2]"]
     whole = run_experiment(configure(*words), [])
-    every = 4 if strategy in WITHIN_TASKS else 0
+    every = 3 if strategy in WITHIN_TASKS else 0
     cfg = configure(*words, "on_exists=rerun", f"checkpoint.every={every}")
     from driftline.core.checkpoint import Checkpointer
 

@@ -149,9 +149,10 @@ def test_run_records_stability_plasticity_and_cost(configure, results, strategy,
 )
 def test_a_killed_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     """In test_contract.py every strategy is killed; here with folder, records and companions."""
-    whole = run_experiment(configure(*settings(strategy)), [])
+    words = [*settings(strategy), *(SMALL if strategy in TTA else [])]
+    whole = run_experiment(configure(*words), [])
     want = records(whole["run"]["folder"])
-    cfg = configure(*settings(strategy), "on_exists=rerun", "checkpoint.every=2")
+    cfg = configure(*words, "on_exists=rerun", "checkpoint.every=2")
     with monkeypatch.context() as patch:
         stop_after(patch, batches)
         with pytest.raises(Kill):
@@ -174,17 +175,19 @@ def test_how_test_images_are_batched_changes_no_metric(configure, strategy):
 @pytest.mark.parametrize("strategy", ["source", "cotta", "finetune"])
 def test_same_seed_same_numbers_in_one_process(configure, strategy):
     """State does not leak from one run into the next, as in a sweep."""
-    first = run_experiment(configure(*settings(strategy)), [])
+    words = [*settings(strategy), *(SMALL if strategy in TTA else [])]
+    first = run_experiment(configure(*words), [])
     torch.rand(7)
-    second = run_experiment(configure(*settings(strategy), "on_exists=rerun"), [])
+    second = run_experiment(configure(*words, "on_exists=rerun"), [])
     assert first["metrics"] == second["metrics"]
     assert records(first["run"]["folder"]) == records(second["run"]["folder"])
 
 
 @pytest.mark.slow
 def test_worker_processes_do_not_change_a_number(configure):
-    base = run_experiment(configure(*settings("tent")), [])
-    more = run_experiment(configure(*settings("tent"), "on_exists=rerun", "runtime.workers=2"), [])
+    words = [*settings("tent"), *SMALL]
+    base = run_experiment(configure(*words), [])
+    more = run_experiment(configure(*words, "on_exists=rerun", "runtime.workers=2"), [])
     assert base["metrics"] == more["metrics"]
 
 
@@ -221,7 +224,7 @@ def test_matrix_of_a_source_run_has_equal_rows(configure):
 
 @pytest.mark.slow
 def test_the_source_phase_alone_is_cached_by_the_weights(configure):
-    words = ["strategy=ecotta", *TINY["tta"], "scenario.source_images=40"]
+    words = ["strategy=ecotta", *TINY["tta"], *SMALL, "scenario.source_images=40"]
     first = run_experiment(configure(*words, "stage=prepare"), [])["prepared"]
     again = run_experiment(configure(*words, "stage=prepare"), [])["prepared"]
     assert not first["cached"] and again["cached"] and first["artefact"] == again["artefact"]
@@ -240,7 +243,8 @@ def test_the_source_phase_alone_is_cached_by_the_weights(configure):
 
 @pytest.mark.slow
 def test_cotta_takes_its_threshold_from_the_source(configure):
-    words = ["strategy=cotta", *TINY["tta"], "strategy.views=2", "scenario.source_images=100"]
+    words = ["strategy=cotta", *TINY["tta"], *SMALL, "strategy.views=2"]
+    words += ["scenario.source_images=100"]
     summary = run_experiment(configure(*words, "strategy.threshold=source"), [])
     assert 0 < summary["method"]["threshold"] < 1 and summary["prepared"]["source_images"] == 100
     assert "frozen" not in summary
@@ -282,9 +286,10 @@ def test_labels_outside_the_head_are_refused(configure):
 
 
 def test_a_run_whose_checkpoint_is_damaged_begins_again(configure, monkeypatch, capsys):
-    run_experiment(configure(*settings("source")), [])  # so that the kill does not hit this one
-    whole = run_experiment(configure(*settings("tent")), [])
-    cfg = configure(*settings("tent"), "checkpoint.every=1", "on_exists=rerun")
+    run_experiment(configure(*settings("source"), *SMALL), [])  # else the kill would hit this one
+    words = [*settings("tent"), *SMALL]
+    whole = run_experiment(configure(*words), [])
+    cfg = configure(*words, "checkpoint.every=1", "on_exists=rerun")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Kill):
@@ -311,8 +316,9 @@ def test_skipped_images_are_counted_in_the_summary(configure, image_folder_root)
 @pytest.mark.slow
 def test_wandb_mirrors_a_run_and_the_files_stay_the_same(configure, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    plain = run_experiment(configure(*settings("source")), [])
-    both = run_experiment(configure(*settings("source"), "logger=wandb", "on_exists=rerun"), [])
+    words = [*settings("source"), *SMALL]
+    plain = run_experiment(configure(*words), [])
+    both = run_experiment(configure(*words, "logger=wandb", "on_exists=rerun"), [])
     assert both["metrics"] == plain["metrics"]
     folder = Path(both["run"]["folder"])
     assert records(folder) == records(plain["run"]["folder"])

@@ -116,7 +116,8 @@ FILES = sorted(
 def test_every_option_refuses_what_its_type_does_not_allow(path):
     """All options of all files; nothing is built, so that this takes milliseconds a file."""
     place = path.parent.name
-    words = [f"{place}={path.stem}"] + (["backbone.tag=resnet50.a1_in1k"] * (path.stem == "timm"))
+    must = {"timm": ["backbone.tag=resnet50.a1_in1k"], "torchvision": ["backbone.arch=resnet18"]}
+    words = [f"{place}={path.stem}", *must.get(path.stem, [])]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = OmegaConf.to_container(compose("config", words), resolve=True)
     live, at = schema.LIVE[place], place
