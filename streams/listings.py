@@ -138,6 +138,27 @@ def read_list(path: Path) -> list[str]:
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
+def read_labelled(path: Path) -> tuple[list[str], np.ndarray]:
+    """A list with a path and a label a line, `real/axe/1.jpg 7`.
+
+    Returns:
+        the paths, and the labels, int64 [N].
+
+    Raises:
+        UserError: naming the line, if it is no such list, and if it is empty.
+    """
+    names, labels = [], []
+    for number, line in enumerate(read_list(path), 1):
+        name, _, label = line.rpartition(" ")
+        if not name or not label.isdigit() or "/" not in name:
+            raise UserError(f"{path}, line {number}: {line!r} is no path and label")
+        names.append(name.strip())
+        labels.append(int(label))
+    if not names:
+        raise UserError(f"{path} lists no image")
+    return names, np.asarray(labels, np.int64)
+
+
 def find_listed(lines: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Positions in `names` of the images of a list, int64 [N], in its order.
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, write_images
 from PIL import Image
+from split_layouts import LAYOUTS, published_files  # noqa: F401
 from test_streams import make
 
 from driftline.core.files import read_record
@@ -144,6 +145,7 @@ CASES: dict[str, tuple[str, Callable[[Path], Built]]] = {
     "domains_imagefolder": ("domains_imagefolder", lambda root: build_folders(root, "a", "b")),
     "ccc": ("ccc", build_ccc),
 }
+NAMED = {name: (layout.scenario, layout.built) for name, layout in LAYOUTS.items()}
 
 
 @pytest.fixture
@@ -154,15 +156,17 @@ def any_cifar(monkeypatch):
 
 def test_every_scenario_is_among_the_cases():
     known = {p.stem for p in (ROOT / "conf" / "scenario").glob("*.yaml")}
-    assert {scenario for scenario, _ in CASES.values()} == known
+    assert {scenario for scenario, _ in (CASES | NAMED).values()} == known
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | NAMED)
+@pytest.mark.filterwarnings("ignore:.*are published")
+@pytest.mark.usefixtures("published_files")
 def test_a_copy_is_the_same_data_set_and_a_changed_bit_makes_another(
-    configure, tmp_path, settled, any_cifar, case
+    configure, tmp_path, settled, case
 ):
-    scenario, build = CASES[case]
+    scenario, build = (CASES | NAMED)[case]
     words, places = build(tmp_path / "one")
 
     def fingerprint(root: str) -> object:

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import ROOT
+from split_layouts import LAYOUTS
 from test_content import CASES, any_cifar  # noqa: F401
 from test_streams import make
 from torch.utils.data import DataLoader
@@ -36,6 +37,7 @@ EMBEDDED = {  # of each scenario, small
     "split_cifar10": TASKS,
     "split_cifar100": TASKS,
     "split_imagefolder": TASKS,
+    **{layout.scenario: TASKS for layout in LAYOUTS.values()},
 }
 
 

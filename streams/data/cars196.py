@@ -1,7 +1,17 @@
 """Stanford Cars: 196 models of cars."""
 
-from driftline.streams.dataset import About
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from driftline.streams.dataset import About, Split
 from driftline.streams.downloads import Download, Published
+from driftline.streams.images import Files
+from driftline.streams.splits import SplitFolders, entries, matlab
 
 FILES = {  # archive -> bytes, SHA-256
     "cars_train.tgz": (
@@ -28,7 +38,8 @@ ABOUT = About(
     paper="Krause et al., 3dRR workshop, 2013",
     published="https://ai.stanford.edu/~jkrause/cars/car_dataset.html (no longer there)",
     licence="non-commercial research",
-    layout="<data.root>/stanford_cars/cars_train/*.jpg, cars_test/, devkit/ and "
+    layout="<data.root>/cars/train/<class>/*.jpg and test/<class>/*.jpg; with "
+    "scenario.split_by=official stanford_cars/cars_train/*.jpg, cars_test/, devkit/ and "
     "cars_test_annos_withlabels.mat (torchvision's own layout)",
     label_space="",
     name="cars196",
@@ -47,6 +58,41 @@ ABOUT = About(
         by_hand="The publisher took it off the net; where you have the four files "
         f"({', '.join(FILES)}), scripts/get_data.py cars196 --from THAT_FOLDER checks and "
         "unpacks them",
+        command="scenario=split_cars scenario.split_by=official",
         sources="sizes and SHA-256: TensorFlow Datasets (cars196)",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cars196(SplitFolders):
+    """The cars.
+
+    Args:
+        split_by: `folders`: class folders, as RanPAC reads them. `official`: the files of the
+            publisher, whose tables SciPy reads.
+    """
+
+    about = ABOUT
+    folders = ("cars", "cars196", "stanford_cars")
+    classes = 196
+
+    split_by: Literal["folders", "official"]
+
+    def read(self, root: Path) -> Split:
+        if self.split_by == "folders":
+            return super().read(root)
+        needed = ("cars_train", "cars_test", "devkit", "cars_test_annos_withlabels.mat")
+        folder = root / "stanford_cars"
+        folder = folder if folder.is_dir() else root
+        *images, kit, test_table = entries(folder, needed, ABOUT)
+        train_table, meta = entries(kit, ("cars_train_annos.mat", "cars_meta.mat"), ABOUT)
+        classes = [str(name) for name in matlab(meta, ABOUT)["class_names"]]
+
+        def part(place: Path, table: Path) -> Files:
+            rows = matlab(table, ABOUT)["annotations"]
+            labels = np.asarray([int(row["class"]) - 1 for row in rows])
+            return Files(place, [str(row["fname"]) for row in rows], labels, classes)
+
+        train, test = map(part, images, (train_table, test_table))
+        return self.checked(train, test, (8_144, 8_041))

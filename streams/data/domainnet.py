@@ -1,7 +1,16 @@
 """DomainNet, cleaned version: 345 classes in six domains, with the official splits."""
 
-from driftline.streams.dataset import About
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from driftline.core.errors import UserError, suggest
+from driftline.streams.dataset import About, DomainData, Split, first_folder
 from driftline.streams.downloads import Download, Published
+from driftline.streams.images import Files
+from driftline.streams.listings import read_labelled
+from driftline.streams.splits import entries
 
 BASE = "http://csr.bu.edu/ftp/visda/2019/multi-source"
 ARCHIVES = {  # domain -> folder of the server, bytes, SHA-256
@@ -124,6 +133,40 @@ ABOUT = About(
     name="domainnet",
     download=Download(
         (*map(archive, ARCHIVES), *map(split, LISTS)),
+        command="scenario=domains_domainnet",
         sources="sizes and SHA-256: TensorFlow Datasets (domainnet)",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainNetTasks(DomainData):
+    """The official split of each domain; without `domains` all six, sorted.
+
+    The lists name 345 classes by the folders of their images. Not every domain has training images
+    of each (painting has none of t-shirt), so the classes are those of all lists together.
+    """
+
+    about = ABOUT
+
+    def read(self, root: Path) -> dict[str, Split]:
+        names = self.domains or list(ARCHIVES)
+        for name in names:
+            if name not in ARCHIVES:
+                raise UserError(
+                    f"scenario.domains: {name!r} is no domain of DomainNet"
+                    f"{suggest(name, ARCHIVES)}. Known: {', '.join(ARCHIVES)}"
+                )
+        tops = ("DomainNet", "domainnet")
+        needed = [*names, *(f"{n}_{part}.txt" for n in names for part in ("train", "test"))]
+        folder = first_folder(root, tops, needed) or root / tops[0]
+        lists = {p.stem: read_labelled(p) for p in entries(folder, needed, ABOUT)[len(names) :]}
+        classes: dict[int, str] = {}
+        for files, labels in lists.values():
+            classes |= {y: f.split("/")[-2] for f, y in zip(files, labels.tolist(), strict=True)}
+        named = [classes.get(label, f"class {label}") for label in range(max(classes) + 1)]
+
+        def part(name: str) -> Files:
+            return Files(folder, *lists[name], named)
+
+        return {n: (part(f"{n}_train"), part(f"{n}_test")) for n in names}

@@ -1,7 +1,12 @@
 """OmniBenchmark, as class-incremental papers use it: 300 classes of many realms."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from driftline.streams.dataset import About
 from driftline.streams.downloads import Download
+from driftline.streams.splits import SplitFolders
 
 ABOUT = About(
     title="OmniBenchmark (300 classes)",
@@ -14,5 +19,16 @@ ABOUT = About(
     download=Download(
         by_hand="Load the archive that the README of https://github.com/LAMDA-CL/LAMDA-PILOT "
         "links (a drive) and unpack it so that data.root/omnibenchmark/train is there",
+        command="scenario=split_omnibenchmark",
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniBenchmark(SplitFolders):
+    """The split of LAMDA-PILOT; RanPAC's is the same layout."""
+
+    about = ABOUT
+    folders = ("omnibenchmark", "OmniBenchmark")
+    classes = 300
+    published = (89_697, 5_985)  # Zhou et al.
