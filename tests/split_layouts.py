@@ -108,6 +108,15 @@ def cars_official(root: Path) -> None:
     )
 
 
+def imagenet_r_lists(root: Path) -> None:
+    names = [f"{w}/art_{i}.png" for w in WNIDS for i in range(3)]
+    write(root / "imagenet-r", names)
+    (root / "imagenet-r-splits").mkdir()
+    for part, listed in (("test", names[::3]), ("train", [n for n in names if n[-5] != "0"])):
+        lines = ["data:", *(f"- data/imagenet-r/{n}" for n in listed), "targets:", "- 3"]
+        (root / "imagenet-r-splits" / f"imagenet-r_{part}.yaml").write_text("\n".join(lines))
+
+
 def imagenet100(root: Path) -> None:
     """Some classes more than the 100."""
     folders(root, wnids()[:103], ("train", "val"))
@@ -277,6 +286,15 @@ LAYOUTS = {
         196,
         ("scenario.split_by=official",),
     ),
+    "imagenet_r": layout("split_imagenet_r", "imagenet-r", WNIDS),
+    "imagenet_r, coda": Layout(
+        "split_imagenet_r",
+        imagenet_r_lists,
+        ("imagenet-r", "imagenet-r-splits/imagenet-r_test.yaml"),
+        200,
+        ("scenario.split_by=coda",),
+    ),
+    "imagenet_a": layout("split_imagenet_a", "imagenet-a", WNIDS),
     "imagenet100": Layout("split_imagenet100", imagenet100, ("train", "val"), 100, warns=None),
     "imagenet1k": Layout(
         "split_imagenet1k", imagenet1k, ("train", "val"), 1000, images=(1, 1), warns=None

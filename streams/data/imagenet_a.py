@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from driftline.streams.dataset import About, SubsetData
 from driftline.streams.domain_folders import ImageNetDomains
 from driftline.streams.downloads import Download, Published
+from driftline.streams.splits import SplitFolders
 
 # Labels of ImageNet-1k, from eval.py of hendrycks/natural-adv-examples;
 # bethgelab/robustness has the same ones.
@@ -29,7 +30,8 @@ ABOUT = About(
     paper="Hendrycks et al., CVPR 2021",
     published="https://github.com/hendrycks/natural-adv-examples",
     licence="MIT, as its repository; the rights of the images are their owners'",
-    layout="<data.root>/imagenet-a/<wnid>/*.jpg",
+    layout="<data.root>/imagenet-a/<wnid>/*.jpg; in tasks imagenet-a/train/<wnid>/*.jpg and "
+    "test/<wnid>/*.jpg",
     label_space="imagenet1k",
     subset=SUBSET,
     name="imagenet_a",
@@ -53,3 +55,13 @@ class ImageNetA(SubsetData, ImageNetDomains):
 
     about = ABOUT
     spellings = {"imagenet_a": ("imagenet-a", "ImageNet-A", "imagenet_a")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNetATasks(SplitFolders):
+    """The split of LAMDA-PILOT and RanPAC, four fifths of the images for training."""
+
+    about = ABOUT
+    folders = ("imagenet-a", "ImageNet-A", "imagenet_a")
+    classes = 200
+    published = (5_981, 1_519)  # Zhou et al., IJCV 2024
