@@ -117,7 +117,8 @@ class ImageNetRTasks(SplitFolders):
             labels = [classes.index(name.partition("/")[0]) for name in names]
             return Files(images, names, np.asarray(labels, np.int64), classes)
 
-        return self.checked(*map(part, parts), self.published)
+        train, test = map(part, parts)
+        return self.checked(train, test, self.published)
 
 
 def list_of(path: Path) -> list[str]:
