@@ -225,6 +225,7 @@ class Layout(NamedTuple):
         warns: what is said of the number of images.
         domains: of a domain-incremental stream, in their order.
         stranger: what is said of a class too many; without, lists say what belongs to the set.
+        last: place of the last file that belongs to the set, among all in sorted order.
     """
 
     scenario: str
@@ -236,12 +237,14 @@ class Layout(NamedTuple):
     warns: str | None = "are published"
     domains: tuple[str, ...] = ()
     stranger: str = ""
+    last: int = -1
 
     def built(self, root: Path) -> Built:
         """As a case of tests/test_content.py."""
         self.build(root)
         files = sorted(root.rglob("*.png"))
-        return [*self.words, "scenario.pipeline=raw"], [(files[0], -1), (files[-1], -1)]
+        places = [(files[0], -1), (files[self.last], -1)]
+        return [*self.words, "scenario.pipeline=raw"], places
 
 
 def layout(scenario: str, folder: str, names: Iterable[str], *words: str) -> Layout:
@@ -295,7 +298,9 @@ LAYOUTS = {
         ("scenario.split_by=coda",),
     ),
     "imagenet_a": layout("split_imagenet_a", "imagenet-a", WNIDS),
-    "imagenet100": Layout("split_imagenet100", imagenet100, ("train", "val"), 100, warns=None),
+    "imagenet100": Layout(
+        "split_imagenet100", imagenet100, ("train", "val"), 100, warns=None, last=-4
+    ),
     "imagenet1k": Layout(
         "split_imagenet1k", imagenet1k, ("train", "val"), 1000, images=(1, 1), warns=None
     ),

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, write_images
 from PIL import Image
 from split_layouts import LAYOUTS, published_files  # noqa: F401
+from test_shift_sets import LAYOUTS as SHIFTS
 from test_streams import make
 
 from driftline.core.files import read_record
@@ -133,6 +134,14 @@ def build_ccc(root: Path) -> Built:
     return words, [(root / name, -1) for name in names]
 
 
+def build_shift(root: Path) -> Built:
+    names = [f"test/{c}/{i}.png" for c in "ab" for i in range(2)]
+    write_images(root, names)
+    words = ["scenario.side=null", "scenario.probe_images=1", "scenario.clean_images=0"]
+    places = [(root / names[0], -1), (root / names[-1], -1)]
+    return [*words, "backbone=embedded_resnet"], places
+
+
 CASES: dict[str, tuple[str, Callable[[Path], Built]]] = {
     "imagenet_c": ("imagenet_c", build_imagenet_c),
     "imagenet_c, on the fly": ("imagenet_c", build_on_the_fly),
@@ -144,8 +153,10 @@ CASES: dict[str, tuple[str, Callable[[Path], Built]]] = {
     "split_imagefolder": ("split_imagefolder", build_folders),
     "domains_imagefolder": ("domains_imagefolder", lambda root: build_folders(root, "a", "b")),
     "ccc": ("ccc", build_ccc),
+    "folders": ("folders", build_shift),
 }
 NAMED = {name: (layout.scenario, layout.built) for name, layout in LAYOUTS.items()}
+NAMED |= {f"{name}, shift": (name, layout.built) for name, layout in SHIFTS.items()}
 
 
 @pytest.fixture

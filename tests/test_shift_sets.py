@@ -82,6 +82,18 @@ class Layout:
             write_images(root, list(files), size=40, seed=number)
         self.more(root)
 
+    def built(self, root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+        """As a case of tests/test_content.py."""
+        self.write(root)
+        shown = [root / f for d, files in self.files.items() if d != self.source for f in files]
+        for place in self.places.values():
+            shown += [
+                p for p in (root / place).iterdir() if p.match("*_data.npy") or p.match("*.tar")
+            ]
+        options = {"probe_images": 1, "clean_images": 0} | self.options
+        words = [f"scenario.{k}={'null' if v is None else v}" for k, v in options.items()]
+        return [*words, "backbone=embedded_resnet"], [(path, -1) for path in shown[:1] + shown[-1:]]
+
     @property
     def expected(self) -> dict[str, list[int]]:
         of = {d: sorted(files.values()) for d, files in self.files.items() if d != self.source}

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 from split_layouts import LAYOUTS
 from test_content import CASES, any_cifar  # noqa: F401
+from test_shift_sets import LAYOUTS as SHIFT_SETS
 from test_streams import make
 from torch.utils.data import DataLoader
 
@@ -27,7 +28,10 @@ TASKS = ["scenario.embedded_images=[2,1]"]
 SHIFTS = ["scenario.images=20", "scenario.clean_images=20", "scenario.batch_size=16"]
 SHIFTS += ["scenario.source_images=20"]
 CORRUPTED = [*SHIFTS, "scenario.corruptions=[fog,pixelate]", "scenario.probe_images=20"]
+FEW = [*SHIFTS, "scenario.images=4", "scenario.probe_images=4"]
 EMBEDDED = {  # of each scenario, small
+    "folders": FEW,
+    **dict.fromkeys(SHIFT_SETS, FEW),
     "ccc": [*SHIFTS, "scenario.speed=5"],
     "cifar10_c": CORRUPTED,
     "cifar100_c": CORRUPTED,
