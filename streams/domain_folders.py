@@ -18,7 +18,7 @@ from driftline.core.errors import UserError, suggest
 from driftline.streams.data.imagenet import canonical, cropped, imagenet_clean, imagenet_train
 from driftline.streams.dataset import Sources, existing_root
 from driftline.streams.images import Derived, Files, ImageSet, image_folder, still_packed
-from driftline.streams.listings import read_list
+from driftline.streams.listings import read_labelled
 from driftline.streams.natural import NaturalData
 from driftline.streams.orders import Domain
 
@@ -190,15 +190,5 @@ def image_list(path: Path, folder: Path, classes: Sequence[str]) -> Files:
     Raises:
         UserError: naming the line, if it is no such list.
     """
-    names, labels = [], []
-    for number, line in enumerate(read_list(path), 1):
-        name, _, label = line.rpartition(" ")
-        if not name or not label.isdigit() or int(label) >= len(classes):
-            raise UserError(
-                f"{path}, line {number}: {line!r} is no path and label from 0 to {len(classes) - 1}"
-            )
-        names.append(name.strip())
-        labels.append(int(label))
-    if not names:
-        raise UserError(f"{path} lists no image")
-    return Files(folder, names, np.asarray(labels), classes)
+    names, labels = read_labelled(path, len(classes))
+    return Files(folder, names, labels, classes)

@@ -138,8 +138,11 @@ def read_list(path: Path) -> list[str]:
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
-def read_labelled(path: Path) -> tuple[list[str], np.ndarray]:
+def read_labelled(path: Path, classes: int | None = None) -> tuple[list[str], np.ndarray]:
     """A list with a path and a label a line, `real/axe/1.jpg 7`.
+
+    Args:
+        classes: labels are below it; None: they may be any.
 
     Returns:
         the paths, and the labels, int64 [N].
@@ -148,10 +151,12 @@ def read_labelled(path: Path) -> tuple[list[str], np.ndarray]:
         UserError: naming the line, if it is no such list, and if it is empty.
     """
     names, labels = [], []
+    known = "" if classes is None else f" from 0 to {classes - 1}"
     for number, line in enumerate(read_list(path), 1):
         name, _, label = line.rpartition(" ")
-        if not name or not label.isdigit() or "/" not in name:
-            raise UserError(f"{path}, line {number}: {line!r} is no path and label")
+        fits = label.isdigit() and (classes is None or int(label) < classes)
+        if not fits or "/" not in name:
+            raise UserError(f"{path}, line {number}: {line!r} is no path and label{known}")
         names.append(name.strip())
         labels.append(int(label))
     if not names:
