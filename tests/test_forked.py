@@ -73,7 +73,10 @@ def gone(process: int) -> bool:
 def sleeper(program: str) -> tuple[subprocess.Popen[str], list[int]]:
     """A process with a child, as a run with workers; both would sleep for long."""
     code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(9999)"
+    # Whoever starts the tests in the background may have them ignore Ctrl-C, and so all they start.
+    kept = signal.signal(signal.SIGINT, signal.SIG_DFL)
     asked = subprocess.Popen([program, "-c", code], text=True, stdout=subprocess.PIPE)
+    signal.signal(signal.SIGINT, kept)
     assert asked.stdout is not None
     return asked, [int(asked.stdout.readline()) for _ in range(2)]
 
@@ -83,6 +86,7 @@ def test_a_process_ends_with_the_one_that_asked_for_it(kind):
     asked, processes = sleeper(forked())
     with asked:
         asked.send_signal(kind)
+        asked.wait(HANG)
     assert all(map(gone, processes))
 
 
@@ -97,6 +101,7 @@ def test_a_server_that_has_died_is_started_again():
     with asked:  # what it had begun is not lost
         assert asked.poll() is None
         asked.kill()
+        asked.wait(HANG)
     assert all(map(gone, processes))
 
 
