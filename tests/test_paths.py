@@ -134,7 +134,7 @@ PATHS = {  # every setting that may hold a path, and one that fits
     "strategy.checkpoint": "~/weights.safetensors",
 }
 # Comments that speak of files or folders although the value is no path.
-OTHERS = {"domains", "feature_cache_mb", "wandb"}
+OTHERS = {"domains", "feature_cache_mb", "unknown_share", "wandb"}
 
 
 def test_every_path_of_the_configuration_is_in_the_table():
