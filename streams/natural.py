@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,18 @@ class NaturalData(ShiftData):
         if self.data_root is None:
             return stand_ins(_stand_ins(domains), self, SETTINGS)
         root = existing_root(self.data_root, self.about)
-        return self.arranged({d: self.read(root, d[0]) for d in domains}, self.clean(root))
+        sets = {d: self.read(root, d[0]) for d in domains}
+        if self.shuffled and self.about.label_space != "own":  # else a part may be what is asked
+            for d, images in sets.items():
+                wanted = set(self.about.subset or range(images.num_classes))
+                lacking = len(wanted - set(images.labels.tolist()))
+                if lacking:
+                    warnings.warn(
+                        f"{self.about.title}, {called(d)}: {lacking:,} of {len(wanted):,} classes "
+                        f"have no image under {root}; results are not those of the published set",
+                        stacklevel=2,
+                    )
+        return self.arranged(sets, self.clean(root))
 
     def arranged(self, sets: dict[Domain, ImageSet], clean: ImageSet | None) -> Sources:
         """Which images of each domain the stream and its probes show.
