@@ -135,6 +135,27 @@ class Sources:
     mark: str = ""
     contents: tuple[object, ...] = ()
 
+    @classmethod
+    def aligned(
+        cls,
+        sets: dict[Domain, ImageSet],
+        rows: np.ndarray,
+        probe: np.ndarray,
+        clean: ImageSet | None,
+        held_out: np.ndarray,
+        notes: dict[str, object],
+    ) -> Sources:
+        """Of sets in which row i is the same image: all show the same `rows` and `probe`."""
+        return cls(
+            sets=sets,
+            rows=dict.fromkeys(sets, rows),
+            probe=dict.fromkeys(sets, probe),
+            probe_sets=sets,
+            clean=clean,
+            held_out=held_out,
+            notes=notes,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftData(ABC):

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from driftline.core.errors import UserError, suggest
-from driftline.streams.data.imagenet import canonical, cropped, imagenet_clean, imagenet_train
+from driftline.streams.data.imagenet import canonical, cropped, imagenet_beside, imagenet_train
 from driftline.streams.dataset import Sources, existing_root
 from driftline.streams.images import Derived, Files, ImageSet, image_folder, still_packed
 from driftline.streams.listings import read_labelled
@@ -104,9 +104,8 @@ class ImageNetDomains(DomainFolders):
 
     def clean(self, root: Path) -> ImageSet | None:
         """The validation images, where they lie beside the set."""
-        try:
-            files = imagenet_clean(root)
-        except UserError:
+        files = imagenet_beside(root)
+        if files is None:
             return None
         places = [self.place(root, domain) for domain in self.known()]
         if any(place is not None and files.root.is_relative_to(place) for place in places):

@@ -28,6 +28,12 @@ def _stand_ins(domains: list[Domain]) -> dict[Domain, Domain]:
     return {d: (STAND_INS[i % len(STAND_INS)], 3) for i, d in enumerate(domains)}
 
 
+def as_stand_ins(base: ImageSet, kinds: dict[Domain, Domain]) -> dict[Domain, ImageSet]:
+    """Embedded images under the corruptions that stand for the domains."""
+    sets = corrupted(base, list(dict.fromkeys(kinds.values())), "memory", **SETTINGS)
+    return {d: sets[kind] for d, kind in kinds.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class NaturalData(ShiftData):
     """Domains with names and no severities, images in an order drawn once.
@@ -71,9 +77,7 @@ class NaturalData(ShiftData):
         """As they are; embedded ones as the stand-ins of the domains."""
         if self.data_root is not None:
             return super().alike(base, domains)
-        kinds = _stand_ins(domains)
-        sets = corrupted(base, list(dict.fromkeys(kinds.values())), "memory", **SETTINGS)
-        return {d: sets[kind] for d, kind in kinds.items()}
+        return as_stand_ins(base, _stand_ins(domains))
 
     def sources(self, domains: list[Domain]) -> Sources:
         if self.data_root is None:
@@ -81,16 +85,19 @@ class NaturalData(ShiftData):
         root = existing_root(self.data_root, self.about)
         sets = {d: self.read(root, d[0]) for d in domains}
         if self.shuffled and self.about.label_space != "own":  # else a part may be what is asked
-            for d, images in sets.items():
-                wanted = set(self.about.subset or range(images.num_classes))
-                lacking = len(wanted - set(images.labels.tolist()))
-                if lacking:
-                    warnings.warn(
-                        f"{self.about.title}, {called(d)}: {lacking:,} of {len(wanted):,} classes "
-                        f"have no image under {root}; results are not those of the published set",
-                        stacklevel=2,
-                    )
+            self._check_classes(sets, root)
         return self.arranged(sets, self.clean(root))
+
+    def _check_classes(self, sets: dict[Domain, ImageSet], root: Path) -> None:
+        """Warn of domains without images of a class."""
+        for d, images in sets.items():
+            wanted = set(self.about.subset or range(images.num_classes))
+            if lacking := len(wanted - set(images.labels.tolist())):
+                warnings.warn(
+                    f"{self.about.title}, {called(d)}: {lacking:,} of {len(wanted):,} classes "
+                    f"have no image under {root}; results are not those of the published set",
+                    stacklevel=3,
+                )
 
     def arranged(self, sets: dict[Domain, ImageSet], clean: ImageSet | None) -> Sources:
         """Which images of each domain the stream and its probes show.

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from driftline.core.errors import UserError
-from driftline.streams.data.cifar10 import cifar
+from driftline.streams.data.cifar10 import cifar, cifar_beside
 from driftline.streams.domain_folders import DomainFolders
 from driftline.streams.images import Arrays, ImageSet
 
@@ -71,10 +71,7 @@ class NewCifar10(DomainFolders):
 
     def clean(self, root: Path) -> ImageSet | None:
         """The test images of CIFAR-10, where they lie beside the set."""
-        try:
-            return cifar(root, "cifar10", train=False)
-        except UserError:
-            return None
+        return cifar_beside(root, "cifar10")
 
     def training(self, folder: Path) -> ImageSet:
         return cifar(folder, "cifar10", train=True)

@@ -12,13 +12,14 @@ from annotated_types import MinLen, Predicate
 
 from driftline.core.errors import UserError, suggest
 from driftline.core.ranges import distinct
-from driftline.streams.corrupted import Severity, corrupted, stand_ins
+from driftline.streams.corrupted import Severity, stand_ins
 from driftline.streams.data.imagenet import (
     canonical,
     chosen,
     cropped,
-    imagenet_clean,
+    imagenet_beside,
     imagenet_train,
+    outside,
 )
 from driftline.streams.dataset import (
     ShiftData,
@@ -29,7 +30,7 @@ from driftline.streams.dataset import (
     probe_rows,
 )
 from driftline.streams.images import Files, ImageSet, image_folder, still_packed
-from driftline.streams.natural import SETTINGS, STAND_INS
+from driftline.streams.natural import SETTINGS, STAND_INS, as_stand_ins
 from driftline.streams.orders import Domain
 
 
@@ -73,9 +74,7 @@ class ReleasedCorruptions(ShiftData):
         """As they are; embedded ones as the stand-ins of the domains."""
         if self.data_root is not None:
             return super().alike(base, domains)
-        kinds = self._stand_ins(domains)
-        sets = corrupted(base, list(dict.fromkeys(kinds.values())), "memory", **SETTINGS)
-        return {d: sets[kind] for d, kind in kinds.items()}
+        return as_stand_ins(base, self._stand_ins(domains))
 
     def sources(self, domains: list[Domain]) -> Sources:
         if self.data_root is None:
@@ -89,32 +88,20 @@ class ReleasedCorruptions(ShiftData):
         rows = chosen(first.names, self.image_list, self.order_seed, first.root)
         rows = rows[: count_of(self.images, len(rows))]
         probe, source = probe_rows(len(first.names), rows, self)
-        clean = self.clean(root)
-        used = {Path(first.names[row]).stem for row in np.union1d(rows, probe)}
-        outside = [
-            i for i, n in enumerate(clean.names if clean else []) if Path(n).stem not in used
-        ]
-        return Sources(
-            sets=sets,
-            rows=dict.fromkeys(domains, rows),
-            probe=dict.fromkeys(domains, probe),
-            probe_sets=sets,
-            clean=cropped(clean) if clean else None,
-            held_out=np.asarray(outside, np.int64),
-            notes={
+        clean = imagenet_beside(root)
+        return Sources.aligned(
+            sets,
+            rows,
+            probe,
+            cropped(clean) if clean else None,
+            outside(clean, [first.names[i] for i in np.union1d(rows, probe)]),
+            {
                 "corruptions": "released files",
                 "image_list": self.image_list,
                 "probe_from": source,
                 "clean": "validation images" if clean else "none",
             },
         )
-
-    def clean(self, root: Path) -> Files | None:
-        """The validation images, where they lie beside the set."""
-        try:
-            return imagenet_clean(root)
-        except UserError:
-            return None
 
     def places(self, root: Path, domains: list[Domain]) -> dict[Domain, Path]:
         """The folder of each domain.

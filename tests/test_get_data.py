@@ -14,7 +14,7 @@ from test_downloads import BIRDS, md5
 from driftline.core.errors import UserError
 from driftline.core.paths import CONF
 from driftline.streams.corrupted import frost_source
-from driftline.streams.data import cifar10_c, imagenet, imagenet_c
+from driftline.streams.data import cifar10, cifar10_c, imagenet, imagenet_c
 from driftline.streams.dataset import About, about, named
 from driftline.streams.downloads import STATE, Download, Published, escapes
 from driftline.streams.images import Arrays
@@ -72,7 +72,7 @@ def test_errors_know_what_is_there_and_where_the_rest_is(
         cifar10_c.cifar_c(tmp_path / "none", "cifar10", ["fog"], [5])
     assert "clean images" not in str(error.value)
     clean = Arrays(np.zeros((3, 32, 32, 3), np.uint8), np.zeros(3), ["a"])
-    monkeypatch.setattr(cifar10_c, "cifar", lambda root, which, *, train: clean)
+    monkeypatch.setattr(cifar10, "cifar", lambda root, which, *, train: clean)
     way = "3 clean images are in .*none: scenario.corrupt=on_the_fly makes"
     with pytest.raises(UserError, match=way):
         cifar10_c.cifar_c(tmp_path / "none", "cifar10", ["fog"], [5])

@@ -6,16 +6,17 @@ python tools/data_table.py --check    # exit status 1 if the block is out of dat
 
 from __future__ import annotations
 
-import argparse
 import sys
 from html import escape
 from pathlib import Path
 
-from driftline.core.files import write_text
+import blocks
+
 from driftline.streams.dataset import About, about, named
 from driftline.streams.downloads import Download
 
-PAGE = Path(__file__).parents[1] / "docs" / "data.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "data.md"
 BEGIN = "<!-- data sets: made by tools/data_table.py -->"
 END = "<!-- end of data sets -->"
 
@@ -69,34 +70,9 @@ def markdown() -> str:
 
 
 def filled(text: str) -> str:
-    """The page with a fresh block.
-
-    Raises:
-        ValueError: if it lacks the markers.
-    """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page needs the lines {BEGIN!r} and {END!r}")
-    return f"{head}{BEGIN}\n{markdown()}\n{END}{tail}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    args = parser.parse_args()
-    text = PAGE.read_text()
-    fresh = filled(text)
-    if fresh == text:
-        return 0
-    if args.check:
-        print("docs/data.md is out of date; run python tools/data_table.py")
-        return 1
-    write_text(PAGE, fresh)
-    return 0
+    """The page with a fresh table, as of `blocks.filled`."""
+    return blocks.filled(text, BEGIN, END, markdown())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(blocks.main(__doc__, ROOT, {PAGE: filled}))

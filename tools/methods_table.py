@@ -10,10 +10,12 @@ are counted: cases recorded from a reference implementation (tests/golden), rows
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
+
+import blocks
 
 from driftline.core import papers
 
@@ -89,40 +91,10 @@ def markdown(docs: str) -> str:
 
 
 def filled(text: str, docs: str) -> str:
-    """The page with a fresh block.
-
-    Raises:
-        ValueError: if it lacks the markers.
-    """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page needs the lines {BEGIN!r} and {END!r}")
-    return f"{head}{BEGIN}\n{markdown(docs)}\n{END}{tail}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    args = parser.parse_args()
-    old = []
-    for page, docs in PAGES.items():
-        text = page.read_text()
-        fresh = filled(text, docs)
-        if fresh == text:
-            continue
-        old.append(page.relative_to(ROOT).as_posix())
-        if not args.check:
-            part = page.with_name(page.name + ".tmp")
-            part.write_text(fresh)
-            part.replace(page)
-    if args.check and old:
-        print(f"out of date: {', '.join(old)}; run python tools/methods_table.py")
-        return 1
-    return 0
+    """The page with a fresh table, as of `blocks.filled`; `docs` is the path to docs/ from it."""
+    return blocks.filled(text, BEGIN, END, markdown(docs))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    pages = {page: partial(filled, docs=docs) for page, docs in PAGES.items()}
+    sys.exit(blocks.main(__doc__, ROOT, pages))

@@ -108,6 +108,14 @@ def cifar(root: Path, which: Cifar, *, train: bool) -> Arrays:
     return Arrays(pixels.transpose(0, 2, 3, 1), np.asarray(labels), list(names))
 
 
+def cifar_beside(root: Path, which: Cifar) -> Arrays | None:
+    """The test images, for sets that come without them; None where there are none."""
+    try:
+        return cifar(root, which, train=False)
+    except UserError:
+        return None
+
+
 def intact(content: bytes, md5: str) -> bool:
     """Whether a file of CIFAR is the published one."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest() == md5

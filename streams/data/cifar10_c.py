@@ -12,7 +12,7 @@ import numpy as np
 from driftline.core.errors import UserError
 from driftline.streams.corrupted import CorruptedData, instead
 from driftline.streams.data.cifar10 import ABOUT as CLEAN
-from driftline.streams.data.cifar10 import Cifar, cifar
+from driftline.streams.data.cifar10 import Cifar, cifar, cifar_beside
 from driftline.streams.dataset import (
     About,
     Clean,
@@ -91,35 +91,22 @@ class Cifar10C(CorruptedData):
     def released(self, root: Path, domains: list[Domain]) -> Sources:
         names, severities = (list(dict.fromkeys(part)) for part in zip(*domains, strict=True))
         sets = cifar_c(root, self.which, names, severities)
-        clean: ImageSet | None
-        try:
-            clean = cifar(root, self.which, train=False)
-        except UserError:
-            clean = None
-        return self._sources(sets, clean, domains)
+        return self._sources(sets, cifar_beside(root, self.which))
 
     def on_the_fly(self, root: Path, domains: list[Domain]) -> Sources:
         clean = cifar(root, self.which, train=False)
-        return self._sources(self.generated(clean, domains), clean, domains)
+        return self._sources(self.generated(clean, domains), clean)
 
-    def _sources(
-        self, sets: dict[Domain, ImageSet], clean: ImageSet | None, domains: list[Domain]
-    ) -> Sources:
-        available = len(sets[domains[0]].labels)
+    def _sources(self, sets: dict[Domain, ImageSet], clean: ImageSet | None) -> Sources:
+        available = len(next(iter(sets.values())).labels)
         rows = np.arange(count_of(self.images, available))
         probe, source = probe_rows(available, rows, self)
-        return Sources(
-            sets=sets,
-            rows=dict.fromkeys(domains, rows),
-            probe=dict.fromkeys(domains, probe),
-            probe_sets=sets,
-            clean=clean,
-            held_out=np.setdiff1d(np.arange(available), np.union1d(rows, probe)),
-            notes={
-                "probe_from": source,
-                "clean": "test images" if clean else f"none found: {self.clean_about.layout}",
-            },
-        )
+        notes: dict[str, object] = {
+            "probe_from": source,
+            "clean": "test images" if clean else f"none found: {self.clean_about.layout}",
+        }
+        held_out = np.setdiff1d(np.arange(available), np.union1d(rows, probe))
+        return Sources.aligned(sets, rows, probe, clean, held_out, notes)
 
     def training(self, folder: Path) -> ImageSet:
         return cifar(folder, self.which, train=True)
@@ -143,11 +130,8 @@ class Cifar10Clean(CleanData):
 
 def clean_instead(root: Path, which: Cifar) -> str:
     """What to set where clean images are there and the corrupted ones are not; else empty."""
-    try:
-        clean = cifar(root, which, train=False)
-    except UserError:
-        return ""
-    return instead(len(clean.labels), root, "scenario.corrupt=on_the_fly")
+    clean = cifar_beside(root, which)
+    return "" if clean is None else instead(len(clean.labels), root, "scenario.corrupt=on_the_fly")
 
 
 def cifar_c(

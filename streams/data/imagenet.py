@@ -161,6 +161,21 @@ def _class_folders(root: Path, split: Literal["train", "val"]) -> Path | None:
     return None
 
 
+def imagenet_beside(root: Path) -> Files | None:
+    """As `imagenet_clean`, for sets that come without these images; None where there are none."""
+    try:
+        return imagenet_clean(root)
+    except UserError:
+        return None
+
+
+def outside(clean: Files | None, used: Sequence[str]) -> np.ndarray:
+    """Rows of the clean images whose file, whatever its folder and suffix, is not a `used` one."""
+    stems = {Path(n).stem for n in used}
+    names = clean.names if clean else []
+    return np.asarray([i for i, n in enumerate(names) if Path(n).stem not in stems], np.int64)
+
+
 def imagenet_train(root: Path) -> Files:
     """Labelled ImageNet training images, `<root>/train/<wnid>/*.JPEG` or class folders in `root`.
 

@@ -18,8 +18,10 @@ from driftline.streams.data.imagenet import (
     chosen,
     crop,
     cropped,
+    imagenet_beside,
     imagenet_clean,
     imagenet_train,
+    outside,
 )
 from driftline.streams.dataset import (
     About,
@@ -120,22 +122,15 @@ class ImageNetC(CorruptedData):
         sets: dict[Domain, ImageSet] = {
             d: Files(folders[d], first.names, first.labels, first.class_names) for d in domains
         }
-        try:
-            clean = imagenet_clean(root)
-        except UserError:
-            clean = None  # the released corruption sets come without clean images
+        clean = imagenet_beside(root)
         rows, probe, notes = self._rows(first.names, first.root)
-        return Sources(
-            sets=self._resized(sets),
-            rows=dict.fromkeys(domains, rows),
-            probe=dict.fromkeys(domains, probe),
-            probe_sets=self._resized(sets),
-            clean=cropped(clean) if clean else None,
-            held_out=_outside(clean, [first.names[i] for i in np.union1d(rows, probe)]),
-            notes={
-                **notes,
-                "clean": "validation images" if clean else f"none found: {CLEAN.layout}",
-            },
+        return Sources.aligned(
+            self._resized(sets),
+            rows,
+            probe,
+            cropped(clean) if clean else None,
+            outside(clean, [first.names[i] for i in np.union1d(rows, probe)]),
+            {**notes, "clean": "validation images" if clean else f"none found: {CLEAN.layout}"},
         )
 
     def on_the_fly(self, root: Path, domains: list[Domain]) -> Sources:
@@ -149,15 +144,9 @@ class ImageNetC(CorruptedData):
         clean = cropped(files)
         rows, probe, notes = self._rows(files.names, root)
         sets = self._resized(self.generated(clean, domains, self.cache))
-        return Sources(
-            sets=sets,
-            rows=dict.fromkeys(domains, rows),
-            probe=dict.fromkeys(domains, probe),
-            probe_sets=sets,
-            clean=clean,
-            held_out=np.setdiff1d(np.arange(len(files.labels)), np.union1d(rows, probe)),
-            notes={**notes, "jpeg_quality": self.jpeg_quality},
-        )
+        held_out = np.setdiff1d(np.arange(len(files.labels)), np.union1d(rows, probe))
+        noted = {**notes, "jpeg_quality": self.jpeg_quality}
+        return Sources.aligned(sets, rows, probe, clean, held_out, noted)
 
     def _rows(
         self, names: Sequence[str], root: Path
@@ -200,21 +189,13 @@ class ImageNetClean(CleanData):
         return cropped(imagenet_train(folder))
 
 
-def _outside(clean: Files | None, used: Sequence[str]) -> np.ndarray:
-    """Rows of the clean images whose file is not among the `used` ones."""
-    stems = {Path(n).stem for n in used}
-    names = clean.names if clean else []
-    return np.asarray([i for i, n in enumerate(names) if Path(n).stem not in stems], np.int64)
-
-
 GROUPS = ("noise", "blur", "weather", "digital", "extra")  # how the archives are grouped
 
 
 def clean_instead(root: Path) -> str:
     """What to set where clean images are there and the corrupted ones are not; else empty."""
-    try:
-        files = imagenet_clean(root)
-    except UserError:
+    files = imagenet_beside(root)
+    if files is None:
         return ""
     try:
         chosen(files.names, "published", 0, root)
