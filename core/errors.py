@@ -94,6 +94,8 @@ def _number(error: BaseException, advice: Mapping[int, str]) -> int | None:
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if isinstance(error, SystemError) and limited:  # a MemoryError that found no memory for itself
         return errno.ENOMEM
+    if limited and re.match(r"could not (create|execute) a", str(error)):  # oneDNN, of any failure
+        return errno.ENOMEM
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in advice else None
     if isinstance(error, UserError):
