@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PACKAGES := analysis backbones cl core kernels parts runs streams tta
 
-.PHONY: demo test test-oldest check audit docs setup clean
+.PHONY: demo test test-oldest check audit docs release-check setup clean
 
 demo: $(READY)
 	$(BIN)/python run.py strategy=cotta scenario=imagenet_c
@@ -39,6 +39,14 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	$(BIN)/python -m mkdocs build --strict
 	@echo "open site/index.html"
+
+# Wheel and sdist in dist/, and what has to hold before they are published: see CONTRIBUTING.md.
+release-check: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist . > /dev/null
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tools/release_check.py dist
 
 setup: $(READY)
 

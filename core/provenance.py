@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
 import importlib.util
 import platform
 import subprocess
+import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -118,6 +120,18 @@ def _imports(path: Path, module: str) -> Iterator[str]:
 
 def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+@cache
+def version() -> str:
+    """The release: that of pyproject.toml in a checkout, else of the installed package."""
+    settings = ROOT / "pyproject.toml"
+    if settings.is_file() and (ROOT / "run.py").is_file():
+        return str(tomllib.loads(settings.read_text())["project"]["version"])
+    try:
+        return importlib.metadata.version("driftline")
+    except importlib.metadata.PackageNotFoundError:  # a copied folder
+        return "unknown"
 
 
 # ------------------------------------------------------------------------------ git

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from driftline.core import distributed
 from driftline.core.files import Damaged, append, checksum_of, write_record, write_text
+from driftline.core.provenance import version
 from driftline.core.sinks import TABLES
 
 PENDING = 1000  # rows that wait to be written, at most
@@ -41,6 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             packages[name] = None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "driftline": version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,

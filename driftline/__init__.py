@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from driftline.runs.library import load_runs, make, run
 
-__all__ = ["load_runs", "make", "run"]
+    __version__: str
+
+__all__ = ["__version__", "load_runs", "make", "run"]
 
 _checkout = Path(__file__).resolve().parents[1]
 if (_checkout / "run.py").is_file():
@@ -29,6 +31,10 @@ if (_checkout / "run.py").is_file():
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'driftline' has no attribute {name!r}")
+    if name == "__version__":
+        from driftline.core.provenance import version
+
+        return version()
     from driftline.runs import library
 
     return getattr(library, name)

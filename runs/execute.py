@@ -134,7 +134,8 @@ def _find_or_run(
                 console.say(note)
         if finished is not None:
             console.say(result_table(finished))
-            return finished
+            here = {"folder": str(folder)}  # results may have been moved
+            return {**finished, "run": {**finished["run"], **here}}
         execute = partial(
             _execute, cfg, stream, geometry, device, folder, key, code, overrides, console
         )
