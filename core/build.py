@@ -119,13 +119,26 @@ def check_call(
     check_options(options, kinds, required, at=at, of=of, live=live)
 
 
-def options_of(target: Any, options: Mapping[str, Any], *, at: str = "") -> set[str]:
-    """Names of all options of a target, those of its flat parts among them.
+def options_of(
+    target: Any, options: Mapping[str, Any], *, at: str = "", live: Collection[str] = ()
+) -> dict[str, Any]:
+    """All options of a target by name, those of its flat parts among them, and what each may be.
 
     Args:
         options: of its node, which may choose the class of a part.
+        live: parameters that are no options.
     """
-    return set(_kinds(target, options, at, ())[0])
+    return _kinds(target, options, at, live)[0]
+
+
+def unread(kind: Any) -> set[str]:
+    """Options of a nested node that its owner does not read (`core.ranges.Without`)."""
+    return {name for rule in _rules(kind) if isinstance(rule, Without) for name in rule.names}
+
+
+def later(kind: Any) -> tuple[str, ...]:
+    """Names of the arguments that the owner of an option gives when it calls it."""
+    return next((rule.names for rule in _rules(kind) if isinstance(rule, Later)), ())
 
 
 def _kinds(
@@ -230,7 +243,7 @@ def check_value(value: Any, kind: Any, *, at: str, live: Collection[str] = ()) -
         UserError: what is allowed at `at`, what was found, and the nearest allowed word.
     """
     options = [bare(one)[0] for one in alternatives(kind)]
-    if names := _later(kind):
+    if names := later(kind):
         if not isinstance(value, dict) or "_target_" not in value:
             raise UserError(f"{at} must be settings with a {at}._target_, got {value!r}")
         check(value, at=at, live=names)
@@ -270,11 +283,6 @@ def _check_unread(node: Mapping[str, Any], kind: Any, *, at: str) -> None:
         for name in rule.names if isinstance(rule, Without) else ():
             if (value := node.get(name)) and value != parameters[name].default:
                 raise UserError(f"{at}.{name}={value!r} would do nothing: {rule.why}")
-
-
-def _later(kind: Any) -> tuple[str, ...]:
-    """Names of the arguments that the owner of an option gives when it calls it."""
-    return next((rule.names for rule in _rules(kind) if isinstance(rule, Later)), ())
 
 
 def _rules(kind: Any) -> list[Any]:
@@ -341,7 +349,7 @@ def _bound(
     options = {k: v for k, v in options.items() if k in names and k not in flat}
     for key, value in options.items():
         kind, _ = bare(hints.get(key, Any))
-        if _later(hints.get(key, Any)):
+        if later(hints.get(key, Any)):
             options[key] = _call(value, f"{at}.{key}", {})
         elif isinstance(value, dict) and "_target_" in value:
             options[key] = build(value, at=f"{at}.{key}", **live)

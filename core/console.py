@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -48,6 +51,31 @@ class Console:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def program(main: Callable[[], int | None]) -> int:
+    """`main()` of a command whose reader may leave early, as `| head` does; its exit status.
+
+    The command then ends without a word, with the status of one that SIGPIPE has ended. A run goes
+    on from its last saved state with the same command.
+    """
+    try:
+        try:
+            return main() or 0
+        finally:  # argparse leaves by SystemExit
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not reader_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at the end of the process
+        return 128 + signal.SIGPIPE
+
+
+def reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

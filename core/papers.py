@@ -20,16 +20,19 @@ one replaces an earlier one. A recipe is its blocks and its own keys. A recipe n
 strategy and the scenario (recipe=mos/split_cifar100) is taken by itself (conf/config.yaml).
 
 Hydra reads the tables through `PaperSource`, once `register` was called. `PaperPath` puts it on the
-search path, for --help too, which knows no configuration; `hydra.searchpath` in conf/config.yaml
-repeats it, so that composing without `register` is an error and not a run without its recipe.
+search path where no configuration is read (glob(...) in a sweep); `hydra.searchpath` in
+conf/config.yaml repeats it, so that composing without `register` is an error and not a run without
+its recipe.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
@@ -37,7 +40,6 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF, PAPERS
@@ -99,7 +101,7 @@ def table(paper: str) -> dict[str, Any]:
 def _read(path: Path, _changed: int) -> dict[str, Any]:
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a table has the keys {', '.join(sorted(KEYS))}")
@@ -191,12 +193,20 @@ def option(group: str, name: str) -> dict[str, Any]:
 
 
 @cache
+def published() -> dict[str, Facts]:
+    """docs/methods.yaml: what is behind strategies, by name."""
+    with open(FACTS) as file:
+        known: Any = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return known
+
+
+@cache
 def facts() -> dict[str, Facts]:
     """What docs/methods.yaml says of every option of conf/strategy: title, year, code ...
 
     Each has its `kind`, TTA or CL; TTA comes first.
     """
-    known: Any = OmegaConf.to_container(OmegaConf.load(FACTS))
+    known = deepcopy(published())
     strategies = {path.stem: OmegaConf.load(path) for path in (CONF / "strategy").glob("*.yaml")}
     for name in sorted(set(strategies) - set(known)):
         known[name] = dict(UNKNOWN)

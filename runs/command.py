@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -26,9 +27,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from driftline.core import papers
+from driftline.core.console import program
 from driftline.core.errors import UserError, shortage, suggest
 from driftline.core.paths import CONF, add_resolver
 from driftline.core.torchrun import requested, speaks
+from driftline.runs import help
 
 ADAPTER = "adapter@strategy.adapter"  # what adapter=... stands for
 OPEN = re.compile(r"strategy\.(\w+\.)*optim\.(rates|factors|later)(\.\w+)?=")
@@ -356,6 +359,30 @@ def _keys() -> list[str]:
     return keys
 
 
+def composed(words: list[str], *, choices: bool = False) -> DictConfig:
+    """The configuration that settings stand for, without anything that is computed.
+
+    Args:
+        choices: with Hydra's own node, whose `runtime.choices` say which option each group has.
+
+    Raises:
+        UserError: for settings that do not exist or cannot be read.
+    """
+    from hydra import compose, initialize_config_dir
+
+    add_resolver()
+    papers.register()
+    if trouble := check_words(words):
+        raise UserError(trouble)
+    own = [f"file://{folder.resolve()}" for folder in config_folders()[1:]]
+    more = [f"hydra.searchpath=[papers://,{','.join(own)}]"] if own else []
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            return compose("config", [*spelled_out(words), *more], return_hydra_config=choices)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+
+
 def spelled_out(words: list[str]) -> list[str]:
     """Words as Hydra takes them.
 
@@ -414,13 +441,26 @@ def check_launcher(words: list[str]) -> str | None:
 
 
 def main() -> int:
+    """A command with all its words, as an exit status; what a script or an entry point calls."""
+    return program(_main)
+
+
+def _main() -> int:
     """Run and turn every expected failure into one message and an exit status."""
     add_resolver()
     papers.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function as they are
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for a _target_ of the user's own, as `python -m` does it
-    sys.argv[1:] = flags_first(sys.argv[1:])
+    words = sys.argv[1:]
+    if {"--help", "-h"} & set(words):
+        print(help.text(config_folders()))
+        return 0
+    if words[:1] == ["explain"]:
+        from driftline.runs.explain import explained
+
+        return _answered(lambda: explained(words[1:]))
+    sys.argv[1:] = flags_first(words)
     try:
         trouble = check_words(sys.argv[1:]) or check_launcher(sys.argv[1:])
     except UserError as error:  # a table of papers/ that cannot be read
@@ -441,9 +481,20 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # before the run itself, which says what it lacks
-        if not (text := shortage(error)):
+        if isinstance(error, BrokenPipeError) or not (text := shortage(error)):
             raise
         print(f"error: {text}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _answered(answer: Callable[[], Iterable[str]]) -> int:
+    """Print line by line; an error that the user can mend is the last one."""
+    try:
+        for line in answer():
+            print(line)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

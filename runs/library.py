@@ -6,19 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.core import papers
 from driftline.core.errors import UserError, suggest
-from driftline.core.paths import CONF, add_resolver
 from driftline.core.strategy import Strategy, TTAStrategy
 from driftline.core.stream import OF_STREAMS
-from driftline.runs.command import check_words, explain, spelled_out
+from driftline.runs.command import composed
 from driftline.runs.compose import build_strategy
 from driftline.runs.execute import run_experiment
 from driftline.runs.schema import check_around
@@ -64,7 +59,7 @@ def make(
     names = [rules] if isinstance(rules, str) else list(rules)
     node = settings(strategy, **options)
     words = [f"strategy={strategy}", f"around=[{','.join(names)}]"]
-    around = _composed(words).around if names else OmegaConf.create({})
+    around = composed(words).around if names else OmegaConf.create({})
     plain: Any = [OmegaConf.to_container(part) for part in (around, node)]
     check_around(*plain)
     backbone = net if isinstance(net, Backbone) else Backbone(net.eval(), mean=mean, std=std)
@@ -90,7 +85,7 @@ def settings(strategy: str, **options: Any) -> DictConfig:
     words = [f"strategy={strategy}"]
     if isinstance(options.get("adapter"), str):
         words.append(f"adapter={options.pop('adapter')}")
-    node = _composed(words).strategy
+    node = composed(words).strategy
     OmegaConf.set_struct(node, False)  # rates of groups have names of their own
     places = _places(node)
     for key, value in options.items():
@@ -127,19 +122,7 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: for anything that the settings are wrong in.
     """
-    return run_experiment(_composed(words), list(words))
-
-
-def _composed(words: Sequence[str]) -> DictConfig:
-    add_resolver()
-    papers.register()
-    if trouble := check_words(list(words)):
-        raise UserError(trouble)
-    try:
-        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            return compose("config", spelled_out(list(words)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+    return run_experiment(composed(list(words)), list(words))
 
 
 def load_runs(*roots: str | Path) -> pandas.DataFrame:

@@ -28,6 +28,7 @@ from torch import Tensor
 from driftline.backbones.backbone import Backbone, weights_hash
 from driftline.core import papers
 from driftline.core.build import build, build_part
+from driftline.core.console import program
 from driftline.core.errors import UserError
 from driftline.core.files import write_text
 from driftline.core.seed import derive
@@ -218,6 +219,6 @@ def read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(program(main))
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -28,6 +28,7 @@ from urllib.parse import urlparse
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from driftline.core.console import program
 from driftline.core.errors import UserError
 from driftline.core.installation import FIX_TORCHVISION, torchvision_problem
 from driftline.core.paths import expand_paths
@@ -639,4 +640,4 @@ def _end(report: Report) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from driftline.core.console import program
 from driftline.core.errors import UserError
 from driftline.core.files import replacing, write_bytes, write_json, write_text
 from driftline.core.processes import Lock
@@ -379,7 +380,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(program(main))
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from driftline.core.console import program
 from driftline.core.errors import UserError, scarce, shortage, suggest
 from driftline.core.paths import CONF
 from driftline.streams.dataset import About, about, named
@@ -130,7 +131,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(program(main))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -23,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+from driftline.core.console import program
 from driftline.core.paths import results_folder
 from driftline.core.processes import end_with_parent
 from driftline.runs.command import as_sweeps
@@ -194,4 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

@@ -22,6 +22,7 @@ import pandas as pd
 from driftline.analysis import load_runs, notes, select
 from driftline.analysis.runs import AVERAGE
 from driftline.analysis.tables import by_place, markdown, quoted, tables_of, with_intransigence
+from driftline.core.console import program
 from driftline.core.errors import UserError
 from driftline.core.files import write_text
 
@@ -57,4 +58,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

@@ -29,7 +29,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from driftline.core import papers
-from driftline.core.console import table
+from driftline.core.console import program, table
 from driftline.core.errors import suggest
 from driftline.core.files import Damaged, read_record
 from driftline.core.paths import CONF, results_folder
@@ -231,4 +231,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

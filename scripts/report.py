@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:
 from driftline.analysis import tables as tab
 from driftline.analysis.page import Picture, Section, page
 from driftline.analysis.runs import AVERAGE, named
+from driftline.core.console import program
 from driftline.core.errors import UserError, suggest
 from driftline.core.files import write_bytes, write_text
 
@@ -139,4 +140,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from driftline.core.console import program
+
 
 def unsynced(root: Path) -> list[Path]:
     """Folders of offline runs without the mark that an upload leaves beside the data."""
@@ -41,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

@@ -36,7 +36,7 @@ from hydra.core.override_parser.types import IntervalSweep, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from driftline.core.console import table
+from driftline.core.console import program, table
 from driftline.core.errors import UserError
 from driftline.core.files import read_record, write_json, write_text
 from driftline.core.paths import results_folder
@@ -323,4 +323,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

@@ -91,7 +91,7 @@ def test_a_preset_is_complete_and_its_figures_have_sources(configure, preset):
     assert {k for k in cfg.strategy if k not in ("_target_", "name")} == set(
         inspect.signature(kind).parameters
     ) - LIVE
-    scenario = options_of(locate(cfg.scenario._target_), cfg.scenario)
+    scenario = set(options_of(locate(cfg.scenario._target_), cfg.scenario))
     assert set(cfg.scenario) - {"_target_", "name", "backbones", "real", "embedded"} <= scenario
 
     assert (CONF / "scenario" / f"{cfg.scenario.name}.yaml").is_file()
@@ -195,15 +195,10 @@ def test_a_user_error_is_one_line_and_status_2(tmp_path):
 def test_configuration_is_shown_without_importing_torch():
     done = cli("strategy=cotta", "--cfg", "job")
     assert done.returncode == 0 and "restore_prob" in done.stdout
-    code = "import sys, run; sys.argv = ['run.py', '--help']; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, run; sys.argv[1:] = ['--help']; run.main(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def test_help_lists_every_strategy():
-    text = cli("--help").stdout
-    for name in STRATEGIES:
-        assert name in text
-    assert len(text.splitlines()) < 20 + 2 * len(papers.papers())  # rows and recipes of each
 
 
 ALLOWED = {  # package -> packages of ours that it may import

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HANG, ROOT, python
+from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -156,13 +155,3 @@ def test_rows_are_looked_up_among_all_tables(write):
         assert text is not None and text.startswith(f"{word}: no such option"), text
     text = command.check_words(["experiment=mine/slo"])
     assert text is not None and "did you mean 'mine/slow'?" in text
-
-
-@pytest.mark.slow
-def test_the_tables_are_listed_by_help():
-    command = [python(), "run.py", "--help"]
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG).stdout
-    for paper in papers.papers():
-        for group in papers.GROUPS:
-            if names := papers.names(group, paper):
-                assert f"{group}/{paper}: {', '.join(sorted(names))}" in text

@@ -547,7 +547,7 @@ def test_scenarios_build_without_unknown_options(configure):
     live = {"data_root", "on_error", "cache", "workers", "seed", "geometry", "store"}
     for path in sorted((ROOT / "conf" / "scenario").glob("*.yaml")):
         node = complete(configure(f"scenario={path.stem}")).scenario
-        options = options_of(locate(node._target_), node)
+        options = set(options_of(locate(node._target_), node))
         assert set(OmegaConf.to_container(node)) - {"_target_", "name"} == options - live, path
 
 
