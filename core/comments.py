@@ -49,6 +49,13 @@ def comments(path: Path) -> dict[str, str]:
     return texts
 
 
+@cache
+def settings(path: Path) -> frozenset[str]:
+    """The dotted keys of a file."""
+    root = yaml.compose(path.read_text(), yaml.SafeLoader)
+    return frozenset(name for name, _, _ in _pairs(root))
+
+
 def _above(lines: list[str], start: int, line: int) -> list[str]:
     """The comment lines from `start` on that end right above a line, without their marks."""
     words: list[str] = []

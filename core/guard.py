@@ -175,6 +175,15 @@ class Guard:
         known = {"answered": self._answered, "first": dict(self._first)}
         return {"answer": self.answer, **self._counts, **known}
 
+    def warnings(self) -> list[str]:
+        """What has been noticed so far, in a few words each; does not wait for a device."""
+        windows = {"collapse": f"collapse in {self._counts['collapse']} of {self._windows} windows"}
+        return [
+            windows.get(kind, f"bad {kind} in {count:,} batches")
+            for kind, count in self._counts.items()
+            if count
+        ]
+
     def collapse(self) -> dict[str, float]:
         """`collapse`, the share of the windows of predictions that fell in few classes; or {}."""
         self._look()

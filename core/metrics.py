@@ -283,6 +283,13 @@ class OnlineError:
             self._flags[2] += distinct <= 2
         return counts[1].sum()
 
+    def error(self) -> float:
+        """Error over all images so far, percent; NaN without one."""
+        if not self._counts:
+            return math.nan
+        images, wrong = torch.stack([*self._counts.values()]).sum((0, 2)).tolist()
+        return 100 * wrong / images if images else math.nan
+
     def segment(self, i: int) -> dict[str, float]:
         """`err` in percent (NaN without images) and `n` images of segment `i`."""
         n, wrong = self._counts[i].sum(1).tolist() if i in self._counts else (0, 0)

@@ -174,7 +174,19 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
             f"task once: {type(strategy).__name__} does {strategy.epochs} times with these settings"
         )
     steps = sum(t.steps * strategy.epochs for t in stream.tasks)
-    run.console.start(steps, costs.steps, type(strategy).__name__)
+    now_at: dict[str, Any] = {"where": "", "logged": {}}
+    learned = matrix.summary(forgetting=run.forgetting)
+
+    def so_far() -> str:
+        """Where the run stands: task, loss of the last batch, accuracy on the tasks seen."""
+        words = [now_at["where"]]
+        if (loss := now_at["logged"].get("loss")) is not None:
+            words.append(f"loss {float(loss):.3g}")
+        if "acc_last" in learned:
+            words.append(f"accuracy {learned['acc_last']:.1f} %")
+        return ", ".join([*words, *guard.warnings()])
+
+    run.console.start(steps, costs.steps, type(strategy).__name__, so_far)
     done = sum(t.steps for t in stream.tasks[: at["task"]]) + at["step"]
     future = _later_batches(stream, done + ahead.shift) if ahead else iter(())
 
@@ -217,7 +229,8 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
             if at["step"] == 0:
                 strategy.begin_epoch(task, epoch)
             for step, batch in enumerate(strategy.batches(task, epoch, at["step"]), at["step"]):
-                run.console.advance()
+                now_at["where"] = f"task {task.index + 1}/{len(stream.tasks)}"
+                run.console.advance(0 if batch is None else len(batch.y))
                 later = next(future, None)
                 if ahead and later is not None:
                     ahead.update(strategy.predict(later.x.to(run.device)), later.y.to(run.device))
@@ -227,6 +240,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
                 where = {"task": task.index, "epoch": epoch, "step": step}
                 with costs.step(len(batch.y)):
                     logged = guard.observe(batch, f"task {task.name}, epoch {epoch}, batch {step}")
+                now_at["logged"] = logged
                 measured = {"n": len(batch.y), "seconds": costs.seconds, **guard.row}
                 run.log.log("batches", **where, **measured, **logged)
                 where["step"] += 1
@@ -240,8 +254,8 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
         per_class.accuracy = score(stream.tasks[: task.index + 1], task.index, task.name)
         if task.index + 1 in known:
             score([stream.tasks[task.index + 1]], task.index, task.name)
-        now = matrix.summary(forgetting=run.forgetting)
-        row = {k: now[k] for k in ("acc_last", "acc_inc", "forgetting") if k in now}
+        learned = matrix.summary(forgetting=run.forgetting)
+        row = {k: learned[k] for k in ("acc_last", "acc_inc", "forgetting") if k in learned}
         run.log.log("experiences", index=task.index, name=task.name, **row)
         text = "  ".join(f"{k} {v:.2f} %" for k, v in row.items())
         run.console.say(f"task {task.index + 1}/{len(stream.tasks)} ({task.name}): {text}")
@@ -405,7 +419,15 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         score_adapting(-1)
     reset_peak_memory(run.device)
     total = sum(s.steps for s in stream.segments)
-    run.console.start(total, costs.steps, type(strategy.method).__name__)
+
+    def so_far() -> str:
+        """Where the run stands: error so far, and what the guard has noticed."""
+        error = online.error()
+        return ", ".join(
+            [*([] if math.isnan(error) else [f"error {error:.1f} %"]), *guard.warnings()]
+        )
+
+    run.console.start(total, costs.steps, type(strategy.method).__name__, so_far)
     clock, estimates, cold = run.clock, run.estimates, True
 
     for segment in stream.segments[at["segment"] :]:
@@ -413,7 +435,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         if at["batch"] == 0:
             strategy.begin_segment()
         for i, batch in enumerate(segment.batches(at["batch"]), at["batch"]):
-            run.console.advance()
+            run.console.advance(0 if batch is None else len(batch.y))
             if batch is None:
                 continue
             batch = batch.to(run.device)

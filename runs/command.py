@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from driftline.core import papers
+from driftline.core.comments import settings
 from driftline.core.console import program
 from driftline.core.errors import UserError, shortage, suggest
 from driftline.core.paths import CONF, add_resolver
@@ -280,8 +281,13 @@ def flags_first(words: list[str]) -> list[str]:
     return flags + settings
 
 
-def explain(error: BaseException) -> str:
-    """A Hydra or OmegaConf error in one short message, with the nearest valid name."""
+def explain(error: BaseException, words: list[str] | None = None) -> str:
+    """A Hydra or OmegaConf error in one short message, with the nearest valid name.
+
+    Args:
+        words: settings that were composed; None: those of the command line.
+    """
+    words = sys.argv[1:] if words is None else words
     text = str(error)
     if key := getattr(error, "full_key", None):
         return f"{key}: {text.splitlines()[0]}"
@@ -305,11 +311,12 @@ def explain(error: BaseException) -> str:
         if (group := key.partition(".")[0]) in ("time", "estimate"):
             chosen = " or ".join(f"{group}={name}" for name in _options(group))
             return f"{key}: choose {chosen} first"
-        if key.startswith("backbone.") and not any(w.startswith("backbone=") for w in sys.argv):
+        if key.startswith("backbone.") and not any(w.startswith("backbone=") for w in words):
             return f"{key}: backbone=auto has no settings; name one first, such as backbone=timm"
-        keys = _keys()
+        keys = _keys(words)
         above = [k for k in keys if key.startswith(f"{k}.")]  # of these, none was meant
-        near = _rule(key) or _nearest(key, [k for k in keys if k not in above])
+        others = [k for k in keys if k not in above]
+        near = _rule(key) or _elsewhere(key, others, words) or _nearest(key, others)
         return f"{key}: no such setting{near}\nall settings: the same command with --cfg job"
     if text.startswith("Cannot find primary config"):
         return text.splitlines()[0]
@@ -332,13 +339,35 @@ def _with_adapters() -> list[Path]:
     return [p for p in files if p in own or any(line in p.read_text() for line in built_on)]
 
 
-def _keys() -> list[str]:
+def _elsewhere(key: str, keys: list[str], words: list[str]) -> str:
+    """Which other options of the group have this setting, if the chosen one has none like it."""
+    group, _, rest = key.partition(".")
+    last = rest.rpartition(".")[2]
+    if group not in ("scenario", "strategy", "backbone"):
+        return ""
+    if any(k.startswith(f"{group}.") and k.endswith(f".{last}") for k in keys):
+        return ""
+    folders = config_folders()
+    have = [
+        name
+        for name, _ in help.options(group, folders)
+        if any(rest in settings(path) for path in help.chain(group, name, folders))
+    ]
+    if not have:
+        return ""
+    chosen = [w.partition("=")[2] for w in words if w.startswith(f"{group}=")]
+    mine = f"{group}={chosen[-1]}" if chosen else f"the {group} of this run"
+    more = f" and {len(have) - 5} more" if len(have) > 6 else ""
+    return f"; {mine} has none, {', '.join(have[: 5 if more else 6])}{more} have it"
+
+
+def _keys(words: list[str]) -> list[str]:
     """Every dotted key of the configuration as typed, without the overrides that failed."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     groups = _groups()
-    chosen = [a for a in sys.argv[1:] if a.split("=")[0] in groups and "," not in a]
+    chosen = [a for a in words if a.split("=")[0] in groups and "," not in a]
     keys: list[str] = [*groups, "hydra/launcher"]
     for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
         keys += [f"hydra.launcher.{k}" for k in OmegaConf.load(path)]
@@ -380,7 +409,7 @@ def composed(words: list[str], *, choices: bool = False) -> DictConfig:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
             return compose("config", [*spelled_out(words), *more], return_hydra_config=choices)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, words)) from error
 
 
 def spelled_out(words: list[str]) -> list[str]:

@@ -123,7 +123,7 @@ def _title(group: str, options: Mapping[str, Any], cfg: DictConfig) -> Iterator[
     option = options.get("adapter@strategy.adapter" if group == "adapter" else group)
     names = option if isinstance(option, list) else [option]
     for name in names if option else ():
-        path = _file(group, name)
+        path = help.file_of(group, name, command.config_folders())
         yield f"\n{group}={name}"
         yield from _wrapped(head(path) if path else [], "  ")
     if group == "backbone" and cfg.backbone.get("name") == "auto":
@@ -240,25 +240,9 @@ def _sources(options: Mapping[str, Any]) -> list[Source]:
         group, _, node = choice.partition("@")
         for name in names if isinstance(names, list) else [names]:
             if name and not group.startswith("hydra") and group not in papers.GROUPS:
-                found += _chain(group, str(name), node or group)
+                files = help.chain(group, str(name), command.config_folders())
+                found += [Source(path, node or group) for path in files]
     return found
-
-
-def _chain(group: str, name: str, node: str) -> Iterator[Source]:
-    """The file of an option and those that it includes at the same place."""
-    path = _file(group, name)
-    if path is None:
-        return
-    yield Source(path, node)
-    content: Any = OmegaConf.load(path)
-    for entry in content.get("defaults", ()):
-        if isinstance(entry, str) and entry != "_self_":
-            yield from _chain(group, entry.removesuffix("@_here_"), node)
-
-
-def _file(group: str, name: str) -> Path | None:
-    paths = (folder / group / f"{name}.yaml" for folder in command.config_folders())
-    return next((path for path in paths if path.is_file()), None)
 
 
 def _given(typed: list[str], options: Mapping[str, Any]) -> dict[str, str]:

@@ -78,19 +78,41 @@ def options(group: str, folders: Sequence[Path]) -> Iterator[tuple[str, Path]]:
                 files.setdefault(name, path)
     if group in ("strategy", "scenario"):
         for tasks in (False, True):
-            yield from ((n, p) for n, p in files.items() if _of_tasks(p) == tasks)
+            yield from (
+                (name, path)
+                for name, path in files.items()
+                if _of_tasks(chain(group, name, folders)) == tasks
+            )
     else:
         yield from files.items()
 
 
-def _of_tasks(path: Path) -> bool:
+def file_of(group: str, name: str, folders: Sequence[Path]) -> Path | None:
+    """The file of an option."""
+    paths = (folder / group / f"{name}.yaml" for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def chain(group: str, name: str, folders: Sequence[Path]) -> Iterator[Path]:
+    """The file of an option, then those that it includes at the same place."""
+    path = file_of(group, name, folders)
+    if path is None:
+        return
+    yield path
+    block = re.search(r"^defaults:\n((?:  .*\n)+)", path.read_text(), re.M)
+    for base in re.findall(
+        r"^  - ([\w/]+)(?:@_here_)?\s*(?:#.*)?$", block[1] if block else "", re.M
+    ):
+        if base != "_self_":
+            yield from chain(group, base, folders)
+
+
+def _of_tasks(files: Iterator[Path]) -> bool:
     """Whether a strategy or scenario is one of continual learning, as its target says."""
-    content = path.read_text()
-    if target := re.search(r"^_target_: (\S+)", content, re.M):
-        return bool(re.search(r"\.(cl|\w+_incremental)\.", target[1]))
-    base = re.search(r"^  - ([\w/]+)", content, re.M)
-    above = path.parent / f"{base[1]}.yaml" if base else path
-    return above != path and above.is_file() and _of_tasks(above)
+    for path in files:
+        if target := re.search(r"^_target_: (\S+)", path.read_text(), re.M):
+            return bool(re.search(r"\.(cl|\w+_incremental)\.", target[1]))
+    return False
 
 
 def _about(group: str, name: str, path: Path) -> str:

@@ -27,6 +27,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from driftline.core.console import duration
 from driftline.core.errors import UserError
 from driftline.core.files import Damaged, read_record, write_record
 from driftline.core.paths import CONF
@@ -35,6 +36,7 @@ from driftline.runs.schema import embedded
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
+ENDED = ("finished", "failed", "killed", "stopped")
 Outcome = dict[str, Any]
 # Our launcher files are laid over the plugins' own of the same name, as intended.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against")
@@ -136,12 +138,16 @@ def run_job(cfg: DictConfig) -> float | None:
         import driftline.runs.execute  # noqa: F401
 
         cfg = _threads(cfg, folder, hydra.launcher)
+        print(place_in_sweep(folder, number, overrides), flush=True)
         note(folder, number, state="running", overrides=overrides)
         with warnings.catch_warnings():
             # Some library's idle thread lives here already; the child does not depend on it.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = multiprocessing.get_context("fork").Process(
-                target=_child, args=(cfg, overrides, folder, number), daemon=False
+                target=_child,
+                args=(cfg, overrides, folder, number),
+                kwargs={"alone": processes(int(hydra.launcher.get("n_jobs") or 1)) == 1},
+                daemon=False,
             )
             child.start()
         assert child.pid is not None
@@ -156,14 +162,37 @@ def run_job(cfg: DictConfig) -> float | None:
     return done.get("value")
 
 
+def place_in_sweep(folder: Path, number: int, overrides: Sequence[str]) -> str:
+    """A line on a run that begins: which one of how many, and how long the sweep may still take.
+
+    The time is what the runs took that have ended since the sweep began, so that it is right for
+    any number of runs at once.
+    """
+    sweep = folder / "sweep.json"
+    if not sweep.exists():  # a sweeper that chooses its runs as it goes
+        return f"sweep, run {number + 1}: {' '.join(overrides)}"
+    runs = json.loads(sweep.read_text())["runs"]
+    ended = [one for n in range(len(runs)) if (one := _noted(folder, n))["state"] in ENDED]
+    fixed = set.intersection(*map(set, runs)) if len(runs) > 1 else set()
+    what = " ".join(word for word in overrides if word not in fixed) or " ".join(overrides)
+    line = f"sweep {number + 1}/{len(runs)}: {what}"
+    if made := sum(not one.get("before") for one in ended):
+        each = (time.time() - sweep.stat().st_mtime) / made
+        line += f", about {duration(each * (len(runs) - len(ended)))} left"
+    return line
+
+
 def typed(words: Any) -> list[str]:
     """The settings of a run (a node of Hydra's) as they were typed, `${...}` in them included."""
     plain: Any = OmegaConf.to_container(words, resolve=False)
     return [str(word) for word in plain]
 
 
-def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> None:
+def _child(
+    cfg: DictConfig, overrides: list[str], folder: Path, number: int, *, alone: bool
+) -> None:
     from driftline.core.checkpoint import Stopped
+    from driftline.core.console import Console, reader_left
     from driftline.runs.execute import run_experiment
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -174,6 +203,7 @@ def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> 
     outcome: Outcome = {"overrides": overrides, "pid": os.getpid()}
     note(folder, number, **outcome, state="running")
     started = time.time()
+    Console.bars = alone
     try:
         summary = run_experiment(cfg, overrides, wait=True)
     except (Stopped, KeyboardInterrupt) as stop:
@@ -181,6 +211,10 @@ def _child(cfg: DictConfig, overrides: list[str], folder: Path, number: int) -> 
         note(folder, number, **outcome, state="stopped", error=f"stopped by {name}, state saved")
         return
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            text = "nobody reads its output any more; it goes on from its last saved state"
+            note(folder, number, **outcome, state="stopped", error=text)
+            return
         text = str(error)
         if not isinstance(error, UserError):
             traceback.print_exc()

@@ -5,7 +5,8 @@
     python scripts/doctor.py strategy=cotta scenario=imagenet_c data.root=/data
 
 With settings, as for `python run.py`, a few batches are run to estimate time and memory; nothing is
-written. Exit status 1 if there is a problem.
+written. What takes long comes last, and all problems are listed once more at the end. Exit status 1
+if there is one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from urllib.parse import urlparse
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from driftline.core.console import program
+from driftline.core.console import duration, program
 from driftline.core.errors import UserError
 from driftline.core.installation import FIX_TORCHVISION, torchvision_problem
 from driftline.core.paths import expand_paths
@@ -52,7 +53,11 @@ class Report:
     """Prints findings as they come and counts the problems."""
 
     def __init__(self) -> None:
-        self.problems = 0
+        self.listed: list[str] = []  # problems with their fixes
+
+    @property
+    def problems(self) -> int:
+        return len(self.listed)
 
     def section(self, title: str) -> None:
         print(f"\n{title}")
@@ -64,7 +69,7 @@ class Report:
         print(f"  note     {text}", flush=True)
 
     def problem(self, text: str, fix: str) -> None:
-        self.problems += 1
+        self.listed.append(f"{text}; fix: {fix}")
         print(f"  PROBLEM  {text}\n           fix: {fix}", flush=True)
 
 
@@ -452,6 +457,8 @@ def _known_weights() -> Iterator[tuple[str, Path | None, str]]:
             local = Path(torch.hub.get_dir(), "checkpoints", file)
             published = Path(file).stem.rpartition("-")[2]
             yield path.stem, local if local.exists() else None, published
+        elif node.get("checkpoint") == "random":
+            continue  # nothing to fetch
         elif "tag" in node and not OmegaConf.is_missing(node, "tag") and node.tag:
             known = timm.get_pretrained_cfg(node.tag, allow_unregistered=False)
             if known is None or not known.hf_hub_id:
@@ -572,10 +579,10 @@ def command(report: Report, cfg: DictConfig) -> None:
         clean = int(cfg.scenario.get("clean_images") or 0) * rounds if stream.holdout else 0
         extra = other * (forward + wait / seen) + (probes + clean) * forward
         what = f"{other:,} images of the source run, {probes + clean:,} probe and clean images"
-    report.ok(f"time, estimated from {PROBE} batches: {_clock(main_seconds + extra)}")
+    report.ok(f"time, estimated from {PROBE} batches: {duration(main_seconds + extra)}")
     report.note(
         f"a batch {step:.3f} s and {wait:.3f} s of loading, an image forward {forward * 1e3:.2f} "
-        f"ms; {_clock(main_seconds)} for the stream, {_clock(extra)} for {what}"
+        f"ms; {duration(main_seconds)} for the stream, {duration(extra)} for {what}"
     )
     if isinstance(stream, TaskStream):
         report.note("from the first task; methods that grow get slower")
@@ -594,41 +601,34 @@ def command(report: Report, cfg: DictConfig) -> None:
         report.ok(text)
 
 
-def _clock(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def main() -> int:
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from driftline.runs.command import composed
+    from driftline.runs.schema import check_settings
 
-    from driftline.core import papers
-    from driftline.runs.command import CONF, explain, spelled_out
-
-    papers.register()
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
     try:
-        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            cfg = compose("config", spelled_out(words))
+        cfg = composed(words)
         expand_paths(cfg)
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     report = Report()
     versions(report)
     if problem := torchvision_problem():
         report.problem(problem, FIX_TORCHVISION)
         return _end(report)
+    try:
+        check_settings(cfg)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     device(report)
-    data(report, cfg.data.root)
-    checkpoints(report, cfg)
     disk(report, cfg)
+    checkpoints(report, cfg)
+    data(report, cfg.data.root)
     if any(not w.startswith(("data.", "root=")) for w in words):
         command(report, cfg)
     return _end(report)
@@ -636,7 +636,9 @@ def main() -> int:
 
 def _end(report: Report) -> int:
     print(f"\n{report.problems or 'no'} problem{'s' if report.problems != 1 else ''}")
-    return 1 if report.problems else 0
+    for line in report.listed:
+        print(f"  {line}")
+    return 1 if report.listed else 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from driftline.core.console import program
 from driftline.core.paths import results_folder
 from driftline.core.processes import end_with_parent
 from driftline.runs.command import as_sweeps
-from driftline.runs.sweep import expand, new_folder, note, plan, report
+from driftline.runs.sweep import expand, new_folder, note, place_in_sweep, plan, report
 
 COMMAND = [sys.executable, str(Path(__file__).parents[1] / "run.py")]
 WAIT = "runtime.wait=true"  # another run of the sweep may be making what this one needs
@@ -95,7 +95,8 @@ class Pool:
         for setting in (f"runtime.threads={self.threads}", WAIT):
             if not any(w.startswith(setting.partition("=")[0] + "=") for w in words):
                 words.append(setting)
-        print(f"[{number}] GPU {gpu}: {' '.join(self.runs[number])}", flush=True)
+        line = place_in_sweep(self.folder, number, self.runs[number])
+        print(f"GPU {gpu}, {line}", flush=True)
         note(self.folder, number, state="running")
         with open(self.folder / f"{number}.log", "wb") as log:
             process = subprocess.Popen(
@@ -118,7 +119,7 @@ class Pool:
             self.free.append(gpu)
             outcome = read_log(self.folder / f"{number}.log", code)
             note(self.folder, number, **outcome)
-            print(f"[{number}] {outcome['state']}", flush=True)
+            print(f"run {number + 1}: {outcome['state']}", flush=True)
 
     def run(self) -> bool:
         """True if it came to the end, False after Ctrl-C or SIGTERM."""

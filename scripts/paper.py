@@ -6,6 +6,9 @@
     python scripts/paper.py cotta/cifar10_c --run data.root=/data seed=0,1,2
     python scripts/paper.py ease --run data.root=/sets/{data}    # {data}: the row's data set
 
+Before the first row runs, settings, data, weights, packages, device and results folder of all rows
+are looked at, and all that is wrong is said at once.
+
 `ours` is read from finished runs of the preset under --results: the mean over seeds or orders, with
 the standard deviation and count. It stands in brackets where the run is no equal of the published
 one (stand-in images, changed settings, one order of ten), and says which data a row needs where
@@ -26,11 +29,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from driftline.core import papers
 from driftline.core.console import program, table
-from driftline.core.errors import suggest
+from driftline.core.errors import UserError, suggest
 from driftline.core.files import Damaged, read_record
 from driftline.core.paths import CONF, results_folder
 from driftline.streams.dataset import about
@@ -167,14 +171,41 @@ def places(rows: dict[str, list[Figure]], runs_of: Found) -> list[str]:
     return [f"needs {', '.join(names)}: {place}" for place, names in where.items()]
 
 
+def settings_of(preset: str, words: list[str]) -> list[str]:
+    """What is typed for the sweep of a preset over its methods."""
+    settings = [word.replace("{data}", needs(preset)[0]) for word in words]
+    if not any(word.startswith("strategy=") for word in words):
+        settings.append(f"strategy={','.join(methods_in(preset))}")
+    return [f"experiment={preset}", *settings]
+
+
+def check(rows: dict[str, list[Figure]], words: list[str]) -> list[str]:
+    """What would end runs of these presets before they have begun, a line each.
+
+    Of the values of a sweep that a method is not, the first stands for all.
+    """
+    from driftline.runs.command import as_sweeps, composed
+    from driftline.runs.ready import problems
+    from driftline.runs.sweep import expand
+
+    runs, wrong = [], list[str]()
+    for preset in rows:
+        of_method: dict[str, list[str]] = {}
+        try:
+            for one in expand(as_sweeps(settings_of(preset, words))):
+                method = next(w for w in one if w.startswith("strategy="))
+                of_method.setdefault(method, one)
+            runs += [(f"{preset}, {m}", composed(one)) for m, one in of_method.items()]
+        except (UserError, HydraException) as error:
+            wrong.append(str(error).splitlines()[0])
+    return [*dict.fromkeys(wrong), *problems(runs)]
+
+
 def run(rows: dict[str, list[Figure]], words: list[str]) -> list[str]:
     """Run every preset as a sweep over its methods; returns those that did not come to an end."""
     broken = []
     for number, preset in enumerate(rows, 1):
-        settings = [word.replace("{data}", needs(preset)[0]) for word in words]
-        if not any(word.startswith("strategy=") for word in words):
-            settings.append(f"strategy={','.join(methods_in(preset))}")
-        command = [sys.executable, "run.py", "-m", f"experiment={preset}", *settings]
+        command = [sys.executable, "run.py", "-m", *settings_of(preset, words)]
         print(f"[{number}/{len(rows)}] {shlex.join(['python', *command[1:]])}", flush=True)
         code = subprocess.run(command, cwd=CONF.parent, check=False).returncode
         if code in (130, 143):
@@ -218,6 +249,11 @@ def main() -> int:
         print("error: settings are for --run; without it nothing is run", file=sys.stderr)
         return 2
     results = results_folder(args.words, args.results)
+    if args.run and (trouble := check(rows, args.words)):
+        head = f"error: nothing was run; {len(trouble)} problems would end runs:"
+        lines = [f"error: {trouble[0]}"] if len(trouble) == 1 else [head, *trouble]
+        print("\n  ".join(lines), file=sys.stderr)
+        return 2
     broken = run(rows, args.words) if args.run else []
     runs_of = measured(results)
     print(heading(args.paper.split("/")[0]) + "\n")

@@ -11,6 +11,8 @@ import pytest
 from conftest import HANG, ROOT, python
 
 from driftline.core import papers
+from driftline.core.errors import UserError
+from driftline.runs import ready
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import paper
@@ -104,6 +106,32 @@ def test_each_row_is_run_on_its_data_set_with_its_methods(monkeypatch):
     calls.clear()
     paper.run({"cotta/cifar10_c": []}, ["strategy=cotta"])
     assert calls[0][-1] == "strategy=cotta"
+
+
+def test_everything_that_would_end_a_row_is_said_before_any_row_runs(tmp_path, capsys, monkeypatch):
+    def build(cfg):
+        raise UserError("no weights here")
+
+    monkeypatch.setattr(paper, "run", lambda *_: pytest.fail("a row was run"))
+    monkeypatch.setattr(ready, "_build", build)
+    monkeypatch.setattr(ready.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "file").write_text("")
+
+    def said(*words: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["paper.py", "lae", "--run", *words])
+        assert paper.main() == 2
+        return capsys.readouterr().err.splitlines()
+
+    (line,) = said("runtime.device=tpu", "seed=0,1")
+    assert "runtime.device must be auto, cpu" in line and "2 rows: lae/cifar100_b0" in line
+    (line,) = said("strategy.epocs=1")
+    assert "strategy.epocs: no such setting; did you mean 'strategy.epochs'?" in line
+    head, *lines = said("data.root=/no/{data}", f"root={tmp_path}/file/a", "adapter=peft/lora")
+    assert head == "error: nothing was run; 5 problems would end runs:"
+    assert [text for text in lines if "file is a file" in text and "2 rows" in text]
+    assert len([text for text in lines if "no such folder" in text]) == 2  # one a data set
+    assert [text for text in lines if "needs the package peft" in text]
+    assert [text for text in lines if "no weights here" in text]
 
 
 def test_options_of_a_preset_are_for_its_own_method():
