@@ -16,9 +16,10 @@ error on the rest. Its images are shuffled before, so the choice is random; here
 
 Deviations: lambda is chosen and the head solved in float64, by one eigendecomposition for all 17
 and a Cholesky factor; the official float32 solves of small lambdas are rounding noise, which loses
-to a larger one. A task of one image keeps the lambda of the task before (1 at first), where the
-official code fails. Left out: joint training, class means without regression, and the evaluation
-after every epoch.
+to a larger one. Where the lambda chosen is lost in the rounding of the float32 sums, so that the
+solution fits the task worse than zeros, it is raised (`RanPAC.solve`). A task of one image keeps
+the lambda of the task before (1 at first), where the official code fails. Left out: joint training,
+class means without regression, and the evaluation after every epoch.
 """
 
 from __future__ import annotations
@@ -134,7 +135,21 @@ class RanPAC(FirstTask):
         h = h.to(self.sums)
         self.targets += h.T @ wanted
         self.gram += h.T @ h
-        self.weight = ridge_solve(self.gram, self.targets, float(self.ridge)).T.float()
+        self.weight = self.solve(h, wanted)
+
+    def solve(self, h: Tensor, targets: Tensor) -> Tensor:
+        """The head [C, M] for all sums, which fits the rows of this task better than zeros do.
+
+        Where there are fewer images than columns, a small ridge divides by what rounding has left
+        in the sums; it is then raised to the size of that, and tenfold until zeros are beaten.
+        """
+        rounding = torch.finfo(self.sums).eps * float(self.gram.trace())
+        while True:
+            weight = ridge_solve(self.gram, self.targets, float(self.ridge)).T.float()
+            misfit = (h.float() @ weight.T - targets).square().mean()
+            if misfit <= targets.square().mean() or self.ridge >= RIDGES[-1]:
+                return weight
+            self.ridge.fill_(max(10 * float(self.ridge), rounding))
 
     def order(self, images: int) -> Tensor:
         """In which order the images of a task are divided when the ridge is chosen."""

@@ -213,6 +213,22 @@ def test_a_task_of_one_image_keeps_the_ridge_of_the_task_before():
     assert strategy.predict(images("test", range(5)).x).shape == (5, 7)
 
 
+@pytest.mark.parametrize("ridge", [1e-8, 1.0, 1e6])
+def test_a_ridge_that_is_lost_in_the_rounding_of_the_sums_is_raised(ridge):
+    """Few images in many columns of large features: float32 sums solve nothing with a tiny ridge."""
+    strategy = make("ranpac", epochs=0, projection=400)
+    strategy.grow(whole((4, 3, 3))[0])
+    draws = torch.Generator().manual_seed(0)
+    h = F.relu(3000 + 300 * torch.randn(40, 400, generator=draws))
+    targets = F.one_hot(torch.arange(40) % 4, 4).float()
+    strategy.gram += h.T @ h
+    strategy.targets += h.T @ targets
+    strategy.ridge.fill_(ridge)
+    weight = strategy.solve(h, targets)
+    assert (h @ weight.T - targets).square().mean() < targets.square().mean()
+    assert float(strategy.ridge) == ridge or ridge < 1e6  # one that works stays
+
+
 def test_a_matrix_that_rounding_left_indefinite_is_solved_all_the_same():
     v = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double())[0]
     matrix = v @ torch.diag(torch.tensor([-1e-3, 0.0, 1, 2, 3, 4]).double()) @ v.T
