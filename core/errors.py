@@ -19,7 +19,13 @@ class Diverged(UserError):
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest allowed name in any case, or an empty string."""
+    """`"; did you mean 'x'?"` for the nearest allowed name in any case, or an empty string.
+
+    A word that is itself allowed was meant: then something else is wrong with it.
+    """
+    allowed = list(allowed)
+    if word in allowed:
+        return ""
     names = {name.lower(): name for name in allowed}
     near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {names[near[0]]!r}?" if near else ""

@@ -17,7 +17,9 @@ A source with one metric needs no brackets: `figures: {readme: {source: 43.5, te
 Each key is what one would type: `strategy: mos` for strategy=mos, `strategy.mode: official` for
 strategy.mode=official. A row is `common`, then the blocks that it uses, then its own keys; a later
 one replaces an earlier one. A recipe is its blocks and its own keys. A recipe named after its
-strategy and the scenario (recipe=mos/split_cifar100) is taken by itself (conf/config.yaml).
+strategy and the scenario (recipe=mos/split_cifar100) is taken by itself (conf/config.yaml); for a
+named set of class folders (scenario=split_cub) that is the recipe of its name (mos/cub), else that
+for all class folders (mos/split_imagefolder).
 
 Hydra reads the tables through `PaperSource`, once `register` was called. `PaperPath` puts it on the
 search path where no configuration is read (glob(...) in a sweep); `hydra.searchpath` in
@@ -55,6 +57,8 @@ CHOICES = {
     "backbone": "backbone",
     "logger": "logger",
 }
+FOLDERS = "split_imagefolder"  # recipe for any class folders, these named ones among them
+OF_FOLDERS = ("cars", "cub", "imagenet_a", "imagenet_r", "objectnet", "omnibenchmark", "vtab")
 FACTS = PAPERS.parent / "docs" / "methods.yaml"
 UNKNOWN = {
     "about": "not in docs/methods.yaml",
@@ -79,12 +83,21 @@ def options(group: str) -> list[str]:
 
 def exists(group: str, option: str) -> bool:
     """Whether `experiment` or `recipe` has such an option; reads one table."""
-    return option.partition("/")[2] in names(group, option.partition("/")[0])
+    paper, _, name = option.partition("/")
+    return _name(group, paper, name) in names(group, paper)
 
 
 def names(group: str, paper: str) -> list[str]:
     """The rows (`experiment`) or recipes of one table; none if there is no such table."""
     return list(table(paper)[GROUPS[group]]) if (PAPERS / f"{paper}.yaml").is_file() else []
+
+
+def _name(group: str, paper: str, name: str) -> str:
+    """The row or recipe that a table has for an option: of named class folders that of the set."""
+    have, data = names(group, paper), name.removeprefix("split_")
+    if group == "recipe" and name not in have and name != data and data in OF_FOLDERS:
+        return data if data in have else FOLDERS
+    return name
 
 
 def table(paper: str) -> dict[str, Any]:
@@ -133,7 +146,7 @@ def words(group: str, option: str) -> Words:
     """
     paper, _, name = option.partition("/")
     content = table(paper)
-    own = dict(content[GROUPS[group]][name])
+    own = dict(content[GROUPS[group]][_name(group, paper, name)])
     own.pop("figures", None)
     merged: Words = dict(content["common"]) if group == "experiment" else {}
     for block in own.pop("use", ()):
@@ -246,8 +259,8 @@ class PaperSource(ConfigSource):
 
     def is_config(self, config_path: str) -> bool:
         group, _, name = config_path.removesuffix(".yaml").partition("/")
-        paper, _, row = name.partition("/")
-        return row in _served(group, paper)
+        paper = name.partition("/")[0]
+        return bool(_served(group, paper)) and exists(group, name)
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         group, _, paper = config_path.partition("/")

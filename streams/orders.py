@@ -115,10 +115,11 @@ def parse(order: str) -> tuple[str, str | None]:
             label = part
         else:
             known = [*DOMAIN_ORDERS, *LABEL_ORDERS]
+            before = domain if part in DOMAIN_ORDERS else label
+            what = "is no order" if part not in known else f"and {before!r} are of one kind"
             raise UserError(
-                f"scenario.order={order}: {part!r} is unknown or one part too many"
-                f"{suggest(part, known)}. Join one of {', '.join(DOMAIN_ORDERS)} and one of "
-                f"{', '.join(LABEL_ORDERS)} with '+'"
+                f"scenario.order={order}: {part!r} {what}{suggest(part, known)}. Join one of "
+                f"{', '.join(DOMAIN_ORDERS)} and one of {', '.join(LABEL_ORDERS)} with '+'"
             )
     return domain or "continual", label
 

@@ -12,10 +12,11 @@ from conftest import HANG, ROOT
 
 from driftline.core import console, papers
 from driftline.core.comments import comments, head, summary
-from driftline.core.errors import UserError
+from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF
 from driftline.runs import help
 from driftline.runs.explain import explained
+from driftline.streams.orders import parse
 
 FILES = sorted(CONF.rglob("*.yaml"))
 
@@ -126,6 +127,11 @@ def test_what_is_asked_for_is_explained_and_nothing_else(words, expected, absent
         (["strategee"], "no such group or setting; did you mean 'strategy'?"),
         (["strategy=tnet"], "did you mean 'tent'?"),
         (["strategy=tent", "strategy.optim.lrr=1"], "did you mean 'strategy.optim.lr'?"),
+        (["strategy=cotta", "strategy.ema_=1"], "did you mean 'strategy.ema'?"),
+        # a setting of another option is no typo
+        (["scenario=split_cifar", "scenario.unknown_share=0.1"], "scenario=split_cifar has none, "),
+        (["strategy=tent", "strategy.restore_prob=0.1"], "strategy=tent has none, becotta, cotta, petal"),
+        (["backbone=torchvision", "backbone.tag=x"], "backbone=torchvision has none, "),
         (["strategy=tent", "strategy.optim.lr=-1"], "must be a finite number, at least 0, got -1"),
     ],
 )
@@ -134,6 +140,12 @@ def test_explain_answers_what_a_run_would_not_take(words, said, wide, monkeypatc
     with pytest.raises(UserError) as error:
         list(explained(words))
     assert said in str(error.value)
+
+
+def test_what_is_known_is_never_what_was_meant():
+    assert suggest("bursts", ["bursts", "burst_share"]) == ""
+    with pytest.raises(UserError, match="'bursts' and 'prior_drift' are of one kind. Join"):
+        parse("prior_drift+bursts")
 
 
 # ------------------------------------------------------------------------ pipes

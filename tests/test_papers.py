@@ -155,3 +155,25 @@ def test_rows_are_looked_up_among_all_tables(write):
         assert text is not None and text.startswith(f"{word}: no such option"), text
     text = command.check_words(["experiment=mine/slo"])
     assert text is not None and "did you mean 'mine/slow'?" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "lr", "batch"),
+    [
+        ("strategy=ranpac scenario=split_cub", 0.01, 48),  # recipe/ranpac/split_imagefolder
+        ("strategy=mos scenario=split_cub", 0.01, 32),  # recipe/mos/cub
+        ("strategy=ease scenario=split_imagenet_r", 0.05, 16),
+        ("strategy=slca scenario=split_cars", 0.01, 128),
+        ("strategy=tuna scenario=split_objectnet", 0.05, 48),
+        ("strategy=ease scenario=split_objectnet", 0.025, 128),  # two recipes, by the weights
+        ("strategy=ranpac scenario=split_tiny_imagenet", 0.01, 128),  # no set of the papers
+    ],
+)
+def test_a_named_set_takes_the_recipe_of_its_name_or_of_class_folders(words, lr, batch):
+    cfg = settings(*words.split())
+    assert (cfg["scenario"]["real"]["batch_size"], cfg["strategy"]["optim"]["lr"]) == (batch, lr)
+
+
+def test_the_named_sets_of_class_folders_are_scenarios():
+    for name in papers.OF_FOLDERS:
+        assert (ROOT / "conf" / "scenario" / f"split_{name}.yaml").is_file()
