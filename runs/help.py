@@ -32,7 +32,7 @@ GROUPS = {  # group -> title
     "scenario": "scenario: streams for test-time adaptation, then tasks",
     "adapter": "adapter: of a strategy that has adapters, instead of its own",
     "backbone": "backbone",
-    "around": "around: rules around a strategy, around=[window,reset_every]",
+    "around": "around: rules around a strategy, 'around=[window,reset_every]'",
     "time": "time: a stream that does not wait",
     "estimate": "estimate: accuracy without labels",
     "logger": "logger",

@@ -1,7 +1,7 @@
 """A sweep on one machine with several GPUs: one process a GPU, each seeing only its own.
 
     python scripts/gpu_pool.py strategy=tent,cotta seed=0,1,2 data.root=/data
-    python scripts/gpu_pool.py --gpus 0,1 --per-gpu 2 strategy=tent,cotta seed=range(5)
+    python scripts/gpu_pool.py --gpus 0,1 --per-gpu 2 strategy=tent,cotta "seed=range(5)"
     python scripts/gpu_pool.py --file runs.txt          # one run a line, as after `python run.py`
     python scripts/gpu_pool.py --slurm strategy=tent,cotta seed=0,1,2 > sweep.sh && sbatch sweep.sh
 

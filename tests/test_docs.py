@@ -193,6 +193,13 @@ def commands() -> list[str]:
     return found
 
 
+def test_commands_run_as_pasted_into_a_shell():
+    """No bracket, parenthesis, $ or * stands outside quotes: bash or zsh would read it."""
+    for line in commands():
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"|\$[A-Z]+", "", line)
+        assert not re.search(r"[][(){}$*?!<&;|]", bare.replace("> sweep.sh", "")), line
+
+
 def test_commands_name_scripts_and_settings_that_exist(configure):
     own = (
         "class_bias",

@@ -130,7 +130,10 @@ def test_what_is_asked_for_is_explained_and_nothing_else(words, expected, absent
         (["strategy=cotta", "strategy.ema_=1"], "did you mean 'strategy.ema'?"),
         # a setting of another option is no typo
         (["scenario=split_cifar", "scenario.unknown_share=0.1"], "scenario=split_cifar has none, "),
-        (["strategy=tent", "strategy.restore_prob=0.1"], "strategy=tent has none, becotta, cotta, petal"),
+        (
+            ["strategy=tent", "strategy.restore_prob=0.1"],
+            "strategy=tent has none, becotta, cotta, petal",
+        ),
         (["backbone=torchvision", "backbone.tag=x"], "backbone=torchvision has none, "),
         (["strategy=tent", "strategy.optim.lr=-1"], "must be a finite number, at least 0, got -1"),
     ],
