@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from driftline.analysis.tables import Table, as_html
+from driftline.analysis.tables import Table, anchor, as_html, definitions
 
 CSS = """
 :root { color-scheme: light dark; --text: #1d1d1b; --back: #fff; --line: #dcdcd8; --soft: #f5f5f2;
@@ -82,7 +82,7 @@ def page(
         states: all runs, with those that are in no mean.
     """
     links = [f'<a href="#s{i}">{_text(s.title)}</a>' for i, s in enumerate(sections)]
-    links.append('<a href="#runs">All runs</a>')
+    links += ['<a href="#meaning">What the numbers mean</a>', '<a href="#runs">All runs</a>']
     items = "".join(f"<li>{_text(n)}</li>" for n in notes)
     body = "\n".join(_section(i, s) for i, s in enumerate(sections))
     return f"""<!DOCTYPE html>
@@ -101,6 +101,7 @@ def page(
 {f'<ul class="notes">{items}</ul>' if items else ""}
 <main>
 {body}
+{_meanings([table for section in sections for table in section.tables])}
 <h2 id="runs">All runs</h2>
 <details{" open" if len(states.rows) <= 12 else ""}><summary>{_text(about)}</summary>
 <div class="words">{as_html(states)}</div></details>
@@ -116,10 +117,20 @@ def _section(i: int, section: Section) -> str:
         if table.title != section.title:
             name = table.title.removeprefix(f"{section.title}: ")
             parts.append(f"<h3>{_text(name[0].upper() + name[1:])}</h3>")
-        parts.append(as_html(table))
+        parts.append(as_html(table, linked=True))
     pictures = "".join(_figure(picture) for picture in section.pictures)
     parts.append(f'<div class="figures">{pictures}</div>')
     return "\n".join(parts)
+
+
+def _meanings(tables: Sequence[Table]) -> str:
+    """The definition of every number on the page; heads of columns lead here."""
+    items = []
+    for name, text, source in definitions(tables):
+        key = anchor(name.split(" ")[0])
+        by = f' <span class="faint">{_text(source)}</span>' if source else ""
+        items.append(f'<dt id="{key}">{_text(name)}</dt><dd>{_text(text)}{by}</dd>')
+    return f'<h2 id="meaning">What the numbers mean</h2>\n<dl>{"".join(items)}</dl>'
 
 
 def _figure(picture: Picture) -> str:

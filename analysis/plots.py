@@ -12,6 +12,7 @@ import functools
 import io
 import math
 import textwrap
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,14 +23,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from driftline.analysis.runs import load_batches, load_experiences, load_matrix, named
+from driftline.analysis.metrics import define
+from driftline.analysis.runs import load_batches, load_experiences, load_matrix
 from driftline.analysis.tables import (
-    SHARES,
+    domains_in_order,
     headline,
     is_shift,
     methods_in_order,
     number,
-    smaller_is_better,
 )
 
 COLOURS = {  # of strategies that are often drawn; see `looks` for others
@@ -97,14 +98,19 @@ class Shown(Figure):
 def looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker, line style and label of each method, no two of them alike.
 
-    Strategies without a colour of their own take one of `OTHERS` in turn, then another marker.
+    Strategies without a colour of their own take one of `OTHERS`: that which their name asks for,
+    so that it is mostly the same in every figure, or the next one that is free.
     """
     strategies = list(dict.fromkeys(method.split(" ")[0] for method in methods))
     named = [s for s in strategies if s in COLOURS]
     others = [s for s in strategies if s not in COLOURS]
-    colours = COLOURS | {s: OTHERS[i % len(OTHERS)] for i, s in enumerate(others)}
-    markers = {s: list(COLOURS).index(s) for s in named}
-    markers |= {s: i // len(OTHERS) for i, s in enumerate(others)}
+    colours, markers = {**COLOURS}, {s: list(COLOURS).index(s) for s in named}
+    for i, s in enumerate(others):
+        first = zlib.crc32(s.encode())
+        turn = [OTHERS[(first + k) % len(OTHERS)] for k in range(len(OTHERS))]
+        uses = [sum(colours[o] == colour for o in others[:i]) for colour in turn]
+        colours[s] = turn[uses.index(min(uses))]
+        markers[s] = min(uses)
     look_of: dict[str, dict[str, Any]] = {}
     used: dict[str, int] = {}
     for method in methods:
@@ -299,7 +305,7 @@ def _bands(axes: Axes, images: pd.Series, names: Sequence[str]) -> None:
 @styled
 def domains(runs: pd.DataFrame) -> Figure | None:
     """Error per domain, one marker a method (mean over its runs); small dots are single runs."""
-    shown = named(runs, "metrics.err/")[::-1]
+    shown = [f"metrics.{name}" for name in domains_in_order(runs)][::-1]
     if not shown:
         return None
     methods = methods_in_order(runs)
@@ -392,14 +398,16 @@ def pareto(runs: pd.DataFrame, metric: str | None = None) -> Figure | None:
     if not needed <= set(runs):
         return None
     some = with_time(runs)
-    sign = -1 if smaller_is_better(metric) else 1
+    known = define(metric)
+    sign = -1 if known.better == "lower" else 1
     figure = _figure(7.4, 4.0, runs["method"].nunique())
     left, right = figure.subplots(1, 2, sharey=True)
     _scatter(left, some, "time", f"metrics.{metric}", (-1, sign))
     _scatter(right, some, "cost.peak_memory_mb", f"metrics.{metric}", (-1, sign))
     left.set(xlabel="milliseconds an image" if is_shift(runs) else "seconds of learning")
-    unit = "" if metric in SHARES else ", %"
-    left.set(ylabel=f"{metric}{unit}  (better: {'down' if sign < 0 else 'up'})")
+    unit = f", {known.unit}" if known.unit else ""
+    better = {"lower": "  (better: down)", "higher": "  (better: up)", "": ""}[known.better]
+    left.set(ylabel=f"{metric}{unit}{better}")
     right.set(xlabel="peak memory, MiB")
     machines = runs["device"].nunique()
     warn = f"; from {machines} machines" if machines > 1 else ""

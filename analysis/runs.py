@@ -36,8 +36,12 @@ NO_SETTING = (*VOLATILE, *(f"data.{key}" for key in VOLATILE_DATA), "seed", "tun
 NO_SETTING += tuple(f"{group}.{key}" for group in IDENTITY[:3] for key in ("name", "label"))
 NO_SETTING += ("time._target_", "estimate")  # which changes no number of the method
 SEEDS_AGREE = (
-    "every seed gave the same numbers: nothing in it draws on the seed. The order of classes and "
+    "every seed gave the same numbers: nothing there draws on the seed. The order of classes and "
     "images comes from scenario.order_seed ('scenario.order_seed=${seed}' makes it follow the seed)"
+)
+DERIVED = (  # column, the one that it comes from, and the factor
+    ("metrics.gain", "source.gain.err_mean", 1.0),
+    ("cost.state_mib", "cost.state_bytes", 2.0**-20),
 )
 STAND_IN = {  # label in the name of a scenario -> what it says about the images
     "[embedded]": "embedded stand-in images, not the data set of that name",
@@ -229,6 +233,9 @@ def json_lines(path: Path, expected: str | None = None) -> list[dict[str, Any]]:
 def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame:
     """Finished runs with `stream`, `method` and `order`; of runs made twice only the newest.
 
+    Beside what they wrote they have `metrics.gain` (error of the source minus that of the method)
+    and `cost.state_mib`.
+
     Runs that agree in scenario, backbone, stream and method differ in nothing but the seed and the
     keys of `average`, whose values `order` holds. `stream` names the scenario's settings that some
     strategy was run with several of, `method` the strategy with the rules around it and its other
@@ -250,6 +257,9 @@ def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame
     orders = done[[k for k in named(done, "config.") if k in left_out]]
     done["order"] = orders.map(str).agg(", ".join, axis=1) if len(orders.columns) else ""
     done["stream"], done["method"] = "", done["strategy"]
+    for name, origin, factor in DERIVED:
+        if origin in done:
+            done[name] = done[origin].astype(float) * factor
     for _, group in done.groupby(["scenario", "backbone"]):
         of_stream = [k for k in settings if k.startswith(("config.scenario.", "config.time."))]
         varied = [
@@ -299,10 +309,11 @@ def _without_implied(varied: pd.DataFrame) -> pd.DataFrame:
 
 
 def _label(columns: pd.DataFrame) -> pd.Series:
-    """`key=value, key=value` for each row."""
+    """`key=value, key=value` for each row, without those that are unset there."""
     said = pd.Series("", columns.index)
     for name in sorted(named(columns, "")):
-        said += f", {name.removeprefix('config.')}=" + columns[name]
+        text = f", {name.removeprefix('config.')}=" + columns[name]
+        said += text.where(columns[name] != "unset", "")
     return said.str.removeprefix(", ")
 
 
@@ -335,9 +346,9 @@ def notes(runs: pd.DataFrame, used: pd.DataFrame, average: Sequence[str] = AVERA
         varied = [k.removeprefix("config.") for k in shared if some[k].map(str).nunique() > 1]
         if varied := [k for k in varied if k not in average]:
             sentences.append(f"{title(place)}: not all runs agree in {', '.join(varied)}")
-        for method, repeated in some.groupby("method"):
-            if seeds_agree(repeated):
-                sentences.append(f"{title(place)}: {method}: {SEEDS_AGREE}")
+        equal = [str(m) for m, repeated in some.groupby("method") if seeds_agree(repeated)]
+        if equal:
+            sentences.append(f"{title(place)}: {', '.join(equal)}: {SEEDS_AGREE}")
         for name, what in {
             "environment.git.dirty": "runs of changed code (their patch.diff says how)",
             "skipped_images": "runs that skipped unreadable images",

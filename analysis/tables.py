@@ -14,6 +14,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,61 +23,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from driftline.analysis.runs import PLACE, json_lines, named, stand_in, title
+from driftline.analysis.metrics import GROUPS, METRICS, Group, define, of_group, sentences
+from driftline.analysis.runs import PLACE, json_lines, named, seeds_agree, stand_in, title
 from driftline.core.console import table as aligned
 from driftline.core.errors import UserError, suggest
 
-SHIFT = (
-    "err_mean",
-    "plasticity",
-    "stability",
-    "forgetting",
-    "source_forgetting",
-    "source_forgetting_adapting",
-    "auroc",
-    "fpr95",
-    "h_score",
-    "time/availability",
-    "time/err_served",
-    "time/timeliness",
-    "time/utility",
-    "estimate/agreement_mae",
-    "estimate/aetta_mae",
-)
+SHIFT = ("err_mean", "gain", "plasticity", "stability", "forgetting")
+SHIFT += ("source_forgetting", "source_forgetting_adapting")
 TASK = ("acc_inc", "acc_last", "plasticity", "stability", "forgetting", "bwt", "fwt")
 TASK += ("intransigence",)
-COST = {  # metric -> head of its column, decimals
-    "cost/seconds_per_batch": ("s/batch", 3),
-    "cost/seconds_total": ("steps s", 1),
-    "cost/end_of_task_seconds": ("end of task s", 1),
-    "cost/evaluation_seconds": ("test s", 1),
-    "cost/peak_memory_mb": ("peak MiB", 0),
-    "cost/forward_per_image": ("forward/image", 1),
-    "cost/backward_per_image": ("backward/image", 1),
-    "cost/parameters_updated": ("updated", 0),
-    "cost/parameters_total": ("parameters", 0),
-}
 UNRANKED = "joint"  # an upper bound that sees all data
-SMALLER = ("err", "clean_err", "fpr95", "forgetting", "source_forgetting", "intransigence", "mce")
-SHARES = ("ece", "nll", "brier", "collapse")  # not in percent
-
-
-def smaller_is_better(metric: str) -> bool:
-    name = metric.removeprefix("til/").removeprefix("time/")
-    return name.startswith((*SMALLER, *SHARES, "nan", "missed", "spent")) or name.endswith("_mae")
-
-
-def digits(metric: str) -> int:
-    """One decimal for errors, two for accuracies, three for quantities in [0, 1]."""
-    if metric in COST:
-        return COST[metric][1]
-    if metric in SHARES:
-        return 3
-    return 1 if metric.startswith(("err", "clean_err", "mce", "time/")) else 2
+STILL = -1  # the mark of a cell that its method cannot lose
+WORSE = " †"  # behind an error that is worse than not adapting
+ERRORS = 2.0  # standard errors that a difference must exceed
 
 
 def number(value: float, metric: str) -> str:
-    return f"{value:,.{digits(metric)}f}"
+    return f"{value:,.{define(metric).digits}f}"
+
+
+def ranked(metric: str) -> bool:
+    """Whether there is a best: not of costs, counts and numbers that are neither good nor bad."""
+    known = define(metric)
+    return bool(known.better) and known.group not in ("cost", "count")
 
 
 def is_shift(runs: pd.DataFrame) -> bool:
@@ -97,7 +66,8 @@ def by_place(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Runs of each scenario, backbone and stream, without the numbers that none of them has."""
     groups = []
     for place, some in runs.groupby(PLACE):
-        numbers = [k for p in ("metrics.", "cost.", "data.") for k in named(some, p)]
+        prefixes = ("metrics.", "cost.", "data.", "method.", "guard.")
+        numbers = [k for p in prefixes for k in named(some, p)]
         unknown = [k for k in numbers if some[k].isna().all() and k != "data.fingerprint"]
         groups.append((title(place), some.drop(columns=unknown)))
     return groups
@@ -107,23 +77,93 @@ def _place(runs: pd.DataFrame) -> str:
     return title(runs[PLACE].iloc[0])
 
 
+def domains_in_order(runs: pd.DataFrame) -> list[str]:
+    """Names `err/<domain>` in the order of the stream, that of the first run where runs differ."""
+    known = [k.removeprefix("metrics.") for k in named(runs, "metrics.err/")]
+    streams = runs["data.segments"].dropna().tolist() if "data.segments" in runs else []
+    first = [f"err/{name}" for name in (streams[0] if streams else [])]
+    return [name for name in dict.fromkeys([*first, *known]) if name in known]
+
+
 # ------------------------------------------------------------------------------ statistics
 
 
+def never_changed(runs: pd.DataFrame) -> set[str]:
+    """Methods whose answers to held-out images were the same after every domain as before.
+
+    They can neither forget nor gain, so that full stability is no merit: the source, methods that
+    keep nothing from batch to batch, and those that a rule puts back.
+    """
+    fixed = {k: define(k.removeprefix("metrics.")).still for k in named(runs, "metrics.")}
+    fixed = {k: v for k, v in fixed.items() if v is not None and "/" not in k}
+    still = set()
+    for method, some in runs.groupby("method"):
+        known = [k for k in fixed if some[k].notna().all()]
+        same = all((some[k] == fixed[k]).all() for k in known)
+        # `fwt` compares with the answers before the stream; without it only the source is sure.
+        if same and ("metrics.fwt" in known or (some["strategy"] == "source").all()):
+            still.add(str(method))
+    return still
+
+
+def cannot_lose(runs: pd.DataFrame, metric: str, unchanged: set[str]) -> set[str]:
+    """Methods that have the best value of `metric` whatever they do.
+
+    Args:
+        unchanged: those that `never_changed`.
+    """
+    if define(metric).still is None:
+        return set()
+    if metric.startswith("time/"):  # in units of the source's own time
+        return set(runs.loc[runs["strategy"] == "source", "method"])
+    return unchanged
+
+
+def _worse_than_source(runs: pd.DataFrame, metric: str) -> bool:
+    """Whether an error of the runs of one method is above the source's by more than noise.
+
+    Noise: standard error of the difference, from the number of images (those of the method and of
+    the source as if independent, which is cautious) and from the spread over the runs.
+    """
+    name, beside = f"metrics.{metric}", f"source.metrics.{metric}"
+    if not {name, beside, "cost.images"} <= set(runs):
+        return False
+    pairs = runs[[name, beside, "cost.images"]].dropna().astype(float)
+    if pairs.empty:
+        return False
+    ours, theirs, images = pairs.to_numpy().mean(0).tolist()
+    parts = len(named(runs, "metrics.err/")) if metric.startswith("err/") else 1
+    images = max(1.0, images / max(1, parts))
+    variance = (ours * (100 - ours) + theirs * (100 - theirs)) / images
+    gaps = (pairs[name] - pairs[beside]).to_numpy()
+    variance += float(gaps.var(ddof=1)) / len(gaps) if len(gaps) > 1 else 0.0
+    return ours - theirs > ERRORS * math.sqrt(variance)
+
+
+def _columns(runs: pd.DataFrame) -> dict[str, str]:
+    """Columns that hold numbers, and the names of these: metrics, costs, counts."""
+    numbers = runs.select_dtypes("number")
+    names = {k: k.removeprefix("metrics.") for k in named(numbers, "metrics.")}
+    for group in ("cost", "method", "guard"):
+        inside = [k for k in named(numbers, f"{group}.") if not k.startswith("guard.first.")]
+        names |= {k: k.replace(".", "/", 1) for k in inside}
+    return {k: name for k, name in names.items() if runs[k].notna().any()}
+
+
 def statistics(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per scenario, backbone, stream, method and metric (`cost/...` for costs).
+    """One row per scenario, backbone, stream, method and metric (`cost/...`, `method/...`,
+    `guard/...` for costs and counts).
 
     Columns: those, n (runs), seeds, orders (how many); mean (over the orders of the means over
     seeds); std_seeds (within orders, pooled), std_orders (of the means of the orders), both with
-    n - 1 and NaN where there is one value; values (all, in JSON); rank (1 best, 2 second, 0 else);
+    n - 1 and NaN where there is one value; values (all, in JSON); rank (1 best, 2 second, 0 else,
+    -1 of a method that cannot lose); worse (an error is above the source's by more than noise);
     published, source, comparable: a published figure that some run of the method names.
 
     Args:
         runs: as `select` returns them.
     """
-    numbers = runs.select_dtypes("number")
-    names = {k: k.removeprefix("metrics.") for k in named(numbers, "metrics.")}
-    names |= {k: k.replace("cost.", "cost/", 1) for k in named(numbers, "cost.")}
+    names = _columns(runs)
     key = [*PLACE, "method", "metric"]
     about = [*PLACE, "method", "order", "seed"]
     every = runs[about].join(runs[list(names)].astype(float).rename(columns=names))
@@ -139,23 +179,37 @@ def statistics(runs: pd.DataFrame) -> pd.DataFrame:
         "std_orders": in_order["mean"].std(),
         "values": rows["value"].agg(lambda values: json.dumps(values.tolist())),
         "rank": 0,
+        "worse": False,
     }).reset_index()  # fmt: skip
-    for (*_, metric), group in long.groupby([*PLACE, "metric"]):
-        if metric not in COST:
-            long.loc[group.index, "rank"] = _ranks(group, str(metric))
+    for place, of_place in long.groupby(PLACE):
+        here = runs[(runs[PLACE] == list(place)).all(axis=1)]
+        unchanged = never_changed(here)
+        for metric, group in of_place.groupby("metric"):
+            if ranked(str(metric)):
+                still = cannot_lose(here, str(metric), unchanged)
+                long.loc[group.index, "rank"] = _ranks(group, str(metric), still)
+            if str(metric).startswith("err"):
+                long.loc[group.index, "worse"] = [
+                    _worse_than_source(here[here["method"] == m], str(metric))
+                    for m in group["method"]
+                ]
     figures = published(runs).sort_values("comparable", kind="stable").drop(columns="status")
     return long.merge(figures.drop_duplicates(key, keep="last"), on=key, how="left")
 
 
-def _ranks(group: pd.DataFrame, metric: str) -> pd.Series:
-    """1 and 2 for the best two printed means, as in a race; 0 for the others or if all are equal.
+def _ranks(group: pd.DataFrame, metric: str, still: set[str]) -> pd.Series:
+    """1 and 2 for the best two printed means, as in a race; 0 for the others or if all are equal;
+    -1 for the methods `still`, which cannot lose.
 
     Means that print alike share a rank, and after two firsts there is no second.
     """
-    ranked = group["method"].str.split(" ").str[0] != UNRANKED
-    shown = group["mean"].round(digits(metric)).where(ranked)
-    place = shown.rank(method="min", ascending=smaller_is_better(metric))
-    return place.where((place <= 2) & (shown.nunique() > 1), 0).astype(int)
+    fixed = group["method"].isin(still)
+    taking_part = (group["method"].str.split(" ").str[0] != UNRANKED) & ~fixed
+    known = define(metric)
+    shown = group["mean"].round(known.digits).where(taking_part)
+    place = shown.rank(method="min", ascending=known.better == "lower")
+    place = place.where((place <= 2) & (shown.nunique() > 1), 0)
+    return place.mask(fixed, STILL).astype(int)
 
 
 def published(runs: pd.DataFrame) -> pd.DataFrame:
@@ -209,27 +263,29 @@ def with_intransigence(runs: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass
 class Table:
-    """Text cells with marks: rank 1 is the best of its column, 2 the second."""
+    """Text cells with marks: rank 1 is the best of its column, 2 the second, -1 cannot lose."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
     caption: str = ""
     marks: dict[tuple[int, int], int] = field(default_factory=dict)  # (row, column) -> rank
+    metrics: list[str] = field(default_factory=list)  # of each column, "" where it is none
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.title)}</p>{as_html(self)}"
 
 
 def cell(row: pd.Series) -> str:
-    """`mean`, `mean ± std`, or `mean ± over seeds ± over orders`; `mean (every seed)` where all
-    seeds gave one number, which is no measurement of a spread."""
-    if row["std_seeds"] == 0 and row["metric"] not in COST and math.isnan(row["std_orders"]):
-        return f"{number(row['mean'], row['metric'])} (every seed)"
-    stds = [row[k] for k in ("std_seeds", "std_orders") if not math.isnan(row[k])]
-    if row["metric"] in COST:
-        stds = []  # spread of time and memory is the machine's, not the method's
-    return " ± ".join(number(v, row["metric"]) for v in (row["mean"], *stds))
+    """`mean`, `mean ± std`, or `mean ± over seeds ± over orders`, and a dagger where it is worse
+    than not adapting. Seeds that gave one number are no measurement of a spread."""
+    metric, text = row["metric"], number(row["mean"], row["metric"])
+    spread = [row[k] for k in ("std_seeds", "std_orders") if not math.isnan(row[k])]
+    if define(metric).group in ("cost", "count"):
+        spread = []  # spread of time and memory is the machine's, not the method's
+    if any(spread):
+        text = " ± ".join([text, *(number(v, metric) for v in spread)])
+    return text + WORSE if row["worse"] else text
 
 
 def _spread_over(long: pd.DataFrame) -> str:
@@ -237,12 +293,43 @@ def _spread_over(long: pd.DataFrame) -> str:
     if not (seeds or orders):
         return "One run each."
     over = {(True, False): "seeds", (False, True): "orders"}
-    both = "seeds within an order ± over orders"
-    fixed = (
-        " (every seed): the seed changes nothing there." if (long["std_seeds"] == 0).any() else ""
-    )
-    spread = over.get((bool(seeds), bool(orders)), both)
-    return f"Mean ± standard deviation (n-1) over {spread}.{fixed}"
+    spread = over.get((bool(seeds), bool(orders)), "seeds within an order ± over orders")
+    return f"Mean ± standard deviation (n-1) over {spread}."
+
+
+def _equal_seeds(runs: pd.DataFrame) -> dict[str, int]:
+    """How many seeds gave equal numbers, for each method where all did."""
+    groups = runs.groupby("method")
+    return {str(m): some["seed"].nunique() for m, some in groups if seeds_agree(some)}
+
+
+def _in_words(methods: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))
+
+
+def _about_marks(runs: pd.DataFrame, used: pd.DataFrame, marks: dict[Any, int]) -> list[str]:
+    """What a caption says of marks, of seeds and of methods that cannot lose."""
+    said = []
+    equal = _equal_seeds(runs)
+    for n in sorted(set(equal.values())):
+        names = [m for m in methods_in_order(runs) if equal.get(m) == n]
+        said.append(
+            f"{_in_words(names)}: {n} seeds gave equal numbers: nothing is drawn there on this "
+            "stream."
+        )
+    if STILL in marks.values():
+        fixed = used.loc[used["rank"] == STILL]
+        names = [m for m in methods_in_order(runs) if m in set(fixed["method"])]
+        what = list(dict.fromkeys(define(m).name for m in fixed["metric"]))
+        why = (
+            "time is counted in units of the source's own"
+            if all(m.startswith("time/") for m in what)
+            else "answers to held-out images never changed, so that nothing could be lost"
+        )
+        said.append(f"Not ranked in {_in_words(what)}: {_in_words(names)} ({why}).")
+    if used["worse"].any():
+        said.append("† worse than not adapting (the source model), by more than 2 standard errors.")
+    return said
 
 
 def grid(runs: pd.DataFrame, metrics: Sequence[str], what: str = "") -> Table:
@@ -254,13 +341,16 @@ def grid(runs: pd.DataFrame, metrics: Sequence[str], what: str = "") -> Table:
     """
     long = statistics(runs)
     at = {(row["method"], row["metric"]): row for _, row in long.iterrows()}
-    methods = methods_in_order(runs)
-    head, marks = ["strategy", "runs"], {}
-    rows = [[m, str((runs["method"] == m).sum())] for m in methods]
+    methods, equal = methods_in_order(runs), _equal_seeds(runs)
+    head, of_column, marks = ["strategy", "runs"], ["", ""], {}
+    counts = runs["method"].value_counts()
+    rows = [[m, f"{counts[m]}{' equal' if m in equal else ''}"] for m in methods]
     for metric in metrics:
+        known = define(metric)
         here = [at.get((m, metric)) for m in methods]
-        arrow = "" if metric in COST else " ↓" if smaller_is_better(metric) else " ↑"
-        head.append(COST[metric][0] if metric in COST else metric.removeprefix("err/") + arrow)
+        name = known.head or metric.replace("method/", "").replace("guard/", "guard: ")
+        head.append(name + (known.arrow if ranked(metric) else ""))
+        of_column.append(metric)
         for r, entry in enumerate(here):
             rows[r].append("-" if entry is None else cell(entry))
             if entry is not None and entry["rank"]:
@@ -270,14 +360,20 @@ def grid(runs: pd.DataFrame, metrics: Sequence[str], what: str = "") -> Table:
         ]
         if any(value is not None for value in theirs):
             head.append(f"{metric}, published")
+            of_column.append(metric)
             for row, value in zip(rows, theirs, strict=True):
                 row.append("" if value is None else number(value, metric))
     used = long[long["metric"].isin(metrics)]
-    caption = ["Means." if set(metrics) <= set(COST) else _spread_over(used), _label(runs)]
+    measured = any(define(m).group not in ("cost", "count") for m in metrics)
+    caption = [_spread_over(used) if measured else "Means."]
+    if measured:
+        percent = all(define(m).unit in ("%", "points") for m in metrics)
+        caption = ["In percent." if percent else "", *caption, *_about_marks(runs, used, marks)]
+    caption.append(_label(runs))
     if UNRANKED in set(runs["strategy"]) and marks:
         caption.append(f"{UNRANKED} is an upper bound and not ranked.")
     name = f"{_place(runs)}: {what}" if what else _place(runs)
-    return Table(name, head, rows, " ".join(filter(None, caption)), marks)
+    return Table(name, head, rows, " ".join(filter(None, caption)), marks, of_column)
 
 
 def _label(runs: pd.DataFrame) -> str:
@@ -300,32 +396,53 @@ def main_table(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> Table:
     table = grid(runs, chosen)
     weights = runs[["weights.tag", "weights.hash"]].drop_duplicates()
     weights_text = [f"{tag} (hash {key})" for tag, key in weights.dropna().itertuples(index=False)]
-    units = "" if {*SHARES} & {*chosen} else "In percent. "
-    table.caption = f"{units}{table.caption} Weights: {', '.join(weights_text) or 'unknown'}."
-    table.caption += _timed(runs) if any(m.startswith("time/") for m in chosen) else ""
+    table.caption += f" Weights: {', '.join(weights_text) or 'unknown'}."
+    return table
+
+
+def domain_table(runs: pd.DataFrame) -> Table | None:
+    """Error per domain in stream order, with the mean in front; None for streams of tasks."""
+    names = domains_in_order(runs)
+    if not names:
+        return None
+    table = grid(runs, ["err_mean", *names], "error per domain")
+    if "data.segments" in runs:
+        orders = runs["data.segments"].dropna().map(tuple).nunique()
+        if orders > 1:
+            table.caption += f" The runs have {orders} orders of domains; shown is the first one's."
+    return table
+
+
+def group_table(runs: pd.DataFrame, group: Group) -> Table | None:
+    """The numbers of one kind that some run has; None if none has any."""
+    columns = _columns(runs)
+    names = [m for m in of_group(group) if m in columns.values()]
+    if group == "count":  # NaN, collapse and the guard's only where there is something to tell
+        seen = {m for k, m in columns.items() if (runs[k].fillna(0) != 0).any()}
+        names = [m for m in names if m.startswith("method/") or m in seen]
+        own = {m for m in columns.values() if m.startswith("method/")} - {m.name for m in METRICS}
+        names += sorted(own)
+    if not names:
+        return None
+    table = grid(runs, names, GROUPS[group])
+    if group == "time":
+        table.caption += _timed(runs)
+    if group == "cost":
+        table.caption += f" Measured on {', '.join(runs['device'].dropna().unique()) or 'unknown'}."
     return table
 
 
 def _timed(runs: pd.DataFrame) -> str:
     """Which machine's time `time/...` speaks of."""
-    devices = runs.loc[runs["time.repeatable"] == False, "time.device"].unique()  # noqa: E712
+    devices = []
+    if {"time.repeatable", "time.device"} <= set(runs):
+        devices = runs.loc[runs["time.repeatable"] == False, "time.device"].unique()  # noqa: E712
     return f" time/...: measured on {', '.join(devices) or 'no machine, latency given'}."
-
-
-def domain_table(runs: pd.DataFrame) -> Table | None:
-    """Error per domain, with the mean in front; None for streams of tasks."""
-    domains = [k.removeprefix("metrics.") for k in named(runs, "metrics.err/")]
-    return grid(runs, ["err_mean", *domains], "error per domain, percent") if domains else None
 
 
 def cost_table(runs: pd.DataFrame) -> Table | None:
     """What the methods cost; None if no run says it."""
-    known = [m for m in COST if m.replace("cost/", "cost.", 1) in runs]
-    if not known:
-        return None
-    table = grid(runs, known, "cost")
-    table.caption += f" Measured on {', '.join(runs['device'].dropna().unique()) or 'unknown'}."
-    return table
+    return group_table(runs, "cost")
 
 
 def published_table(runs: pd.DataFrame) -> Table | None:
@@ -361,16 +478,28 @@ def state_table(runs: pd.DataFrame) -> Table:
 
 def tables_of(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> list[Table]:
     """All tables of one scenario, backbone and stream."""
+    special: list[Group] = ["open", "time", "estimate", "count"]
     tables = [
         main_table(runs, metrics),
         domain_table(runs),
+        *(group_table(runs, group) for group in special),
         published_table(runs),
         cost_table(runs),
     ]
     return [t for t in tables if t is not None]
 
 
+def definitions(tables: Sequence[Table]) -> list[tuple[str, str, str]]:
+    """Name with arrow, definition and source of every metric that the tables show."""
+    shown = dict.fromkeys(m for table in tables for m in table.metrics if m)
+    return sentences(shown)
+
+
 # ------------------------------------------------------------------------------ as text
+
+
+def _has_best(table: Table) -> bool:
+    return any(rank > 0 for rank in table.marks.values())
 
 
 def _marked(table: Table, form: dict[int, str], escape: Any = str) -> list[list[str]]:
@@ -382,8 +511,8 @@ def _marked(table: Table, form: dict[int, str], escape: Any = str) -> list[list[
 
 def terminal(table: Table) -> str:
     """Aligned columns; best with *, second with +."""
-    rows = _marked(table, {0: "%s", 1: "%s*", 2: "%s+"})
-    legend = "(* best, + second) " if table.marks else ""
+    rows = _marked(table, {0: "%s", 1: "%s*", 2: "%s+", STILL: "%s"})
+    legend = "(* best, + second) " if _has_best(table) else ""
     return f"{table.title}\n{aligned(table.head, rows)}\n{legend}{table.caption}".rstrip()
 
 
@@ -404,13 +533,22 @@ def markdown_escape(text: str) -> str:
 
 def markdown(table: Table) -> str:
     """Title, table and caption; best bold, second underlined."""
-    rows = _marked(table, {0: "%s", 1: "**%s**", 2: "<u>%s</u>"}, markdown_escape)
+    rows = _marked(table, {0: "%s", 1: "**%s**", 2: "<u>%s</u>", STILL: "%s"}, markdown_escape)
     head = [markdown_escape(text) for text in table.head]
     lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
     lines.insert(1, "|---" + "|---:" * (len(table.head) - 1) + "|")
-    legend = "**Best**, <u>second</u>. " if table.marks else ""
+    legend = "**Best**, <u>second</u>. " if _has_best(table) else ""
     title, caption = (one_line(t).replace("<", "&lt;") for t in (table.title, table.caption))
     return f"### {title}\n\n" + "\n".join(lines) + f"\n\n{legend}{caption}\n"
+
+
+def defined(tables: Sequence[Table]) -> str:
+    """What the columns mean, as a list in Markdown."""
+    lines = [
+        f"* {markdown_escape(name)}: {text}{f' ({source})' if source else ''}"
+        for name, text, source in definitions(tables)
+    ]
+    return "\n".join(["### What the numbers mean", "", *lines, ""])
 
 
 def csv(frame: pd.DataFrame) -> str:
@@ -433,6 +571,7 @@ LATEX = {
     "[": "{[}",  # after a line break, [ would start its optional argument
     "]": "{]}",
     "±": r"$\pm$",
+    "†": r"$^{\dagger}$",
     "↓": r"$\downarrow$",
     "↑": r"$\uparrow$",
 }
@@ -445,12 +584,12 @@ def latex_escape(text: str) -> str:
 
 def latex(table: Table) -> str:
     """A table environment (booktabs; graphicx for the width); best bold, second underlined."""
-    form = {0: "%s", 1: r"\textbf{%s}", 2: r"\underline{%s}"}
+    form = {0: "%s", 1: r"\textbf{%s}", 2: r"\underline{%s}", STILL: "%s"}
     head, *body = (
         " & ".join(row) + r" \\"
         for row in [[latex_escape(t) for t in table.head], *_marked(table, form, latex_escape)]
     )
-    legend = r" \textbf{Best}, \underline{second}." if table.marks else ""
+    legend = r" \textbf{Best}, \underline{second}." if _has_best(table) else ""
     lines = [
         r"\begin{table}[t]",
         r"\centering",
@@ -468,12 +607,29 @@ def latex(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_html(table: Table) -> str:
-    """A table inside a box of its own, which scrolls where it is too wide."""
-    rows = _marked(table, {0: "%s", 1: "<b>%s</b>", 2: "<u>%s</u>"}, html.escape)
-    head = "".join(f"<th>{html.escape(t)}</th>" for t in table.head)
+def anchor(metric: str) -> str:
+    """Identifier of the definition of a metric on the page."""
+    return "m-" + re.sub(r"[^a-z0-9]+", "-", define(metric).name.lower()).strip("-")
+
+
+def as_html(table: Table, linked: bool = False) -> str:
+    """A table inside a box of its own, which scrolls where it is too wide.
+
+    Args:
+        linked: heads of metrics lead to their definitions (`anchor`).
+    """
+    form = {0: "%s", 1: "<b>%s</b>", 2: "<u>%s</u>", STILL: '<span class="faint">%s</span>'}
+    dagger = f'<span class="worse">{WORSE}</span>'
+    rows = _marked(table, form, lambda text: html.escape(text).replace(WORSE, dagger))
+    metrics = table.metrics or [""] * len(table.head)
+    head = "".join(
+        f'<th><a href="#{anchor(metric)}">{html.escape(text)}</a></th>'
+        if linked and metric
+        else f"<th>{html.escape(text)}</th>"
+        for text, metric in zip(table.head, metrics, strict=True)
+    )
     body = "\n".join("<tr>" + "".join(f"<td>{t}</td>" for t in row) + "</tr>" for row in rows)
-    legend = "<b>Best</b>, <u>second</u>. " if table.marks else ""
+    legend = "<b>Best</b>, <u>second</u>. " if _has_best(table) else ""
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>\n"

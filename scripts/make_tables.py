@@ -21,7 +21,14 @@ import pandas as pd
 
 from driftline.analysis import load_runs, notes, select
 from driftline.analysis.runs import AVERAGE
-from driftline.analysis.tables import by_place, markdown, quoted, tables_of, with_intransigence
+from driftline.analysis.tables import (
+    by_place,
+    defined,
+    markdown,
+    quoted,
+    tables_of,
+    with_intransigence,
+)
 from driftline.core.console import program
 from driftline.core.errors import UserError
 from driftline.core.files import write_text
@@ -35,8 +42,8 @@ def tables(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> str:
     """
     used = with_intransigence(select(runs, average))
     remarks = quoted(notes(runs, used, average))
-    texts = [markdown(table) for _, some in by_place(used) for table in tables_of(some)]
-    return "\n".join([remarks, *texts])
+    shown = [table for _, some in by_place(used) for table in tables_of(some)]
+    return "\n".join([remarks, *map(markdown, shown), defined(shown)])
 
 
 def main() -> int:

@@ -71,11 +71,13 @@ def report(
     tables = [table for *_, some in places for table in some]
     out.mkdir(parents=True, exist_ok=True)
     if "md" in formats:
-        text = "\n".join([tab.quoted(told), *map(tab.markdown, tables)])
+        text = "\n".join([tab.quoted(told), *map(tab.markdown, tables), tab.defined(tables)])
         write_text(out / "tables.md", text.lstrip())
     if "tex" in formats:
         remarks = "".join(f"% {tab.one_line(note)}\n" for note in told)
-        write_text(out / "tables.tex", "\n".join([remarks, *map(tab.latex, tables)]).lstrip())
+        meanings = "".join(f"% {line}\n" for line in tab.defined(tables).splitlines() if line)
+        parts = [remarks, *map(tab.latex, tables), meanings]
+        write_text(out / "tables.tex", "\n".join(parts).lstrip())
     if "csv" in formats:
         write_text(out / "tables.csv", tab.csv(tab.statistics(runs)))
         write_text(out / "runs.csv", tab.csv(every))

@@ -21,7 +21,6 @@ from driftline.analysis import load_batches, load_experiences, load_matrix, load
 from driftline.analysis import runs as runs_module
 from driftline.analysis.plots import COLOURS, looks, pareto_front
 from driftline.analysis.tables import (
-    cell,
     grid,
     latex,
     main_table,
@@ -227,7 +226,7 @@ def test_the_name_of_a_nested_node_stands_for_what_its_file_holds(tmp_path):
     assert methods == {
         f"ease (adapter=lora, {rank}=4)",
         f"ease (adapter=lora, {rank}=8)",
-        f"ease (adapter=prompt, {rank}=unset)",
+        "ease (adapter=prompt)",  # which has no rank
     }
 
 
@@ -451,6 +450,7 @@ def test_seeds_that_agree_are_no_spread(tmp_path):
     used = select(runs)
     said = [note for note in notes(runs, used) if "every seed gave the same numbers" in note]
     assert len(said) == 1 and "source" in said[0] and "scenario.order_seed" in said[0]
-    rows = statistics(used).set_index(["method", "metric"])
-    shown = {m: cell(rows.loc[[(m, "err_mean")]].reset_index().iloc[0]) for m in ("source", "tent")}
-    assert shown["source"].endswith("(every seed)") and "±" in shown["tent"]
+    table = main_table(used)
+    shown = {row[0]: row[1:3] for row in table.rows}
+    assert shown["source"] == ["3 equal", "34.9"] and "±" in shown["tent"][1]
+    assert "source: 3 seeds gave equal numbers" in table.caption and "tent:" not in table.caption

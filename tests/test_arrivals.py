@@ -13,7 +13,7 @@ from test_analysis import write_run
 from test_runs import Kill, records, stop_after
 
 from driftline.analysis import load_runs, select
-from driftline.analysis.tables import by_place, main_table
+from driftline.analysis.tables import by_place, group_table
 from driftline.core.arrivals import Budget, Deadline, Decay, begin, discount
 from driftline.core.errors import UserError
 from driftline.runs.execute import run_experiment
@@ -210,6 +210,6 @@ def test_reports_show_utility_and_whose_time_it_is(tmp_path):
     for name, about in (("tent", clock), ("cotta", clock | {"repeatable": True})):
         write_run(tmp_path, name, metrics=metrics, summary={"time": about})
     ((_, runs),) = by_place(select(load_runs(tmp_path)))
-    table = main_table(runs)
-    assert {"time/utility ↑", "time/availability ↑"} <= set(table.head)
+    table = group_table(runs, "time")
+    assert table is not None and {"time/utility ↑", "time/availability ↑"} <= set(table.head)
     assert "time/...: measured on H100" in table.caption

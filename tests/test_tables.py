@@ -24,7 +24,7 @@ def test_settings_are_rows_seeds_are_averaged_and_keys_on_request(configure):
     runs = load_runs(Path(cfg.root))
     rows = [line for line in tables(runs).splitlines() if line.startswith("| source")]
     assert len(rows) == 6  # two streams, each in three tables
-    assert rows[0].startswith("| source | 2 |") and rows[3].startswith("| source | 1 |")
+    assert rows[0].startswith("| source | 2 equal |") and rows[3].startswith("| source | 1 |")
     assert "embedded_resnet, scenario.corruptions=['contrast', 'fog']\n" in tables(runs)
     (row, *_) = (
         line
