@@ -236,7 +236,7 @@ def test_the_picture_is_small_and_says_what_it_shows(tmp_path):
         (folder / "experiences.jsonl").write_text("\n".join(map(json.dumps, rows)))
     drawn = readme_figure.svg(*readme_figure.read(tmp_path))
     ElementTree.fromstring(drawn)
-    assert drawn.count("mean 50.0") == 3 and "stand-in" not in drawn
+    assert drawn.count("mean 50.0") == 4 and "stand-in" not in drawn
     shutil.rmtree(tmp_path / "tent")
     with pytest.raises(SystemExit, match="tent"):
         readme_figure.read(tmp_path)

@@ -1,6 +1,6 @@
 """The picture at the head of README.md, from finished runs of one stream.
 
-    python run.py -m strategy=source,tent,cotta scenario=imagenet_c
+    python run.py -m strategy=source,bn_adapt,tent,cotta scenario=imagenet_c
     python tools/readme_figure.py results --out docs/result.svg
 
 Error of every domain in stream order, one line a strategy, as SVG. The title carries the label of
@@ -15,10 +15,11 @@ import sys
 from html import escape
 from pathlib import Path
 
-ORDER = ("source", "tent", "cotta")
-COLOURS = {"source": "#6e7781", "tent": "#0969da", "cotta": "#cf222e"}
+ORDER = ("source", "bn_adapt", "tent", "cotta")
+COLOURS = {"source": "#6e7781", "bn_adapt": "#9a6700", "tent": "#0969da", "cotta": "#cf222e"}
+DASHED = {"tent": ' stroke-dasharray="7 4"'}  # may lie on that of bn_adapt
 WIDTH, HEIGHT = 880, 384
-LEFT, RIGHT, TOP, BOTTOM = 76, 156, 64, 92  # margins in pixels
+LEFT, RIGHT, TOP, BOTTOM = 76, 182, 64, 92  # margins in pixels
 Runs = dict[str, tuple[list[str], list[float]]]  # strategy -> domains, errors in percent
 
 
@@ -81,7 +82,10 @@ def svg(label: str, runs: Runs) -> str:
         points = [(LEFT + i * step, y(e)) for i, e in enumerate(runs[strategy][1])]
         colour = COLOURS[strategy]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(
+            f'<polyline points="{line}" fill="none" stroke="{colour}" '
+            f'stroke-width="2"{DASHED.get(strategy, "")}/>'
+        )
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in points]
     for i, strategy in enumerate(sorted(ORDER, key=means.__getitem__, reverse=True)):
         parts.append(
