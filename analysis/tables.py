@@ -283,7 +283,7 @@ def cell(row: pd.Series) -> str:
     spread = [row[k] for k in ("std_seeds", "std_orders") if not math.isnan(row[k])]
     if define(metric).group in ("cost", "count"):
         spread = []  # spread of time and memory is the machine's, not the method's
-    if any(spread):
+    if spread != [0.0]:  # of one order; equal seeds are no measurement
         text = " ± ".join([text, *(number(v, metric) for v in spread)])
     return text + WORSE if row["worse"] else text
 
