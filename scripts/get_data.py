@@ -76,7 +76,7 @@ def use(dataset: str, download: Download, root: Path) -> str:
     if not settings and (CONF / "scenario" / f"{dataset}.yaml").exists():
         settings = f"scenario={dataset}"
     if not settings:
-        return f"no scenario is named after {dataset} yet; see docs/tutorials/your_data.md"
+        return f"no scenario is named after {dataset} yet; see docs/tutorials/own_data.md"
     return f"python run.py {settings.format(root=root)} data.root={root}"
 
 

@@ -1,8 +1,9 @@
 """The documentation is true: tutorials run, links lead somewhere, commands name what exists.
 
-A block whose first line is a comment with a path is written into a copy of the project; a bash
-block after `<!-- run -->` is executed there, with `<!-- run if MODULE -->` where MODULE can be
-imported, and `<!-- run: fails with TEXT -->` must end with status 2 and TEXT.
+A block whose first line is a comment with a path is written into a copy of the project; a bash or
+Python block after `<!-- run -->` is executed there, with `<!-- run if MODULE -->` where MODULE can
+be imported, and `<!-- run: fails with TEXT -->` must end with status 2 and TEXT. Any other block
+says `<!-- not run: WHY -->` or `<!-- run by tests/FILE -->`.
 """
 
 from __future__ import annotations
@@ -31,15 +32,18 @@ from driftline.runs.sweep import expand
 sys.path.insert(0, str(ROOT / "tools"))
 import methods_table
 import readme_figure
+import reference
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
 PAGES += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "results").glob("reference/*.md")]
-TUTORIALS = [ROOT / "docs" / name for name in ("adapters.md", "rules.md")]
-TUTORIALS += sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+MEASURED = ROOT / "results" / "reference"  # pages of what was typed once, on another day
+TOLD = [page for page in PAGES if MEASURED not in page.parents and page.stem != "reliability"]
+TUTORIALS = [page for page in TOLD if re.search(r"^<!-- run( -->|:| if)", page.read_text(), re.M)]
+FENCE = re.compile(r"(?P<before>[^\n]*\n|\A)^ *```(?P<kind>\w*)\n(?P<text>.*?)^ *```$", re.S | re.M)
 FILE = re.compile(r"```\w+\n# (?P<path>[\w/]+\.\w+)\n.*?```", re.S)
 BLOCK = re.compile(
     r"```(?:python|yaml)\n(?P<text># (?P<path>[\w/]+\.\w+)\n.*?)```"
-    r"|<!-- run(?P<how>[^>]*) -->\n```bash\n(?P<commands>.*?)```",
+    r"|<!-- run(?P<how>(?: if|:)?[^>]*) -->\n```(?P<kind>bash|python)\n(?P<commands>.*?)```",
     re.S,
 )
 
@@ -50,7 +54,7 @@ def copy(tmp_path) -> Path:
     found = tmp_path / "driftline"
     found.mkdir()
     packages = [init.parent.name for init in ROOT.glob("*/__init__.py")]
-    for name in ("conf", "papers", "scripts", "benchmarks", *packages):
+    for name in ("conf", "papers", "scripts", "benchmarks", "results/example", *packages):
         shutil.copytree(ROOT / name, found / name)
     shutil.copy(ROOT / "run.py", found)
     return found
@@ -72,7 +76,8 @@ Runs = dict[tuple[str, str], list[dict[str, Any]]]
 def measured(folder: Path) -> Runs:
     """Summaries of the finished runs by method and scenario."""
     found: Runs = {}
-    for path in sorted(folder.glob("results/**/summary.json")):
+    committed = folder / "results" / "example"
+    for path in sorted(set(folder.glob("results/**/summary.json")) - set(committed.rglob("*"))):
         summary = json.loads(path.read_text())
         about = summary["run"]
         about = method_name(about["strategy"], about["around"]), about["scenario"]
@@ -97,6 +102,10 @@ def tuned(runs: Runs) -> None:
 def ruled(runs: Runs) -> None:
     (run,) = runs["tent (around=[adapt_every,rollback])", "imagenet_c[embedded]"]
     assert run["cost"]["backward_images"] == 20 and run["method"] == {"rollbacks": 0}
+
+
+def six_runs(runs: Runs) -> None:
+    assert len(runs["tent", "cifar10_c[embedded]"]) == 3
 
 
 def installed(module: str) -> bool:
@@ -125,13 +134,18 @@ def own_network(runs: Runs) -> None:
     assert tent["metrics"]["err_mean"] < source < 70
 
 
+def own_data(runs: Runs) -> None:
+    own_network(runs)
+    read_images(runs)
+
+
 CHECKS = {  # what a tutorial must leave behind
     "adapters": tuned,
     "rules": ruled,
     "tta_method": adapted,
     "cl_method": learned,
-    "your_data": read_images,
-    "own_data": own_network,
+    "own_data": own_data,
+    "sweeps": six_runs,
     "cluster": swept,
 }
 
@@ -149,7 +163,11 @@ def test_a_tutorial_runs(page, copy):
         how = block["how"].strip()
         if how.startswith("if ") and not installed(how.removeprefix("if ")):
             continue
-        done = shell(block["commands"], copy)
+        commands = block["commands"]
+        if block["kind"] == "python":
+            (copy / "page.py").write_text(commands)
+            commands = "python page.py"
+        done = shell(commands, copy)
         executed += 1
         if how.startswith(": fails with "):
             assert done.returncode == 2
@@ -157,7 +175,33 @@ def test_a_tutorial_runs(page, copy):
         else:
             assert done.returncode == 0, f"{block['commands']}\n{done.stdout}\n{done.stderr}"
     assert executed
-    CHECKS[page.stem](measured(copy))
+    if page.stem in CHECKS:
+        CHECKS[page.stem](measured(copy))
+
+
+@pytest.mark.parametrize("page", TOLD, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_block_is_executed_or_says_why_not(page):
+    text = page.read_text()
+    executed = [block.start() for block in BLOCK.finditer(text)] if page in TUTORIALS else []
+    for fence in FENCE.finditer(text):
+        start = fence["text"].strip().partition("\n")[0]
+        assert fence["kind"], f"{page.name}: the block with {start!r} has no language"
+        mark = re.fullmatch(r"\s*<!-- (not run|run by|run)\b:? ?(.*?) ?-->\s*", fence["before"])
+        if fence["kind"] == "text" or any(fence.start() <= at < fence.end() for at in executed):
+            continue
+        assert mark, f"{page.name}: the block with {start!r} is not executed and says not why"
+        assert mark[2], f"{page.name}: why is the block with {start!r} not executed?"
+        if mark[1] == "run by":
+            assert page.name in (ROOT / mark[2]).read_text(), f"{mark[2]} does not read {page.name}"
+    bare = re.sub(r"```.*?```", "", text, flags=re.S)
+    typed = re.findall(r"^ {4,}((?:python|pip|make|git|torchrun|driftline) .*)", bare, re.M)
+    assert not typed, f"{page.name}: commands stand in blocks that say whether they are executed"
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages <= listed, f"{pages - listed} are in no navigation (mkdocs.yml)"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -278,10 +322,57 @@ def test_every_golden_case_of_a_method_counts_in_the_table():
     }
 
 
+def test_the_reference_has_every_option_setting_and_function():
+    pages = reference.pages()
+    for path in sorted((ROOT / "conf").glob("*/**/*.yaml")):
+        group, name = path.parent.relative_to(ROOT / "conf").parts[0], path.stem
+        if group == "strategy":
+            page = pages[f"settings/strategy/{name}.md"]
+            target = OmegaConf.load(path)._target_.rpartition(".")[2]
+            assert f"## `{target}`" in page and f"strategy={name}" in page
+            keys = [key for key in OmegaConf.load(path) if key not in ("_target_", "defaults")]
+            assert all(f"`strategy.{key}" in page for key in keys if key != "name"), name
+        elif group in reference.GROUPS:
+            full = path.relative_to(ROOT / "conf" / group).with_suffix("").as_posix()
+            assert f"{{ #{full} }}" in pages[f"settings/{group}.md"], full
+    cotta = pages["settings/strategy/cotta.md"]
+    row = "| `strategy.steps` | `1` | a whole number, at least 1 | Updates per batch; imagenet"
+    assert row in cotta and "[Wang et al., CVPR 2022](https://arxiv.org/abs/2203.13591)" in cotta
+    assert "| `checkpoint.every` | `100` | a whole number, at least 0 |" in pages["settings/run.md"]
+    assert all(f"## {name}\n" in pages["python/driftline.md"] for name in ("make", "run"))
+    assert "- `logits`" not in pages["python/parts_objectives.md"].partition("## consistency")[0]
+
+
+def test_a_docstring_becomes_markdown():
+    text = """Does it.
+
+    Args:
+        x: images [B, 3, H, W]; and
+            more of them.
+        mean, std: of them.
+
+    Raises:
+        UserError: if not.
+    """
+    page = reference.markdown(reference.inspect.cleandoc(text))
+    assert page.startswith("Does it.") and "- `x`: images [B, 3, H, W]; and\n" in page
+    assert "- `mean, std`: of them." in page and "**Raises:**\n\n- `UserError`: if not." in page
+
+
+@pytest.mark.slow
 def test_the_site_builds(tmp_path):
-    pytest.importorskip("mkdocs", reason='mkdocs is missing: pip install -e ".[docs]"')
+    pytest.importorskip("material", reason='mkdocs-material is missing: pip install -e ".[docs]"')
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     front = (tmp_path / "index.html").read_text()
     assert 'href="presets.html"' in front and 'src="result.svg"' in front
+    assert 'href="settings/strategy/cotta.html"' in front
+    assert "[embedded]" in (tmp_path / "gallery.html").read_text()
+    assert (tmp_path / "gallery" / "report.html").is_file()
+    assert (tmp_path / "search" / "search_index.js").is_file()  # found without a server
+    for page in tmp_path.rglob("*.html"):
+        loaded = re.findall(
+            r'(?:<script[^>]* src|<link[^>]* rel="stylesheet" href)="(\w+:[^"]*)', page.read_text()
+        )
+        assert not loaded, f"{page.name} loads {loaded[0]}"
