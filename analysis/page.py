@@ -36,10 +36,15 @@ th, td { padding: .35rem .65rem; text-align: right; white-space: nowrap; }
 th { background: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line); }
 td { border-bottom: 1px solid var(--soft); }
 tr > :first-child { position: sticky; left: 0; text-align: left; background: var(--back);
-  max-width: 22rem; white-space: normal; }
+  min-width: 7.5rem; max-width: 22rem; white-space: normal; overflow-wrap: anywhere; }
 tr > th:first-child { background: var(--soft); }
 .words td, .words th { text-align: left; }
+th a { color: inherit; text-underline-offset: 3px; text-decoration-style: dotted; }
 u { text-underline-offset: 3px; }
+.worse { color: #b3261e; font-weight: 700; }
+dt { font-weight: 600; margin-top: .6rem; }
+dd { margin: 0 0 0 1rem; }
+@media (prefers-color-scheme: dark) { .worse { color: #ff8a80; } }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr));
   gap: 1rem; align-items: start; margin-top: 1.6rem; }
 figure { margin: 0; min-width: 0; }
