@@ -40,6 +40,7 @@ class Strategy(nn.Module):
     records_nan: ClassVar[bool] = False  # True: non-finite scores are counted and stop no run
     prefers: ClassVar[Preferred] = None  # which kind backbone=auto picks
     buys_labels: ClassVar[bool] = False  # True: gets an `Oracle`; no other method meets a label
+    made_of: Mapping[str, Any] | None = None  # settings, for `driftline.save`; not of the state
 
     def __init__(self, backbone: nn.Module, *, seed: int = 0) -> None:
         super().__init__()
@@ -296,6 +297,7 @@ class CLStrategy(Strategy):
     def __init__(self, backbone: nn.Module, *, seed: int = 0) -> None:
         super().__init__(backbone, seed=seed)
         self._warned: set[str] = set()
+        self.tasks_begun: list[Task] = []  # without their images, for `driftline.save`
 
     def warn_once(self, about: str, text: str) -> None:
         """Warn the user; of several warnings `about` one thing, the first alone is shown."""
@@ -309,6 +311,7 @@ class CLStrategy(Strategy):
     def begin_task(self, task: Task) -> None:
         """Prepare `task`; the default only grows. Not called again when a run resumes."""
         self.grow(task)
+        self.tasks_begun.append(task.without_images())
 
     def begin_epoch(self, task: Task, epoch: int) -> None:
         """Called before each epoch."""
@@ -376,6 +379,8 @@ class TTAStrategy(Strategy):
     counters: ClassVar[tuple[str, ...]] = ()  # attributes that count over the whole stream
     grows: ClassVar[str] = ""  # what it keeps the more of, the longer a stream is, and how much
     event = ""  # what a rule did at the last batch, for its record
+    prepared: Mapping[str, Tensor] | None = None  # the artefact in use, for `driftline.save`
+    make_another: Callable[[], TTAStrategy] | None = None  # to `prepare` with, `driftline.prepare`
 
     @classmethod
     def uses_source(cls, options: Mapping[str, Any]) -> bool:
@@ -544,7 +549,7 @@ class TaskWrapper(Around, CLStrategy):
 
     def __init__(self, inner: CLStrategy) -> None:
         super().__init__(inner)
-        self.epochs, self._warned = inner.epochs, set()
+        self.epochs, self._warned, self.tasks_begun = inner.epochs, set(), inner.tasks_begun
 
     def grow(self, task: Task) -> None:
         self.inner.grow(task)

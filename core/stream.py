@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from driftline.core.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -91,6 +93,21 @@ class Task:
     def tested(self) -> range:
         """Label positions of what `test` gives."""
         return self.classes if self.new is None else self.new
+
+    def without_images(self) -> Task:
+        """The same task, for a method that grows to what it was after it.
+
+        Raises:
+            UserError: later, where images are asked for.
+        """
+
+        def gone(*_: Any, **__: Any) -> Iterator[Any]:
+            raise UserError(
+                f"the images of task {self.index} ({self.name}) are not at hand: a saved method "
+                "goes on with new tasks, and this one reads those of earlier tasks again"
+            )
+
+        return replace(self, train=gone, fit=gone, test=gone, read=None)
 
     @property
     def own(self) -> Sequence[int]:

@@ -41,10 +41,13 @@ from driftline.runs.compose import (
 from driftline.runs.folder import choose_folder, describe, framework_notes, hold
 from driftline.runs.machine import set_up
 from driftline.runs.prepare import prepare
+from driftline.runs.saving import write_method
 from driftline.runs.schema import check_settings, embedded
 from driftline.runs.table import result_table
 from driftline.streams.dataset import about
 from driftline.streams.pipelines import Geometry
+
+MODEL = "model.safetensors"  # in a run folder, with checkpoint.model=true
 
 
 def run_experiment(
@@ -133,6 +136,8 @@ def _find_or_run(
             for note in framework_notes(folder, code):
                 console.say(note)
         if finished is not None:
+            if cfg.checkpoint.model and not (folder / MODEL).is_file():
+                console.say(f"it has no {MODEL}: on_exists=rerun checkpoint.model=true makes it")
             console.say(result_table(finished))
             here = {"folder": str(folder)}  # results may have been moved
             return {**finished, "run": {**finished["run"], **here}}
@@ -235,6 +240,8 @@ def _execute(
             console.stop()
             log.fail(distributed.cause(error))
             raise
+    if cfg.checkpoint.model and distributed.rank0():
+        _save_model(cfg, strategy, stream, folder)
     summary = {
         "run": {**about, "folder": str(folder), "git": git["commit"]},
         "data": {k: v for k, v in stream.facts.items() if k != "class_order"},
@@ -275,6 +282,21 @@ def _execute(
     console.say(result_table(summary))
     console.say(f"results: {folder}")
     return summary
+
+
+def _save_model(cfg: DictConfig, strategy: Strategy, stream: Stream, folder: Path) -> None:
+    """The method as the stream has left it; `driftline.load` needs no network for that file."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    outputs = stream.outputs if isinstance(stream, ShiftStream) else None
+    made_of = {
+        **{key: plain[key] for key in ("strategy", "around", "seed", "backbone")},
+        "num_classes": stream.num_classes,
+        "mean": None,
+        "std": None,
+        "outputs": None if outputs is None else list(outputs.kept),
+    }
+    tasks = stream.tasks if isinstance(stream, TaskStream) else ()
+    write_method(strategy, folder / MODEL, made_of, tasks)
 
 
 def _clock(
@@ -475,6 +497,7 @@ def _beside(
     console.say(f"{text} (kept as a run of its own) ...")
     with open_dict(cfg := cfg.copy()):
         cfg.strategy, cfg.around, cfg.reference, cfg.on_exists = strategy, {}, None, "skip"
+        cfg.checkpoint.model = False
         cfg.guard = "warn"
         for key in ("tuned", "time", "estimate"):  # what others are compared with, they all are
             cfg.pop(key, None)

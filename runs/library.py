@@ -1,22 +1,30 @@
-"""What `import driftline` offers: a strategy around a network, a run, a table of runs."""
+"""What `import driftline` offers: a strategy around a network, a run, a table of runs.
+
+Files and exported networks are in `runs/saving.py` and `runs/export.py`, tasks of own data sets in
+`streams/own.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.utils.data import Dataset
 
 from driftline.backbones.backbone import Backbone
+from driftline.core.build import locate
 from driftline.core.errors import UserError, suggest
-from driftline.core.strategy import Strategy, TTAStrategy
-from driftline.core.stream import OF_STREAMS
+from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
+from driftline.core.stream import OF_STREAMS, Task
 from driftline.runs.command import composed
-from driftline.runs.compose import build_strategy
+from driftline.runs.compose import replays_source
 from driftline.runs.execute import run_experiment
-from driftline.runs.schema import check_around
+from driftline.runs.saving import construct, name_of, wrap
+from driftline.streams.own import source_images
 
 if TYPE_CHECKING:
     import pandas
@@ -34,11 +42,9 @@ def make(
 ) -> Strategy:
     """A strategy with the settings of conf/strategy/NAME.yaml around a network.
 
-    An adaptation method is ready: call `adapt` on every batch. One that is prepared on source
-    images (`preparation()` is not None) has to be given the result of its `prepare` first, and one
-    that reads source images during the stream gets them by `use_source`; without, `adapt` says so
-    (docs/library.md). A continual method takes `begin_task`, `observe` and `end_task`, see
-    `core/strategy.py`.
+    An adaptation method is ready: call `adapt` on every batch. One that works on labelled source
+    images gets them by `driftline.prepare` first; without, `adapt` says so. A continual method
+    takes tasks: `driftline.tasks` and `driftline.learn`.
 
     Args:
         strategy: name of a file in conf/strategy.
@@ -60,20 +66,96 @@ def make(
     node = settings(strategy, **options)
     words = [f"strategy={strategy}", f"around=[{','.join(names)}]"]
     around = composed(words).around if names else OmegaConf.create({})
-    plain: Any = [OmegaConf.to_container(part) for part in (around, node)]
-    check_around(*plain)
-    backbone = net if isinstance(net, Backbone) else Backbone(net.eval(), mean=mean, std=std)
-    backbone.to(next(backbone.parameters()).device)  # its mean and std were made on the CPU
-    built = build_strategy(
-        node, around, backbone, seed=seed, num_classes=num_classes or backbone.num_classes
-    )
+    backbone = net if isinstance(net, Backbone) else wrap(net, mean, std)
+    made_of: dict[str, Any] = {
+        "strategy": OmegaConf.to_container(node, resolve=True),
+        "around": OmegaConf.to_container(around, resolve=True),
+        "seed": seed,
+        "num_classes": num_classes or backbone.num_classes,
+        "mean": None if mean is None else list(mean),
+        "std": None if std is None else list(std),
+    }
+    kind = locate(node._target_)
+    prepares = issubclass(kind, TTAStrategy) and kind.uses_source(node)
+    before = deepcopy(backbone) if prepares else None
+    built = construct(made_of, backbone)
     if lacking := built.needs - backbone.provides - OF_STREAMS:
         raise UserError(
             f"strategy={strategy} needs {', '.join(sorted(lacking))}, which this network lacks"
         )
-    if isinstance(built, TTAStrategy) and built.preparation() is None:
-        built.begin_stream()
+    if isinstance(built, TTAStrategy):
+        if built.preparation() is None:
+            built.begin_stream()
+        elif before is not None:
+            built.method.make_another = lambda: cast(TTAStrategy, construct(made_of, before)).method
     return built
+
+
+def learn(method: Strategy, task: Task) -> None:
+    """One task of a continual method, as the runner does it: all that `core/runner.py` calls.
+
+    Args:
+        method: of `driftline.make`.
+        task: of `driftline.tasks`, the next one.
+
+    Raises:
+        UserError: for a method of test-time adaptation.
+    """
+    if not isinstance(method, CLStrategy):
+        raise UserError(f"{name_of(method)} adapts at test time and learns no tasks: call adapt")
+    method.begin_task(task)
+    for epoch in range(method.epochs):
+        method.begin_epoch(task, epoch)
+        for batch in method.batches(task, epoch):
+            if batch is not None:
+                method.observe(batch.to(method.device))
+    method.end_task(task)
+
+
+def prepare(method: Strategy, images: Dataset[Any], *, seed: int = 0, workers: int = 0) -> None:
+    """What a method of test-time adaptation does on labelled source images before its stream.
+
+    A method that prepares does so, on an object of its own; one that reads source images during
+    the stream gets them. The first is part of a file of `driftline.save`; after `driftline.load`, a
+    method that reads source images during the stream gets them again by this function.
+
+    Args:
+        method: of `driftline.make` or `driftline.load`.
+        images: a data set: image float [3, H, W] in [0, 1] and label.
+        seed: of the order of the images.
+        workers: processes that load images; 0: none.
+
+    Raises:
+        UserError: for a method that uses no source images.
+    """
+    replays = prepares = False
+    if isinstance(method, TTAStrategy) and method.made_of is not None:
+        replays = replays_source(OmegaConf.create({"strategy": method.made_of["strategy"]}))
+        prepares = method.preparation() is not None and method.method.prepared is None
+    if not isinstance(method, TTAStrategy) or not (replays or prepares):
+        raise UserError(f"{name_of(method)} needs no source images, or has what it needs of them")
+    source = source_images(images, seed=seed, workers=workers)
+    if replays:
+        method.use_source(source)
+    if prepares:
+        bare = method.method
+        assert bare.make_another is not None
+        bare.prepared = bare.make_another().prepare(source, _NoProgress())
+        bare.make_another = None
+        bare.use_prepared(bare.prepared)
+        method.begin_stream()
+
+
+class _NoProgress:
+    """Of a preparation that is not interrupted."""
+
+    say = staticmethod(lambda text: None)
+
+    def load(self) -> None:
+        return None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 def settings(strategy: str, **options: Any) -> DictConfig:

@@ -12,22 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from driftline.core.errors import UserError
-from driftline.core.files import BadFile, read_checked, replacing, write_checked
+from driftline.core.files import BadFile, read_checked, write_checked
 from driftline.core.processes import Lock
 from driftline.core.provenance import code_of
 from driftline.core.strategy import TTAStrategy
 from driftline.core.stream import SourceImages
+from driftline.runs.tensor_file import read_tensors, write_tensors
 
 FORMAT = 2  # of artefacts; 2: with a checksum
 KIND = "preparation-2"  # unfinished; 2: with the artefact's key and a checksum
@@ -146,12 +144,13 @@ def prepare(
                 "source": source.description,
                 "seconds": f"{time.perf_counter() - started:.1f}",
             }
-            _save(path, artefact, facts)
+            write_tensors(path, artefact, facts)
             partial.path.unlink(missing_ok=True)
     finally:
         lock.release()
     artefact, facts = stored or _load(path, text)
     strategy.use_prepared(artefact)
+    strategy.prepared = artefact
     say(f"prepared on {facts['images']} source images{' (cached)' if cached else ''}: {path}")
     return {
         "artefact": str(path),
@@ -165,13 +164,6 @@ def prepare(
     }
 
 
-def _save(path: Path, artefact: Mapping[str, Tensor], facts: dict[str, str]) -> None:
-    # Clones: safetensors refuses tensors that share memory.
-    plain = {k: v.detach().cpu().clone().contiguous() for k, v in artefact.items()}
-    with replacing(path) as part:
-        save_file(plain, part, metadata={**facts, "checksum": _checksum(plain, facts)})
-
-
 def _load(path: Path, depends: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and facts of the artefact that was made for `depends`.
 
@@ -179,27 +171,7 @@ def _load(path: Path, depends: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         BadFile: if it is damaged or made for something else.
         UserError: if it cannot be read.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            artefact = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            facts = dict(file.metadata() or {})
-    except OSError as error:
-        raise UserError(f"cannot read the prepared artefact {path}: {error}") from error
-    except SafetensorError as error:
-        raise BadFile(f"{path} is damaged ({error})") from error
-    if facts.pop("checksum", None) != _checksum(artefact, facts):
-        raise BadFile(f"{path} is damaged: its content does not fit its checksum")
+    artefact, facts = read_tensors(path, "prepared artefact")
     if facts["depends"] != depends:
         raise BadFile(f"{path} was made for other settings, weights or images")
     return artefact, facts
-
-
-def _checksum(artefact: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
-    """CRC-32 over the facts and every tensor's name, type, shape and bytes."""
-    checksum = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(artefact.items()):
-        about = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-        checksum = zlib.crc32(about.encode(), checksum)
-        content = tensor.reshape(-1).view(torch.uint8).numpy()
-        checksum = zlib.crc32(content.data, checksum)
-    return f"{checksum:08x}"

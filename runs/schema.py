@@ -41,6 +41,7 @@ class Data(TypedDict):
 class Checkpoint(TypedDict):
     every: CountOrZero
     keep: bool
+    model: bool
 
 
 class Runtime(TypedDict):
@@ -142,7 +143,7 @@ def check_settings(cfg: DictConfig) -> None:
     check_value({k: v for k, v in plain.items() if k != "hydra"}, Settings, at="")
     for place in ("scenario", "strategy"):
         check_value(plain[place].get("name"), PlainName, at=f"{place}.name")
-    _check_strategy(plain["strategy"])
+    check_strategy(plain["strategy"])
     check_around(plain["around"], plain["strategy"])
     for group, kind in (("time", "Clock"), ("estimate", "Estimates")):
         _check_beside(plain.get(group), plain["strategy"], group, kind)
@@ -166,7 +167,12 @@ def _made(node: Mapping[str, Any], at: str, *wanted: str) -> None:
         raise UserError(f"{at}._target_={node['_target_']} makes no {at}")
 
 
-def _check_strategy(node: Mapping[str, Any]) -> None:
+def check_strategy(node: Mapping[str, Any]) -> None:
+    """That a node makes a strategy and its settings are in range.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
     if "_target_" in node:
         _made(node, "strategy", "CLStrategy", "TTAStrategy")
     check(node, at="strategy", live=LIVE["strategy"])

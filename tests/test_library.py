@@ -262,8 +262,49 @@ def test_mistakes_in_own_packages_are_named(own_package, words, message):
 # ------------------------------------------------------------------------------ the wheel
 
 
+PROLOGUE = f"""
+import sys
+from copy import deepcopy
+
+sys.path.insert(0, sys.argv[1])
+import timm, torch, torchvision
+from torch.utils.data import DataLoader, TensorDataset
+
+import driftline
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = torchvision.models.resnet18(num_classes=10)
+network = lambda: deepcopy(net)
+images = torch.rand(4, 3, 32, 32)
+source = TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8))
+loader = DataLoader(source, 4)
+train_a, test_a, train_b, test_b = (
+    TensorDataset(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]) + first)
+    for first in (0, 0, 2, 2)
+)
+SMALL = {SMALL}
+words = ["strategy=tent", "scenario=cifar10_c", "checkpoint.model=true", *SMALL]
+folder = driftline.run(words)["run"]["folder"]
+"""
+EPILOGUE = """
+places = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "driftline"]
+outside = [place for place in places if place and not place.startswith(sys.argv[1])]
+assert len(places) > 50 and not outside, outside
+"""
+
+
+def library_page() -> str:
+    """Every Python block of docs/library.md, one after the other, on random images."""
+    text = (ROOT / "docs" / "library.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) > 8
+    code = "\n".join([PROLOGUE, *blocks, EPILOGUE])
+    return code.replace('"seed=1"]', '"seed=1", *SMALL]')
+
+
 @pytest.mark.slow
-def test_a_wheel_holds_the_packages_and_the_configuration(tmp_path):
+def test_a_wheel_holds_what_runs_and_the_page_about_the_library_need(tmp_path):
     pytest.importorskip("setuptools", minversion="77.0.3")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -300,3 +341,7 @@ def test_a_wheel_holds_the_packages_and_the_configuration(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "results").rglob("summary.json"))
+    subprocess.run(  # isolated: neither PYTHONPATH nor the current folder is looked into
+        [sys.executable, "-I", "-c", library_page(), str(tmp_path / "installed")],
+        cwd=tmp_path, env={**env, "OMP_NUM_THREADS": "1"}, check=True, timeout=HANG,
+    )  # fmt: skip

@@ -183,6 +183,7 @@ def test_global_options_are_these():
         "channels_last",
         "checkpoint.every",
         "checkpoint.keep",
+        "checkpoint.model",
         "data.cache",
         "data.on_error",
         "data.root",
