@@ -215,7 +215,7 @@ def test_a_task_of_one_image_keeps_the_ridge_of_the_task_before():
 
 @pytest.mark.parametrize("ridge", [1e-8, 1.0, 1e6])
 def test_a_ridge_that_is_lost_in_the_rounding_of_the_sums_is_raised(ridge):
-    """Few images in many columns of large features: float32 sums solve nothing with a tiny ridge."""
+    """Few images, many columns, large features: float32 sums solve nothing with a tiny ridge."""
     strategy = make("ranpac", epochs=0, projection=400)
     strategy.grow(whole((4, 3, 3))[0])
     draws = torch.Generator().manual_seed(0)
