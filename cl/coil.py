@@ -57,7 +57,7 @@ def transport(cost: Tensor, entropy: float) -> Tensor:
     """
     kernel = (-cost.double() / entropy).exp()
     n, m = kernel.shape
-    u = kernel.new_full((n,), 1 / n)
+    u, v = kernel.new_full((n,), 1 / n), kernel.new_full((m,), 1 / m)
     for step in range(LIMIT):
         v = 1 / m / (kernel.T @ u)
         u = 1 / n / (kernel @ v)

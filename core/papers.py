@@ -29,6 +29,7 @@ its recipe.
 
 from __future__ import annotations
 
+import builtins
 from copy import deepcopy
 from functools import cache, lru_cache
 from pathlib import Path
@@ -262,7 +263,7 @@ class PaperSource(ConfigSource):
         paper = name.partition("/")[0]
         return bool(_served(group, paper)) and exists(group, name)
 
-    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+    def list(self, config_path: str, results_filter: ObjectType | None) -> builtins.list[str]:
         group, _, paper = config_path.partition("/")
         if paper:
             return [] if results_filter == ObjectType.GROUP else sorted(_served(group, paper))

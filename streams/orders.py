@@ -209,6 +209,7 @@ def dirichlet_note(labels: np.ndarray, options: Options, rng: np.random.Generato
         sizes = np.zeros(count, np.int64)
         for value in values:
             rows = rng.permutation(np.flatnonzero(labels == value))
+            share = np.zeros(count)
             for _ in range(NOTE_ATTEMPTS):
                 share = rng.dirichlet(np.full(count, options.delta)) * (sizes < full)
                 if share.sum() > 0:
@@ -265,7 +266,7 @@ def lame_zipf(labels: np.ndarray, options: Options, rng: np.random.Generator) ->
     The shares are drawn again until the largest tenth of the labels holds less than 90 %.
     """
     values = np.unique(labels)
-    largest = max(1, round(0.1 * len(values)))
+    largest, share = max(1, round(0.1 * len(values))), np.zeros(len(values))
     for _ in range(NOTE_ATTEMPTS):
         share = rng.zipf(options.zipf, len(values)).astype(np.float64)
         share /= share.sum()

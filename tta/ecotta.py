@@ -36,7 +36,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import driftline.core.vision  # noqa: F401  # isort: skip
 
@@ -90,9 +90,9 @@ def residual_blocks(net: nn.Module) -> list[nn.Module]:
     for name in NESTED:
         stages = getattr(net, name, None)
         if isinstance(stages, nn.Sequential):
-            return [b for s in stages for b in getattr(s, "blocks", s).children()]
+            return [b for s in stages for b in cast(nn.Module, getattr(s, "blocks", s)).children()]
     layers: list[nn.Module] = []
-    for child in getattr(net, "features", nn.Sequential()).children():
+    for child in cast(nn.Module, getattr(net, "features", nn.Sequential())).children():
         if type(child) is nn.Sequential:  # stages; convolutions are of a subclass
             layers += child
         elif isinstance(child, FLAT):

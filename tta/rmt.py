@@ -51,18 +51,18 @@ def class_means(
         size: images a batch, whose statistics a network with batch statistics uses.
         limit: stop after the batch that passes this number of images.
     """
-    device, means = next(backbone.parameters()).device, PrototypeHead(backbone.dim)
+    weight, means = next(backbone.parameters()), PrototypeHead(backbone.dim)
     means.grow(backbone.num_classes)
-    means.to(device)
+    means.to(weight.device)
     for batch in source.batches(size, epoch=0):  # shuffled: batches of mixed classes
-        features = backbone.features(batch.x.to(device))
-        means.update(features, batch.y.to(device))
+        features = backbone.features(batch.x.to(weight.device))
+        means.update(features, batch.y.to(weight.device))
         if means.counts.sum() > limit:
             break
     known = means.counts > 0
     if lacking := int((~known).sum()):
         progress.say(f"{lacking} of {len(known)} classes have no source image, and so no prototype")
-    return (means.sums / means.counts[:, None])[known].to(features.dtype)
+    return (means.sums / means.counts[:, None])[known].to(weight.dtype)
 
 
 def contrastive_loss(vectors: Tensor, temperature: float) -> Tensor:
