@@ -50,7 +50,9 @@ def text(folders: Sequence[Path] = (CONF,)) -> str:
     for group, title in GROUPS.items():
         parts.append("\n".join([title, *listing(group, folders)]) + "\n")
     parts.append(FOOT.format(rows=len(papers.options("experiment"))))
-    return "\n".join(parts).rstrip()
+    whole = "\n".join(parts).rstrip()
+    checkout = (CONF.parent / "run.py").is_file()  # a wheel has the command alone
+    return whole if checkout else whole.replace("python run.py", "driftline")
 
 
 def listing(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:

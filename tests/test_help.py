@@ -42,6 +42,11 @@ def test_help_has_a_line_for_every_option_and_none_for_the_rows_of_papers(wide):
     assert not any(row in text for row in papers.options("experiment"))
 
 
+def test_help_of_a_wheel_names_its_command(wide, tmp_path, monkeypatch):
+    monkeypatch.setattr(help, "CONF", tmp_path / "conf")
+    assert "python run.py" not in help.text() and "  driftline explain strategy" in help.text()
+
+
 def test_help_puts_strategies_and_scenarios_that_adapt_before_those_that_learn_tasks(wide):
     names = [line.split()[0] for line in help.listing("strategy")]
     kinds = [papers.facts()[name]["kind"] for name in names]
