@@ -208,7 +208,9 @@ def option(group: str, name: str) -> dict[str, Any]:
 
 @cache
 def published() -> dict[str, Facts]:
-    """docs/methods.yaml: what is behind strategies, by name."""
+    """docs/methods.yaml: what is behind strategies, by name; empty in a copy without it."""
+    if not FACTS.is_file():
+        return {}
     with open(FACTS) as file:
         known: Any = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return known

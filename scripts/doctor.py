@@ -42,6 +42,7 @@ EXTRAS = {
     "tune": ("optuna",),
     "peft": ("peft",),
     "foa": ("cma",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "analysis": ("pandas", "matplotlib", "jupytext", "ipykernel"),
     "docs": ("mkdocs",),
 }

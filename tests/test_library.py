@@ -334,7 +334,7 @@ def test_a_wheel_holds_what_runs_and_the_page_about_the_library_need(tmp_path):
     assert "driftline/docs/methods.yaml" in inside  # what --help says of strategies
     assert not {n for n in inside if n.split("/")[1] in ("tests", "scripts", "results", "run.py")}
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    words = ["strategy=tent", "scenario=cifar10_c", *SMALL]
+    words = ["strategy=tent", "scenario=cifar10_c", "checkpoint.model=true", *SMALL]
     code = "import sys; from driftline.runs.command import main; sys.exit(main())"
     done = subprocess.run(
         [python(), "-c", code, *words],

@@ -61,7 +61,9 @@ def holds_images(method: torch.nn.Module) -> bool:
     for part in method.modules():
         if isinstance(part, Buffer | Memory):
             return True
-        for value in vars(part).values():
+        for name, value in vars(part).items():
+            if name == "tasks_begun":
+                continue  # tasks without their images
             items = [*value.values()] if isinstance(value, dict) else value
             items = items if isinstance(items, list | tuple) else [items]
             if any(isinstance(getattr(i, "__self__", i), Task) for i in items):
