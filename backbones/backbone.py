@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -125,6 +126,23 @@ class Backbone(nn.Module):
         return head.in_features
 
     @property
+    def width(self) -> int:
+        """Length of a token between the blocks of a transformer; `dim` where nothing else is known.
+
+        A projection behind the last block makes the two differ.
+        """
+        known = getattr(self.net, "embed_dim", None)
+        return known if isinstance(known, int) and hasattr(self.net, "blocks") else self.dim
+
+    def read_out(self, tokens: Tensor) -> Tensor:
+        """What the head reads [..., D] of the token that the last norm gives, [..., width]."""
+        return tokens
+
+    def weights(self) -> dict[str, Tensor]:
+        """All that the scores follow from, by name, for `weights_hash`."""
+        return self.net.state_dict()
+
+    @property
     def provides(self) -> frozenset[str]:
         """Facts that a strategy's `needs` are compared with."""
         facts = {"features"}
@@ -147,7 +165,8 @@ class Backbone(nn.Module):
         """[B, 3, H, W] in [0, 1] -> [B, D], what the pretrained head reads."""
         images, x = len(x), self.normalize(x)
         if hasattr(self.net, "forward_head"):
-            out = self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+            with self.sized(x):
+                out = self.net.forward_head(self.net.forward_features(x), pre_logits=True)
             return self.passes.count(images, out)
         head = self.head
         if head is None:
@@ -155,7 +174,8 @@ class Backbone(nn.Module):
         seen: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            self.net(x)
+            with self.sized(x):
+                self.net(x)
         finally:
             handle.remove()
         return self.passes.count(images, seen[0])
@@ -163,10 +183,64 @@ class Backbone(nn.Module):
     @distributed.shared()
     def logits(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, C], scores of the pretrained head."""
-        return self.passes.count(len(x), self.net(self.normalize(x)))
+        with self.sized(x):
+            out = self.net(self.normalize(x))
+        return self.passes.count(len(x), scores_of(out, self.tag))
+
+    @contextmanager
+    def sized(self, x: Tensor) -> Generator[None]:
+        """What a network says to images of another size than its own, as an error naming settings.
+
+        Raises:
+            UserError: where the pass inside fails on images that are not `input_size` square.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError, ValueError) as error:
+            own, height, width = self.input_size, *x.shape[-2:]
+            if height == width == own:
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise UserError(
+                f"{self.tag} takes images of {own} x {own} pixels, and these are {height} x "
+                f"{width} ({reason}): set scenario.resize={own}, or backbone.input_size={height} "
+                "where the backbone has that option"
+            ) from error
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(x)
+
+
+def scores_of(out: Any, tag: str) -> Tensor:
+    """The scores [B, C] among what a network returns.
+
+    Networks with auxiliary heads return tuples while they train (Inception, GoogLeNet), those of
+    transformers an object with `logits`, or a mapping.
+
+    Raises:
+        UserError: where there are none.
+    """
+    scores = out
+    if isinstance(out, Mapping):
+        scores = out.get("logits")
+    elif not isinstance(out, Tensor):
+        scores = getattr(out, "logits", None)
+        if scores is None and isinstance(out, tuple | list) and len(out):
+            scores = out[0]
+    if isinstance(scores, Tensor) and scores.ndim == 2:
+        return scores
+    if isinstance(out, Tensor):
+        what = f"a tensor of shape {list(out.shape)}"
+    elif isinstance(out, Mapping):
+        what = f"a mapping with the keys {', '.join(map(str, out))}"
+    else:
+        what = type(out).__name__
+    raise UserError(
+        f"{tag} returns {what}, not scores [B, C] of an image classifier. Wrap it in a module "
+        "whose forward returns these alone"
+    )
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:

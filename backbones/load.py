@@ -20,7 +20,6 @@ from urllib.parse import urlparse
 import driftline.core.vision  # noqa: F401  # isort: skip
 
 import huggingface_hub
-import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from driftline.backbones import embedded
 from driftline.backbones.backbone import Backbone
+from driftline.backbones.checkpoints import head_name, load_strict, load_tensors, reason_of
 from driftline.backbones.resnext_cifar import CifarResNeXt
 from driftline.backbones.wide_resnet import WideResNet
 from driftline.core.errors import UserError, suggest
@@ -43,8 +43,6 @@ RANDOM = "random"  # value of `checkpoint` that asks for random weights
 WEIGHTS = Path(__file__).parent / "weights"
 TIMEOUT = 10.0  # seconds without an answer after which a download is given up
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order timm looks for them
-NESTED = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save
-PREFIXES = ("module.", "model.", "_orig_mod.")  # left by DataParallel, wrappers, torch.compile
 
 # What names without a tag meant elsewhere; shown when such a name is refused.
 MEANINGS = {
@@ -68,107 +66,11 @@ ROBUSTBENCH_FILES = {
 }
 
 
-# ---------------------------------------------------------------- reading weight files
-
-
-def _reason(error: BaseException) -> str:
-    """First line of an error message, cut to a readable length."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
-
-
-def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a `.safetensors` file or of a `torch.save` file.
-
-    Nothing but tensors and plain containers is unpickled. A state dict nested under one of
-    `NESTED` is taken out, and a prefix in `PREFIXES` that all names share is removed.
-
-    Raises:
-        UserError: for a missing or damaged file, for pickled objects, for anything but tensors.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"backbone.checkpoint={str(path)!r}: there is no such file")
-    try:
-        content: Any = (
-            safetensors.torch.load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"backbone.checkpoint={str(path)!r} holds Python objects other than tensors, or is "
-            "not a torch.save file. Objects are not unpickled because that can run code; save the "
-            "weights alone with torch.save(model.state_dict(), ...) or as .safetensors"
-        ) from error
-    except Exception as error:  # of any type: torch.load reads foreign bytes as opcodes
-        raise UserError(
-            f"backbone.checkpoint={str(path)!r} cannot be read, it may be incomplete "
-            f"({_reason(error)}). Download or copy it again"
-        ) from error
-    for key in NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(
-            f"backbone.checkpoint={str(path)!r} holds no tensors by name "
-            f"but {type(content).__name__}; save model.state_dict()"
-        )
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise UserError(
-                f"backbone.checkpoint={str(path)!r}: {name!r} is {type(value).__name__}, not a "
-                f"tensor. The weights must be at the top level or under one of {NESTED}"
-            )
-    tensors = {str(name): value for name, value in content.items()}
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
-
-
-def load_strict(net: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Copy `tensors` into `net`, cast to its types; every name and shape must agree.
-
-    Raises:
-        UserError: as for `require_fit`.
-    """
-    require_fit(net, net.state_dict(), tensors, path)
-    net.load_state_dict(dict(tensors), strict=False)
-
-
-def require_fit(
-    net: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | Path
-) -> None:
-    """Compare names and shapes of a file with those that a network has.
-
-    Only BatchNorm's `num_batches_tracked`, which old files lack, may be missing.
-
-    Raises:
-        UserError: naming the first tensor that disagrees and the number of further ones.
-    """
-    wrong = []
-    for name, tensor in own.items():
-        if name in tensors:
-            want, have = tuple(tensor.shape), tuple(tensors[name].shape)
-            if want != have:
-                wrong.append(f"{name!r} has shape {have} in the file, {want} in the network")
-        elif not name.endswith("num_batches_tracked"):
-            wrong.append(f"{name!r} of the network is missing in the file")
-    wrong += [f"{name!r} of the file is unknown to the network" for name in tensors.keys() - own]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more mismatches)" if len(wrong) > 1 else ""
-        raise UserError(
-            f"backbone.checkpoint={str(path)!r} does not fit {type(net).__name__}: "
-            f"{wrong[0]}{more}. It was saved from another architecture, or with another head"
-        )
-
-
 # ---------------------------------------------------------------- common parts
 
 
 @contextmanager
-def _fixed_seed() -> Iterator[None]:
+def fixed_seed() -> Iterator[None]:
     """Initial weights that are the same in every run and leave the global generator alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -182,12 +84,12 @@ def _other_size(arch: str, size: int) -> Iterator[None]:
         yield
     except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"backbone.input_size={size} does not fit {arch} ({_reason(error)})"
+            f"backbone.input_size={size} does not fit {arch} ({reason_of(error)})"
         ) from error
 
 
 @contextmanager
-def _network_timeout() -> Iterator[None]:
+def network_timeout() -> Iterator[None]:
     """`urllib`, which torch.hub uses, waits for ever by default."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(before or TIMEOUT)
@@ -197,7 +99,7 @@ def _network_timeout() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _unreachable(tag: str, source: str, reason: str) -> UserError:
+def unreachable(tag: str, source: str, reason: str) -> UserError:
     return UserError(
         f"backbone weights with the tag {tag!r} are not in the local cache and cannot be "
         f"downloaded from {source} ({reason}). Fetch the file elsewhere and pass "
@@ -205,7 +107,7 @@ def _unreachable(tag: str, source: str, reason: str) -> UserError:
     )
 
 
-def _normalization(
+def normalization(
     normalize: str, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, Sequence[float] | None]:
     """Arguments of `Backbone` for the option `normalize`; `mean`, `std` are the checkpoint's."""
@@ -216,7 +118,16 @@ def _normalization(
     return {"mean": mean, "std": std}
 
 
-def _label(full: str, checkpoint: str | None) -> str:
+def check_key(key: str | None, checkpoint: str | None) -> None:
+    """Refuse `backbone.checkpoint_key` where there is no file to take anything out of."""
+    if key is not None and checkpoint in (None, RANDOM):
+        raise UserError(
+            f"backbone.checkpoint_key={key!r} says what to take out of a file, and "
+            f"backbone.checkpoint={'null' if checkpoint is None else checkpoint} names none"
+        )
+
+
+def label(full: str, checkpoint: str | None) -> str:
     """`full`, `full@file` or `full@random`."""
     return full if checkpoint is None else f"{full}@{Path(checkpoint).name}"
 
@@ -263,7 +174,7 @@ def resolve_tag(tag: str) -> str:
     return f"{arch}.{tags[0]}" if tags else arch
 
 
-def _hub_file(hub_id: str, tag: str) -> str:
+def hub_file(hub_id: str, tag: str, files: Sequence[str] = HUB_FILES) -> str:
     """Path of a hub model's weight file in the local cache, downloaded if it is not there.
 
     A cached file is used without asking the hub. One request without retries comes before a
@@ -273,12 +184,12 @@ def _hub_file(hub_id: str, tag: str) -> str:
         UserError: if the file is neither cached nor can be downloaded.
     """
     repo, _, revision = hub_id.partition("@")
-    for filename in HUB_FILES:
+    for filename in files:
         path = huggingface_hub.try_to_load_from_cache(repo, filename, revision=revision or None)
         if isinstance(path, str):
             return path
     source = f"the Hugging Face hub, {repo}"
-    for filename in HUB_FILES:
+    for filename in files:
         url = huggingface_hub.hf_hub_url(repo, filename, revision=revision or None)
         try:
             try:
@@ -287,26 +198,26 @@ def _hub_file(hub_id: str, tag: str) -> str:
                 continue
             return huggingface_hub.hf_hub_download(repo, filename, revision=revision or None)
         except Exception as error:  # the types depend on the HTTP client of the hub's version
-            raise _unreachable(tag, source, _reason(error)) from error
-    raise _unreachable(tag, source, f"it has none of the files {HUB_FILES}")
+            raise unreachable(tag, source, reason_of(error)) from error
+    raise unreachable(tag, source, f"it has none of the files {files}")
 
 
 def _published(tag: str, cfg: PretrainedCfg, options: dict[str, Any]) -> Any:
     """The network with its published weights, loaded by timm."""
     if not cfg.hf_hub_id:
         try:
-            with _network_timeout():
+            with network_timeout():
                 return timm.create_model(tag, pretrained=True, **options)
         except OSError as error:
-            raise _unreachable(tag, str(cfg.url), _reason(error)) from error
-    file = _hub_file(str(cfg.hf_hub_id), tag)
+            raise unreachable(tag, str(cfg.url), reason_of(error)) from error
+    file = hub_file(str(cfg.hf_hub_id), tag)
     try:
         return timm.create_model(
             tag, pretrained=True, pretrained_cfg_overlay={"file": file}, **options
         )
     except (SafetensorError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"the cached weights of {tag!r} cannot be read ({_reason(error)}); delete {file}"
+            f"the cached weights of {tag!r} cannot be read ({reason_of(error)}); delete {file}"
         ) from error
 
 
@@ -331,12 +242,13 @@ def _converted(net: nn.Module, tensors: dict[str, Tensor], resize: bool) -> dict
 def _from_file(
     arch: str,
     path: str,
+    key: str | None,
     cfg: PretrainedCfg,
     num_classes: int | None,
     options: dict[str, Any],
 ) -> nn.Module:
     """A timm network with the weights of a local file."""
-    tensors = load_tensors(path)
+    tensors = load_tensors(path, key)
     net = timm.create_model(arch, num_classes=num_classes or cfg.num_classes, **options)
     tensors = _converted(net, tensors, resize="img_size" in options)
     if num_classes == 0:
@@ -365,6 +277,7 @@ def timm_backbone(
     name: PlainName,
     tag: str,
     checkpoint: str | None,
+    checkpoint_key: str | None,
     normalize: Literal["checkpoint", "none", "imagenet"],
     classes: str | None,
     num_classes: Annotated[int, Ge(0), Le(10**6)] | None,
@@ -377,6 +290,7 @@ def timm_backbone(
         tag: `architecture.tag`; the architecture alone only if it has at most one tag.
         checkpoint: None takes the published weights from the local hub cache or the hub; else a
             path to a weight file of this architecture, or `random`.
+        checkpoint_key: which of several sets of weights in that file, see `load_tensors`.
         normalize: `checkpoint` uses the mean and std stored with the tag, `imagenet` the ImageNet
             ones, `none` feeds images in [0, 1] as they are.
         classes: label space of the head; None derives it from the tag.
@@ -389,6 +303,7 @@ def timm_backbone(
         UserError: see `resolve_tag`, `load_tensors`, `load_strict`; also for weights that are
             neither cached nor can be downloaded.
     """
+    check_key(checkpoint_key, checkpoint)
     full = resolve_tag(tag)
     arch = full.partition(".")[0]
     cfg = timm.get_pretrained_cfg(full) or PretrainedCfg()
@@ -397,14 +312,14 @@ def timm_backbone(
     if other is not None and cfg.fixed_input_size:
         options["img_size"] = (other, other)
     net: Any  # timm networks have more than nn.Module promises
-    with _fixed_seed(), nullcontext() if other is None else _other_size(arch, other):
+    with fixed_seed(), nullcontext() if other is None else _other_size(arch, other):
         if checkpoint == RANDOM:
             # the tag would claim weights that are not there
             full = arch
             outputs = cfg.num_classes if num_classes is None else num_classes
             net = timm.create_model(arch, num_classes=outputs, **options)
         elif checkpoint is not None:
-            net = _from_file(arch, checkpoint, cfg, num_classes, options)
+            net = _from_file(arch, checkpoint, checkpoint_key, cfg, num_classes, options)
         elif "." not in full:
             raise UserError(
                 f"backbone.tag={tag!r}: no weights are published for {arch}; pass "
@@ -427,11 +342,11 @@ def timm_backbone(
     return Backbone(
         net,
         name=name,
-        tag=_label(full, checkpoint),
+        tag=label(full, checkpoint),
         input_size=input_size or cfg.input_size[-1],
         interpolation=cfg.interpolation,
         classes=classes if net.num_classes else None,
-        **_normalization(normalize, cfg.mean, cfg.std),
+        **normalization(normalize, cfg.mean, cfg.std),
     ).eval()
 
 
@@ -444,6 +359,7 @@ def torchvision_backbone(
     arch: str,
     weights: str,
     checkpoint: str | None,
+    checkpoint_key: str | None,
     normalize: Literal["checkpoint", "none", "imagenet"],
 ) -> Backbone:
     """A torchvision classifier with its ImageNet-1k head, or that of a file of weights.
@@ -455,11 +371,13 @@ def torchvision_backbone(
             size, interpolation and normalisation.
         checkpoint: None takes the published weights from torch.hub's cache or downloads them; else
             a path to a weight file of this architecture, or `random`.
+        checkpoint_key: as in `timm_backbone`.
         normalize: as in `timm_backbone`.
 
     Raises:
         UserError: for unknown names, files that do not fit, weights that cannot be downloaded.
     """
+    check_key(checkpoint_key, checkpoint)
     models = torchvision.models.list_models(module=torchvision.models)
     if arch not in models:
         raise UserError(f"backbone.arch={arch!r} is not in torchvision{suggest(arch, models)}")
@@ -469,25 +387,25 @@ def torchvision_backbone(
             f"backbone.weights={weights!r}: torchvision's {arch} has {', '.join(kinds)}"
         )
     chosen, outputs = kinds[weights], 1000
-    with _fixed_seed():
+    with fixed_seed():
         if checkpoint is None:
             try:
-                with _network_timeout():
+                with network_timeout():
                     net = torchvision.models.get_model(arch, weights=chosen)
             except OSError as error:
-                raise _unreachable(f"{arch}.{weights}", chosen.url, _reason(error)) from error
+                raise unreachable(f"{arch}.{weights}", chosen.url, reason_of(error)) from error
             except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
                 file = Path(
                     torch.hub.get_dir(), "checkpoints", Path(urlparse(chosen.url).path).name
                 )
                 raise UserError(
                     f"the cached weights of {arch}.{weights} cannot be read "
-                    f"({_reason(error)}); delete {file}"
+                    f"({reason_of(error)}); delete {file}"
                 ) from error
         else:
             net = torchvision.models.get_model(arch, weights=None)
             if checkpoint != RANDOM:
-                tensors = load_tensors(checkpoint)
+                tensors = load_tensors(checkpoint, checkpoint_key)
                 outputs = _outputs(net, tensors)
                 if outputs != Backbone(net).num_classes:
                     net = torchvision.models.get_model(arch, weights=None, num_classes=outputs)
@@ -497,20 +415,18 @@ def torchvision_backbone(
     return Backbone(
         net,
         name=name,
-        tag=_label(full, checkpoint),
+        tag=label(full, checkpoint),
         input_size=preset.crop_size[0],
         interpolation=preset.interpolation.value,
         classes="imagenet1k" if checkpoint != RANDOM and outputs == 1000 else None,
-        **_normalization(normalize, preset.mean, preset.std),
+        **normalization(normalize, preset.mean, preset.std),
     ).eval()
 
 
 def _outputs(net: nn.Module, tensors: Mapping[str, Tensor]) -> int:
     """Outputs of a network of this architecture with these weights."""
-    backbone = Backbone(net)
-    name = next((n for n, m in net.named_modules() if m is backbone.head), None)
-    weight = tensors.get(f"{name}.weight")
-    return backbone.num_classes if weight is None or weight.ndim != 2 else len(weight)
+    weight = tensors.get(f"{head_name(net)}.weight")
+    return Backbone(net).num_classes if weight is None or weight.ndim != 2 else len(weight)
 
 
 # ---------------------------------------------------------------- embedded and CIFAR networks
@@ -539,7 +455,7 @@ def embedded_backbone(
                 "tools/pretrain_embedded.py"
             )
         tensors |= load_tensors(file)
-    with _fixed_seed():
+    with fixed_seed():
         net: nn.Module = getattr(embedded, arch)()
     load_strict(net, tensors, WEIGHTS / f"{arch}.safetensors")
     return Backbone(
@@ -549,7 +465,7 @@ def embedded_backbone(
         input_size=32,
         interpolation="bicubic",
         classes="embedded" if net.num_classes else None,
-        **_normalization(normalize, embedded.MEAN, embedded.STD),
+        **normalization(normalize, embedded.MEAN, embedded.STD),
     ).eval()
 
 
@@ -559,6 +475,7 @@ def robustbench_backbone(
     model: Literal["Standard", "Hendrycks2020AugMix_WRN", "Hendrycks2020AugMix_ResNeXt"],
     dataset: Literal["cifar10", "cifar100"],
     checkpoint: str | None,
+    checkpoint_key: str | None,
     normalize: Literal["checkpoint", "none"],
 ) -> Backbone:
     """A CIFAR network of RobustBench's corruption board, from its published file.
@@ -572,6 +489,7 @@ def robustbench_backbone(
         dataset: training set; decides the number of outputs and the file.
         checkpoint: path of the file, or `random`. The files are on Google Drive, which has no
             dependable direct download, so they are not fetched.
+        checkpoint_key: as in `timm_backbone`.
         normalize: `checkpoint` as above, `none` never normalises.
 
     Raises:
@@ -581,6 +499,7 @@ def robustbench_backbone(
         raise UserError(
             f"backbone.model={model!r} is not published for {dataset}, only for cifar10"
         )
+    check_key(checkpoint_key, checkpoint)
     if checkpoint is None:
         raise UserError(
             f"backbone.checkpoint is missing: fetch RobustBench's {model} for {dataset} from "
@@ -588,7 +507,7 @@ def robustbench_backbone(
             "and pass backbone.checkpoint=/path/to/file.pt"
         )
     outputs = 10 if dataset == "cifar10" else 100
-    with _fixed_seed():
+    with fixed_seed():
         net: nn.Module
         if model == "Standard":
             net = WideResNet(depth=28, widen=10, num_classes=outputs)
@@ -598,7 +517,7 @@ def robustbench_backbone(
             net = CifarResNeXt(depth=29, cardinality=4, base_width=32, num_classes=outputs)
     constants = None if model == "Standard" else (0.5, 0.5, 0.5)
     if checkpoint != RANDOM:
-        tensors = load_tensors(checkpoint)
+        tensors = load_tensors(checkpoint, checkpoint_key)
         # some files also hold the normalisation of RobustBench's wrapper
         for key in ("mu", "sigma"):
             stored = tensors.pop(key, None)
@@ -611,9 +530,9 @@ def robustbench_backbone(
     return Backbone(
         net,
         name=name,
-        tag=_label(f"robustbench/{dataset}/{model}", checkpoint),
+        tag=label(f"robustbench/{dataset}/{model}", checkpoint),
         input_size=32,
         interpolation="bilinear",
         classes=None if checkpoint == RANDOM else dataset,
-        **_normalization(normalize, constants, constants),
+        **normalization(normalize, constants, constants),
     ).eval()

@@ -66,11 +66,11 @@ class Components(Rows):
 
     reads_context = True
 
-    def __init__(self, dim: int, length: int) -> None:
+    def __init__(self, dim: int, width: int, length: int) -> None:
         super().__init__()
         self.key = nn.Parameter(torch.empty(0, dim))
         self.attention = nn.Parameter(torch.empty(0, dim))
-        self.prompt = nn.Parameter(torch.empty(0, 2 * length, dim))
+        self.prompt = nn.Parameter(torch.empty(0, 2 * length, width))
         self.old = 0  # components of earlier tasks
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ class CodaPrompt(Prompted):
         self.ortho, self.drop_last = ortho, drop_last
         self.count = self.planned = 0  # components of a task, and of the tasks planned
         points = self.places(blocks, "strategy.blocks")
-        self.bank.add(NAME, {p: Components(backbone.dim, length) for p in points})
+        self.bank.add(NAME, {p: Components(backbone.dim, backbone.width, length) for p in points})
 
     @torch.no_grad()
     def start_head(self, head: nn.Linear, generator: torch.Generator) -> None:

@@ -131,7 +131,7 @@ class DualPrompt(Matched):
         if layout == "reshaped":  # what an image gets depends on its place in the batch
             vars(self)["batch_dependent"] = True
         self.expert = range(0)  # experts of the present task; empty: images choose
-        dim, draw = backbone.dim, self.rng("init")
+        dim, draw = backbone.width, self.rng("init")
         shared = self.places(general_blocks, "strategy.general_blocks")
         own = self.places(blocks, "strategy.blocks")
         prompts: dict[str, Adapter] = {p: GeneralPrefix(dim, general_length, draw) for p in shared}

@@ -190,5 +190,5 @@ def class_position(backbone: Backbone) -> Tensor:
     table = getattr(backbone.net, "pos_embed", None)
     prefix = getattr(backbone.net, "num_prefix_tokens", 1)
     if table is None or not prefix or getattr(backbone.net, "no_embed_class", False):
-        return torch.zeros(backbone.dim)
+        return torch.zeros(backbone.width)
     return table[0, 0].detach()

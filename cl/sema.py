@@ -207,7 +207,7 @@ class SEMA(CLStrategy):
         self.bank = plan.bank(backbone)
         adapters = plan.adapters(backbone, draws)
         for point in list(adapters)[-expandable:]:
-            adapters[point] = Mixture(backbone.dim, rank, hidden, draws)
+            adapters[point] = Mixture(backbone.width, rank, hidden, draws)
         self.bank.add(NAME, adapters)
         every = self.bank.adapters(NAME).values()
         self.mixtures = [one for one in every if isinstance(one, Mixture)]

@@ -20,6 +20,9 @@ VOLATILE_DATA = ("root", "cache")
 OURS = "driftline."  # before our targets, which had no such prefix at first
 SINCE: dict[str, dict[str, Any]] = {
     "": {"around": [], "guard": "warn"},
+    "driftline.backbones.load.timm_backbone": {"checkpoint_key": None},
+    "driftline.backbones.load.torchvision_backbone": {"checkpoint_key": None},
+    "driftline.backbones.load.robustbench_backbone": {"checkpoint_key": None},
     "driftline.cl.finetune.Finetune": {"adapter": None},
     "driftline.tta.tent.Tent": {"adapter": None},
     "driftline.streams.shifts.corruption_stream": {

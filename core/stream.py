@@ -172,6 +172,13 @@ class Outputs(NamedTuple):
     of: int  # how many the network has
 
 
+class Labels(NamedTuple):
+    """What the outputs of a network for a stream mean."""
+
+    space: str  # "imagenet1k"
+    names: tuple[str, ...]  # one a class; empty: not known
+
+
 @dataclass(frozen=True)
 class ShiftStream:
     """A sequence of segments over a list of domains."""
@@ -193,3 +200,4 @@ class ShiftStream:
     order: Mapping[str, np.ndarray] = field(default_factory=dict)  # int64 [N] each: what, when
     provides: frozenset[str] = frozenset()
     outputs: Outputs | None = None  # None: every output is a class of the stream
+    class_names: Sequence[str] = ()  # of the label space, in its order; empty: not known

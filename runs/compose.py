@@ -16,7 +16,14 @@ from driftline.core.identity import method_name
 from driftline.core.paths import CONF, expand_paths
 from driftline.core.seed import seed_all
 from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
-from driftline.core.stream import NEW_CLASSES, OF_STREAMS, OWN_CLASSES, ShiftStream, TaskStream
+from driftline.core.stream import (
+    NEW_CLASSES,
+    OF_STREAMS,
+    OWN_CLASSES,
+    Labels,
+    ShiftStream,
+    TaskStream,
+)
 from driftline.runs.schema import embedded
 from driftline.streams.pipelines import Geometry
 from driftline.streams.store import ImageStore
@@ -100,12 +107,12 @@ def make_strategy(
 ) -> tuple[Strategy, dict[str, str]]:
     """A seeded strategy with its rules around a fresh backbone, and the identity of the weights."""
     seed_all(cfg.seed)
-    backbone: Backbone = build(cfg.backbone, at="backbone").to(device)
+    backbone: Backbone = build(cfg.backbone, at="backbone", labels=_labels(stream)).to(device)
     if cfg.channels_last:
         backbone.to(memory_format=torch.channels_last)
     geometry.size, geometry.interpolation = backbone.input_size, backbone.interpolation
     _check_labels(cfg, stream, backbone)
-    weights = {"tag": backbone.tag, "hash": weights_hash(backbone.net.state_dict())}
+    weights = {"tag": backbone.tag, "hash": weights_hash(backbone.weights())}
     if isinstance(stream, ShiftStream) and stream.outputs is not None:
         backbone.keep_outputs(stream.outputs.kept)
     strategy = build_strategy(
@@ -113,6 +120,13 @@ def make_strategy(
     )
     _check_needs(cfg, strategy, stream, backbone)
     return strategy, weights
+
+
+def _labels(stream: Stream) -> Labels | None:
+    """What a head made of the classes' names has to score; None where classes are learned."""
+    if isinstance(stream, TaskStream):
+        return None
+    return Labels(str(stream.facts["label_space"]), tuple(stream.class_names))
 
 
 def build_strategy(

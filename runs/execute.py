@@ -406,13 +406,14 @@ def _how_to_real(cfg: DictConfig) -> str:
 
 
 def _checkpoint_hash(cfg: DictConfig) -> str:
-    """A local weights file counts by content, not by name."""
+    """Local files of weights and texts count by content, not by name."""
     digests = []
     for node in (cfg.backbone, *nodes(cfg.strategy)):
-        path = node.get("checkpoint")
-        if path and Path(path).is_file():
-            with open(path, "rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        for key in ("checkpoint", "text", "class_names", "templates"):
+            path = node.get(key)
+            if isinstance(path, str) and Path(path).is_file():
+                with open(path, "rb") as file:
+                    digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return " ".join(digests)
 
 

@@ -43,6 +43,7 @@ EXTRAS = {
     "peft": ("peft",),
     "foa": ("cma",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "clip": ("open_clip_torch",),
     "analysis": ("pandas", "matplotlib", "jupytext", "ipykernel"),
     "docs": ("mkdocs",),
 }

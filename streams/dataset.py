@@ -44,6 +44,7 @@ class About:
     layout: str  # what lies where under data.root
     label_space: str  # outputs of networks for it: "imagenet1k"; empty: the data says
     subset: tuple[int, ...] | None = None  # classes of the label space that occur; None: all
+    class_names: tuple[str, ...] = ()  # of the label space; empty: the images say
     hashes: Mapping[str, str] = field(default_factory=dict)  # file in its folder -> "md5:..."
     name: str = ""  # as `scenario.dataset` names it, for `scripts/get_data.py`
     download: Download | None = None  # None: there is nothing to load
@@ -186,6 +187,11 @@ class ShiftData(ABC):
     @property
     def label_space(self) -> str:
         return "embedded" if self.data_root is None else self.about.label_space
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Of the label space, in its order; empty: the images say."""
+        return () if self.data_root is None else self.about.class_names
 
     def facts(self) -> dict[str, object]:
         """What a result says of the set, beside the notes on its images."""

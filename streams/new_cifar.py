@@ -11,22 +11,9 @@ from typing import ClassVar
 import numpy as np
 
 from driftline.core.errors import UserError
-from driftline.streams.data.cifar10 import cifar, cifar_beside
+from driftline.streams.data.cifar10 import CLASSES, cifar, cifar_beside
 from driftline.streams.domain_folders import DomainFolders
 from driftline.streams.images import Arrays, ImageSet
-
-CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -484,4 +484,5 @@ def pair_stream(
             "severities": dealt.quarters * STEP,
         },
         provides=provided(around, loading.batch_size),
+        class_names=(real and data.about.class_names) or found.base.class_names,
     )

@@ -249,6 +249,7 @@ def corruption_stream(
         },
         provides=frozenset({"probes"}) | provided(around, loading.batch_size),
         outputs=outputs,
+        class_names=data.class_names or sets[0].class_names,
     )
 
 

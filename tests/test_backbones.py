@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from driftline.backbones import load
 from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.backbones.checkpoints import load_strict
 from driftline.backbones.resnext_cifar import CifarResNeXt
 from driftline.backbones.wide_resnet import WideResNet
 from driftline.core.build import build
@@ -195,64 +196,20 @@ def test_unreachable_torchvision_names_the_address(
 # ---------------------------------------------------------------- weight files
 
 
-def test_files_round_trip(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(2, 3), "b.weight": torch.arange(4)}
-    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    torch.save(tensors, tmp_path / "x.pt")
-    wrapped = {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in tensors.items()}}
-    torch.save(wrapped, tmp_path / "y.pt")
-    torch.save({"module.model.a": tensors["a"]}, tmp_path / "z.pt")
-    for name in ("x.safetensors", "x.pt", "y.pt"):
-        assert weights_hash(load.load_tensors(tmp_path / name)) == weights_hash(tensors)
-    assert list(load.load_tensors(tmp_path / "z.pt")) == ["a"]
-
-
-class Evil:
-    """Creates a file when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.path,))
-
-
-def test_unusable_files_are_refused(tmp_path: Path) -> None:
-    torch.save({"w": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="Python objects"):
-        load.load_tensors(tmp_path / "evil.pt")
-    assert not (tmp_path / "ran").exists()
-    torch.save(nn.Linear(1, 1), tmp_path / "module.pt")
-    with pytest.raises(UserError, match="model.state_dict"):
-        load.load_tensors(tmp_path / "module.pt")
-    torch.save({"a": torch.ones(1), "epoch": 3}, tmp_path / "mixed.pt")
-    with pytest.raises(UserError, match="'epoch' is int"):
-        load.load_tensors(tmp_path / "mixed.pt")
-    torch.save(torch.ones(1), tmp_path / "tensor.pt")
-    with pytest.raises(UserError, match="no tensors by name"):
-        load.load_tensors(tmp_path / "tensor.pt")
-    for name in ("noise.safetensors", "noise.pt"):
-        (tmp_path / name).write_bytes(b"\x80\x02not a checkpoint" * 20)
-        with pytest.raises(UserError, match="backbone.checkpoint="):
-            load.load_tensors(tmp_path / name)
-    with pytest.raises(UserError, match="there is no such file"):
-        load.load_tensors(tmp_path / "absent.pt")
-
-
 def test_another_architecture_is_named_by_its_first_tensor(tmp_path: Path) -> None:
     small = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     other = {k: v.clone() for k, v in small.state_dict().items()}
-    load.load_strict(small, other, "x.pt")
+    load_strict(small, other, "x.pt")
     other["0.weight"], other["1.bias"] = torch.ones(3, 5), torch.ones(7)
     with pytest.raises(UserError) as refusal:
-        load.load_strict(small, other, "x.pt")
+        load_strict(small, other, "x.pt")
     assert "'0.weight' has shape (3, 5) in the file, (3, 2) in the network" in str(refusal.value)
     assert "1 more mismatch" in str(refusal.value) and "x.pt" in str(refusal.value)
     del other["0.weight"]
     with pytest.raises(UserError, match="'0.weight' of the network is missing"):
-        load.load_strict(small, other, "x.pt")
+        load_strict(small, other, "x.pt")
     with pytest.raises(UserError, match="'extra' of the file is unknown"):
-        load.load_strict(small, {**small.state_dict(), "extra": torch.ones(1)}, "x.pt")
+        load_strict(small, {**small.state_dict(), "extra": torch.ones(1)}, "x.pt")
 
     file = tmp_path / "resnet.safetensors"
     safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), file)
@@ -272,7 +229,7 @@ def test_local_files_of_timm_networks(tmp_path: Path) -> None:
     tuned = timm.create_model("test_vit", num_classes=5).state_dict()
     file = tmp_path / "tuned.safetensors"
     safetensors.torch.save_file(tuned, file)
-    with pytest.raises(UserError, match=r"'head.weight' has shape \(5, 64\).*another head"):
+    with pytest.raises(UserError, match="head for 5 classes.*one for 1000.*num_classes=5"):
         config("test_vit", checkpoint=str(file))
     kept = config("test_vit", checkpoint=str(file), num_classes=5, classes="mine")
     assert kept.tag == "test_vit.r160_in1k@tuned.safetensors"
@@ -285,24 +242,12 @@ def test_local_files_of_timm_networks(tmp_path: Path) -> None:
         assert torch.equal(dropped.features(x), kept.features(x))
     headless = {k: v for k, v in tuned.items() if not k.startswith("head.")}
     torch.save({"state_dict": headless}, tmp_path / "headless.pt")
+    with pytest.raises(UserError, match="has no head.*1000 classes.*backbone.num_classes=0"):
+        config("test_vit", checkpoint=str(tmp_path / "headless.pt"))
     again = config("test_vit", checkpoint=str(tmp_path / "headless.pt"), num_classes=0)
     assert weights_hash(again.net.state_dict()) == weights_hash(dropped.net.state_dict())
     larger = config("test_vit", checkpoint=str(file), num_classes=5, input_size=192)
     assert larger.input_size == 192 and larger.logits(images(1, 192)).shape == (1, 5)
-
-
-@pytest.mark.parametrize("first", range(0, 256, 5))
-def test_no_foreign_file_ends_in_a_stack_trace(first: int, tmp_path: Path) -> None:
-    """torch.load takes the bytes of any file as pickle opcodes and fails in as many ways."""
-    random = np.random.default_rng(first)
-    for length in (0, 1, 20, 300):
-        content = bytes([first]) + random.bytes(length)
-        (tmp_path / "file.pt").write_bytes(content)
-        with pytest.raises(UserError, match="backbone.checkpoint="):
-            load.load_tensors(tmp_path / "file.pt")
-    (tmp_path / "text.pt").write_text("root:x:0:0:root:/root:/bin/bash\n" * 5)
-    with pytest.raises(UserError, match="backbone.checkpoint="):
-        load.load_tensors(tmp_path / "text.pt")
 
 
 @pytest.mark.parametrize(("name", "size"), [("test_vit", 7), ("test_vit", 161)])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from driftline.backbones import embedded as builders
-from driftline.backbones.load import load_strict, load_tensors
+from driftline.backbones.checkpoints import load_strict, load_tensors
 from driftline.streams import embedded as data
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -194,7 +194,7 @@ class BECoTTA(TTAStrategy):
         self.warmup, self.optim, self.update = warmup, optim, update
         self.domain_weight, self.information_weight = domain_weight, information_weight
         self.settings = {"experts": experts, "selected": selected, "rank": rank, "router": router}
-        dim, places = backbone.dim, list(backbone.net.blocks)[-blocks:]
+        dim, places = backbone.width, list(backbone.net.blocks)[-blocks:]
         like = next(backbone.parameters())
         numbers = generator(seed, "strategy", "experts")
         legacy = router == "legacy"

@@ -159,7 +159,7 @@ class FOA(TTAStrategy):
         self.backbone.eval().requires_grad_(False)
         self.population, self.step, self.discrepancy = population, step, discrepancy
         self.history, self.shift, self.source_images = history, shift, source_images
-        net, width = backbone.net, backbone.dim
+        net, width = backbone.net, backbone.width
         self.shape = (prompts, width)
         self.rng("search")  # made now, so that it is there to be put back
         self.search = state_of(self._evolution())
@@ -263,7 +263,7 @@ class FOA(TTAStrategy):
         distance = (tokens.mean(0) - self.source_mean).square().sum()
         if images > 1:
             distance = distance + (tokens.std(0) - self.source_std).square().sum()
-        unsure = entropy(self.backbone.head(self.last(tokens))).sum()
+        unsure = entropy(self.read(self.last(tokens))).sum()
         return self.discrepancy * distance * images / FULL_BATCH + unsure
 
     def scores(self, tokens: Tensor) -> Tensor:
@@ -271,7 +271,11 @@ class FOA(TTAStrategy):
         features = self.last(tokens)
         if self.history_mean is not None:
             features = features + self.shift * (self.last(self.source_mean) - self.history_mean)
-        return self.backbone.head(features)
+        return self.read(features)
+
+    def read(self, token: Tensor) -> Tensor:
+        """Scores [B, C] of the last class token."""
+        return self.backbone.head(self.backbone.read_out(token))
 
     def last(self, tokens: Tensor) -> Tensor:
         """Of all layers' class tokens the one that the head reads."""

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.load import load_tensors, require_fit
+from driftline.backbones.checkpoints import load_tensors, require_fit
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Unit
 from driftline.core.strategy import Progress
@@ -328,13 +328,10 @@ def load_posterior(net: nn.Module, path: str) -> dict[str, Tensor]:
     own: dict[str, Tensor] = dict(net.named_parameters())
     posterior: dict[str, Tensor] = {}
     for key, file in (("mean", path), ("variance", f"{head}{cov}{tail}")):
-        try:
-            # The statistics of BatchNorm lie in it too.
-            buffers = ("running_mean", "running_var", "num_batches_tracked")
-            loaded = {n: t for n, t in load_tensors(file).items() if not n.endswith(buffers)}
-            require_fit(net, own, loaded, file)
-        except UserError as error:
-            text = str(error).replace("backbone.checkpoint", "strategy.checkpoint")
-            raise UserError(text) from error
+        # The statistics of BatchNorm lie in it too.
+        buffers = ("running_mean", "running_var", "num_batches_tracked")
+        loaded = load_tensors(file, setting="strategy.checkpoint")
+        loaded = {n: t for n, t in loaded.items() if not n.endswith(buffers)}
+        require_fit(net, own, loaded, file, setting="strategy.checkpoint")
         posterior |= {f"{key}.{name}": value for name, value in loaded.items()}
     return posterior

@@ -35,7 +35,7 @@ from annotated_types import Ge, Le, MinLen
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
-from driftline.backbones.load import load_tensors, require_fit
+from driftline.backbones.checkpoints import load_tensors, require_fit
 from driftline.core.errors import Diverged, UserError
 from driftline.core.ranges import Count, NonNegative, Size, Unit
 from driftline.core.seed import generator
@@ -454,12 +454,11 @@ def load_source_vida(bank: AdapterBank, path: str) -> None:
         UserError: for a file that cannot be read or does not fit in names and shapes.
     """
     try:
-        loaded = load_tensors(path)
-        require_fit(bank.backbone.net, tensors(bank), loaded, path)
+        loaded = load_tensors(path, setting="strategy.checkpoint")
+        require_fit(bank.backbone.net, tensors(bank), loaded, path, setting="strategy.checkpoint")
     except UserError as error:
         raise UserError(
-            str(error).replace("backbone.checkpoint", "strategy.checkpoint")
-            + ". strategy.checkpoint is a network with ViDA adapters; the weights of a plain "
+            f"{error}. strategy.checkpoint is a network with ViDA adapters; the weights of a plain "
             "network belong to backbone.checkpoint"
         ) from error
     _copy(loaded, bank)

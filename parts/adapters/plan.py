@@ -92,8 +92,8 @@ class Plan:
         for point, module in self.points(backbone):
             linear = isinstance(module, nn.Linear)
             facts = {
-                "dim": module.in_features if linear else backbone.dim,
-                "out": module.out_features if linear else backbone.dim,
+                "dim": module.in_features if linear else backbone.width,
+                "out": module.out_features if linear else backbone.width,
                 "module": module,
                 "generator": generator,
             }

@@ -16,6 +16,19 @@ from driftline.streams.dataset import About, Split, SplitData, about, first_fold
 from driftline.streams.downloads import Download, Published
 from driftline.streams.images import Arrays, still_packed
 
+CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
 ABOUT = About(
     title="CIFAR-10",
     paper="Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
@@ -23,6 +36,7 @@ ABOUT = About(
     licence="none stated; the authors ask for a citation",
     layout="<data.root>/cifar-10-batches-py/ (torchvision's own layout)",
     label_space="cifar10",
+    class_names=CLASSES,
     name="cifar10",
     download=Download(
         (

@@ -14,6 +14,7 @@ ABOUT = replace(
     published="https://zenodo.org/records/3555552",
     layout="<data.root>/CIFAR-100-C/<corruption>.npy and labels.npy",
     label_space="cifar100",
+    class_names=CLEAN.class_names,
     hashes={
         "labels.npy": "md5:bb4026e9ce52996b95f439544568cdb2",
         "brightness.npy": "md5:f22d7195aecd6abb541e27fca230c171",

@@ -35,6 +35,7 @@ ABOUT = About(
     licence="CC BY 4.0",
     layout="<data.root>/CIFAR-10-C/<corruption>.npy and labels.npy",
     label_space="cifar10",
+    class_names=CLEAN.class_names,
     hashes={
         "labels.npy": "md5:c439b113295ed5254878798ffe28fd54",
         "brightness.npy": "md5:0a81ef75e0b523c3383219c330a85d48",
