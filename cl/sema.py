@@ -314,9 +314,9 @@ class SEMA(CLStrategy):
         return torch.cat([features, *(cast(Tensor, m.means) for m in self.mixtures)], 1)
 
     def passed_through(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Features [B, D], and the means of tokens [B, D] at every mixture."""
-        features, *means = self.described(x).split(self.head.in_features, 1)
-        return features, means
+        """Features [B, D], and the means of tokens [B, width] at every mixture."""
+        rows, dim = self.described(x), self.head.in_features
+        return rows[:, :dim], list(rows[:, dim:].split(self.backbone.width, 1))
 
     def observe(self, batch: Batch) -> dict[str, Tensor]:
         """One step, or one batch of a sweep; returns losses, or how new the batch is.
