@@ -453,7 +453,7 @@ def _known_weights() -> Iterator[tuple[str, Path | None, str]]:
         yield file.stem, file, ""
     for path in sorted((ROOT / "conf" / "backbone").glob("*.yaml")):
         node: Any = OmegaConf.load(path)
-        if node.get("weights") and "torchvision" in node._target_:
+        if node.get("weights") and node.get("arch") and node.name != "clip":
             chosen = torchvision.models.get_model_weights(node.arch)[node.weights]
             file = Path(urlparse(chosen.url).path).name
             local = Path(torch.hub.get_dir(), "checkpoints", file)
