@@ -131,10 +131,16 @@ PATHS = {  # every setting that may hold a path, and one that fits
     "scenario.classes": "~/names.txt",
     "scenario.calibration": "~/grid.json",
     "backbone.checkpoint": "~/weights.safetensors",
+    "backbone.arch": "~/clip.json",
+    "backbone.text": "~/texts.safetensors",
+    "backbone.class_names": "~/names.txt",
+    "backbone.templates": "~/templates.txt",
     "strategy.checkpoint": "~/weights.safetensors",
 }
 # Comments that speak of files or folders although the value is no path.
-OTHERS = {"domains", "feature_cache_mb", "unknown_share", "wandb"}
+OTHERS = {
+    "_target_", "checkpoint_key", "domains", "feature_cache_mb", "unknown_share", "wandb",
+}  # fmt: skip
 
 
 def test_every_path_of_the_configuration_is_in_the_table():
