@@ -63,7 +63,6 @@ class Joint(Finetune):
         )
         self.epochs = 0  # the runner hands over nothing: all training is in `end_task`
         self.when = when
-        self.tasks: list[Task] = []
         # Not part of the state: a resumed run is built from the same pretrained weights.
         self._pretrained = {
             k: v.to("cpu", copy=True) for k, v in backbone.state_dict().items() if trains == "all"
@@ -71,7 +70,7 @@ class Joint(Finetune):
 
     def grow(self, task: Task) -> None:
         self.extend(task)
-        self.tasks.append(task)
+        self.tasks_begun.append(task)  # with its images
 
     def begin_task(self, task: Task) -> None:
         self.grow(task)
@@ -88,7 +87,7 @@ class Joint(Finetune):
         sizes: dict[int, int] = {}  # found anew each time: a resumed run could not know them
         for epoch in range(self.train_epochs):
             self.begin_epoch(task, epoch)
-            for batch in mixed(self.tasks, epoch, self.rng("mix"), sizes):
+            for batch in mixed(self.tasks_begun, epoch, self.rng("mix"), sizes):
                 self.observe(batch.to(self.device))
         self.optimizer = None
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -54,6 +55,12 @@ def settings(path: Path) -> frozenset[str]:
     """The dotted keys of a file."""
     root = yaml.compose(path.read_text(), yaml.SafeLoader)
     return frozenset(name for name, _, _ in _pairs(root))
+
+
+def as_typed(value: Any) -> str:
+    """A plain value as it is typed in YAML or on the command line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _above(lines: list[str], start: int, line: int) -> list[str]:

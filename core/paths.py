@@ -40,6 +40,11 @@ def results_folder(words: Sequence[str], default: Path = Path("results")) -> Pat
     return Path(roots[-1].strip("'\"")).expanduser() if roots else default
 
 
+def nearest_existing(path: Path) -> Path:
+    """A path, or the nearest folder above it that is there, absolute."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
 def add_resolver() -> None:
     """Let `${expanduser:${root}}` stand in conf/: Hydra makes a sweep's folder by itself."""
     OmegaConf.register_new_resolver("expanduser", expanduser, replace=True)

@@ -17,11 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from driftline.core import papers
-from driftline.core.comments import comments, head
+from driftline.core.comments import as_typed, comments, head
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF
 from driftline.runs import command, help
@@ -185,8 +184,7 @@ def _yaml(value: Any) -> str:
     """A value as it is typed."""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=False)
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
-    return text.removesuffix("\n").removesuffix("\n...")
+    return as_typed(value)
 
 
 def _rows(cfg: DictConfig) -> Iterator[tuple[str, Any, Any]]:

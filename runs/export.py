@@ -232,6 +232,10 @@ def _network(method: Strategy) -> Backbone:
     Raises:
         _Refused: where there is none.
     """
+    return _copy(method)
+
+
+def _copy(method: Strategy) -> Backbone:
     return deepcopy(cast(Backbone, method.backbone))
 
 
@@ -262,7 +266,7 @@ def _(method: WeightAverage) -> Backbone:
 @_network.register
 def _(method: Tent) -> Backbone:
     if method.bank is None:
-        return deepcopy(cast(Backbone, method.backbone))
+        return _copy(method)
     return _merged(method.bank, [TENT])
 
 
@@ -285,14 +289,14 @@ def _(method: ViDA) -> Backbone:
 def _(method: ROID) -> Backbone:
     if method.prior_on is not None:
         raise _Refused("corrected by the shares of the classes in the batch")
-    return deepcopy(cast(Backbone, method.backbone))
+    return _copy(method)
 
 
 @_network.register
 def _(method: MEMO) -> Backbone:
     if method.mixes and not method.together:
         raise _Refused("that of a network that normalises each image with statistics of its own")
-    return deepcopy(cast(Backbone, method.backbone))
+    return _copy(method)
 
 
 @_network.register
@@ -310,11 +314,7 @@ def _(method: T3A) -> Backbone:
 
 @_network.register
 def _(method: Finetune) -> Backbone:
-    network = (
-        deepcopy(cast(Backbone, method.backbone))
-        if method.bank is None
-        else _merged(method.bank, [FINETUNED])
-    )
+    network = _copy(method) if method.bank is None else _merged(method.bank, [FINETUNED])
     head = method.head
     return _with_head(
         _with_batch_norms(network), head.weight[: method.seen], head.bias[: method.seen]
@@ -343,7 +343,7 @@ def _(method: OLoRA) -> Backbone:
 def _(method: SLCA) -> Backbone:
     if method.made_of is None or method.made_of["strategy"]["final_norm"] == "new":
         raise _Refused("that of a network with another last norm than yours (final_norm=new)")
-    heads, network = method.heads, deepcopy(cast(Backbone, method.backbone))
+    heads, network = method.heads, _copy(method)
     classes = max((t.stop for t in heads.tasks), default=0)
     weight = next(network.parameters()).new_zeros(classes, heads.dim)
     bias = weight.new_zeros(classes)
@@ -357,13 +357,13 @@ def _(method: SLCA) -> Backbone:
 def _(method: OSF) -> Backbone:
     head = method.head
     rows = slice(method.seen)
-    return _with_head(deepcopy(cast(Backbone, method.backbone)), head.weight[rows], head.bias[rows])
+    return _with_head(_copy(method), head.weight[rows], head.bias[rows])
 
 
 @_network.register
 def _(method: FSA) -> Backbone:
     if TUNED not in method.reads:
-        network = deepcopy(cast(Backbone, method.backbone))
+        network = _copy(method)
     elif method.bank is not None:
         network = _merged(method.bank, [TUNED])
     else:
@@ -374,7 +374,7 @@ def _(method: FSA) -> Backbone:
 @_network.register
 def _(method: SLDA) -> Backbone:
     head = cast(LDA, method.head)
-    return _with_head(deepcopy(cast(Backbone, method.backbone)), head.weight, -head.bias / 2)
+    return _with_head(_copy(method), head.weight, -head.bias / 2)
 
 
 # ------------------------------------------------------------------------------ what is changed

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from driftline.core.build import build, nodes
 from driftline.core.errors import UserError
+from driftline.core.paths import nearest_existing
 from driftline.runs.compose import check_kind, complete, make_stream
 from driftline.runs.machine import set_up
 from driftline.runs.schema import check_settings
@@ -74,9 +75,7 @@ def check_folder(root: Path) -> None:
     Raises:
         UserError: if not, or if there is hardly room.
     """
-    there = root.absolute()
-    while not there.exists():
-        there = there.parent
+    there = nearest_existing(root)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "is not writable" if there.is_dir() else "is a file"
         raise UserError(f"root={root}: {there} {what}; choose another folder with root=...")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import driftline.core.vision  # noqa: F401  # isort: skip
 
 from driftline.backbones.backbone import Backbone, weights_hash
-from driftline.cl.joint import Joint
 from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.core.files import BadFile
@@ -60,8 +59,6 @@ def begun(method: Strategy) -> list[Task]:
     one: Any = method
     while hasattr(one, "inner"):
         one = one.inner
-    if isinstance(one, Joint):  # keeps its tasks itself
-        return one.tasks
     return one.tasks_begun if isinstance(one, CLStrategy) else []
 
 

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from driftline.core.console import duration, program
 from driftline.core.errors import UserError
 from driftline.core.installation import FIX_TORCHVISION, torchvision_problem
-from driftline.core.paths import expand_paths
+from driftline.core.paths import expand_paths, nearest_existing
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,9 +160,7 @@ def disk(report: Report, cfg: DictConfig) -> None:
     if cfg.data.cache:
         places["corrupted images (data.cache)"] = cfg.data.cache
     for what, place in places.items():
-        there = Path(place).absolute()
-        while not there.exists():
-            there = there.parent
+        there = nearest_existing(Path(place))
         free = shutil.disk_usage(there).free / 2**30
         text = f"{what}: {free:.1f} GiB free at {there}"
         if not os.access(there, os.W_OK):
@@ -453,7 +451,8 @@ def _known_weights() -> Iterator[tuple[str, Path | None, str]]:
         yield file.stem, file, ""
     for path in sorted((ROOT / "conf" / "backbone").glob("*.yaml")):
         node: Any = OmegaConf.load(path)
-        if node.get("weights") and node.get("arch") and node.name != "clip":
+        torchvision_node = node.get("_target_") == "driftline.backbones.load.torchvision_backbone"
+        if torchvision_node and node.get("weights") and node.get("arch"):
             chosen = torchvision.models.get_model_weights(node.arch)[node.weights]
             file = Path(urlparse(chosen.url).path).name
             local = Path(torch.hub.get_dir(), "checkpoints", file)

@@ -22,7 +22,7 @@ import yaml
 import driftline
 from driftline.core import papers
 from driftline.core.build import locate, options_of
-from driftline.core.comments import comments, head
+from driftline.core.comments import as_typed, comments, head
 from driftline.core.paths import CONF
 from driftline.core.ranges import bare, describe
 from driftline.core.sinks import SINKS
@@ -130,15 +130,9 @@ def table(settings: Sequence[Setting], at: str) -> str:
     rows = ["| setting | value | may be | meaning |", "|---|---|---|---|"]
     for key, value, allowed, meaning in settings:
         allowed = allowed.replace(" and at most 1,000,000,000", "")  # no limit that anybody meets
-        cells = (f"`{at}{key}`", f"`{_typed(value)}`", allowed, meaning)
+        cells = (f"`{at}{key}`", f"`{as_typed(value)}`", allowed, meaning)
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(rows) + "\n"
-
-
-def _typed(value: Any) -> str:
-    """A value as it is typed in YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _beside(content: Mapping[str, Any]) -> str:
