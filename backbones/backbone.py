@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,11 +46,16 @@ class Backbone(nn.Module):
         mean, std: per channel, in units of the [0, 1] image; None means no normalisation.
         input_size: side in pixels that the weights were trained for.
         classes: labels of the head in order, or None if the head has no agreed label space.
+
+    `low` is the type that passes without gradients compute in, `torch.bfloat16` or `torch.float16`;
+    None leaves them in the type of the weights. Copies have it too. It is set by `precision=bf16`
+    and `precision=fp16`; features and scores are float32 either way.
     """
 
     net: Any  # a network of whatever library
     mean: Tensor | None
     std: Tensor | None
+    low: torch.dtype | None = None
 
     def __init__(
         self,
@@ -165,27 +170,38 @@ class Backbone(nn.Module):
         """[B, 3, H, W] in [0, 1] -> [B, D], what the pretrained head reads."""
         images, x = len(x), self.normalize(x)
         if hasattr(self.net, "forward_head"):
-            with self.sized(x):
+            with self.sized(x), self.lowered(x):
                 out = self.net.forward_head(self.net.forward_features(x), pre_logits=True)
-            return self.passes.count(images, out)
+            return self.passes.count(images, self.raised(out))
         head = self.head
         if head is None:
             raise ValueError(f"{self.tag}: no linear head whose input could serve as feature")
         seen: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            with self.sized(x):
+            with self.sized(x), self.lowered(x):
                 self.net(x)
         finally:
             handle.remove()
-        return self.passes.count(images, seen[0])
+        return self.passes.count(images, self.raised(seen[0]))
 
     @distributed.shared()
     def logits(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, C], scores of the pretrained head."""
-        with self.sized(x):
-            out = self.net(self.normalize(x))
-        return self.passes.count(len(x), scores_of(out, self.tag))
+        x = self.normalize(x)
+        with self.sized(x), self.lowered(x):
+            out = self.net(x)
+        return self.passes.count(len(x), self.raised(scores_of(out, self.tag)))
+
+    def lowered(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Around a pass of images `x`: autocast to `low`, if this pass records no gradients."""
+        if self.low is None or torch.is_grad_enabled():
+            return nullcontext()
+        return torch.autocast(x.device.type, self.low)
+
+    def raised(self, out: Tensor) -> Tensor:
+        """What a pass inside `lowered` returned, in float32 if it is of the type `low`."""
+        return out.float() if out.dtype == self.low else out
 
     @contextmanager
     def sized(self, x: Tensor) -> Generator[None]:

@@ -108,10 +108,11 @@ class ZeroShot(Backbone):
         return F.normalize(self.net.head(self.net.fc_norm(tokens)), dim=-1)
 
     def _embed(self, x: Tensor) -> Tensor:
-        with self.sized(x):
-            out = self.net(self.normalize(x))
+        x = self.normalize(x)
+        with self.sized(x), self.lowered(x):
+            out = self.net(x)
         out = out[0] if isinstance(out, tuple) else out  # CoCa gives its tokens, too
-        return self.passes.count(len(x), F.normalize(out, dim=1))
+        return self.passes.count(len(x), F.normalize(self.raised(out), dim=1))
 
     @distributed.shared()
     def features(self, x: Tensor) -> Tensor:

@@ -110,6 +110,7 @@ def make_strategy(
     backbone: Backbone = build(cfg.backbone, at="backbone", labels=_labels(stream)).to(device)
     if cfg.channels_last:
         backbone.to(memory_format=torch.channels_last)
+    backbone.low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision)
     geometry.size, geometry.interpolation = backbone.input_size, backbone.interpolation
     _check_labels(cfg, stream, backbone)
     weights = {"tag": backbone.tag, "hash": weights_hash(backbone.weights())}
@@ -120,6 +121,12 @@ def make_strategy(
     )
     _check_needs(cfg, strategy, stream, backbone)
     return strategy, weights
+
+
+def arithmetic(cfg: DictConfig) -> list[str]:
+    """In words of settings, what rounds otherwise than by default; empty by default."""
+    words = [cfg.precision] if cfg.precision != "fp32" else []
+    return [*words, "channels_last"] if cfg.channels_last else words
 
 
 def _labels(stream: Stream) -> Labels | None:

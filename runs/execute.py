@@ -31,6 +31,7 @@ from driftline.core.stream import ShiftStream, TaskStream
 from driftline.kernels import dispatch
 from driftline.runs.compose import (
     Stream,
+    arithmetic,
     check_kind,
     complete,
     load_option,
@@ -205,6 +206,7 @@ def _execute(
         log = NoRecords(folder, stream.name)
     where = f"{n} x {device.type}" if (n := distributed.size()) > 1 else str(device)
     name = method_name(about["strategy"], about["around"])
+    where = ", ".join([where, *arithmetic(cfg)])
     console.say(f"{name}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
     started = time.perf_counter()
     with Signals() as signals:
@@ -352,7 +354,7 @@ def _prepare(
             strategy.method,
             fresh,
             stream.source,
-            weights=weights["hash"],
+            weights=" ".join([weights["hash"], *arithmetic(cfg)]),
             folder=Path(cfg.root) / "prepared" / cfg.strategy.name,
             say=console.say,
             warn=partial(console.say, always=True),

@@ -26,6 +26,8 @@ def set_up(cfg: DictConfig) -> torch.device:
         raise UserError(
             f"runtime.device={name}, but torch sees no GPU here; use runtime.device=cpu"
         )
+    if cfg.precision == "fp16" and device.type != "cuda":
+        raise UserError("precision=fp16 needs a GPU; on a CPU use precision=bf16 or fp32")
     _runtime(cfg, device)
     return device
 
@@ -38,9 +40,9 @@ def _runtime(cfg: DictConfig, device: torch.device) -> None:
         torch.set_num_threads(threads)
     if sys.platform == "linux" and device.type == "cpu":
         _keep_freed_memory()
-    exact = cfg.precision == "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = not exact
-    torch.backends.cudnn.allow_tf32 = not exact
+    tf32 = cfg.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
     torch.use_deterministic_algorithms(cfg.deterministic)
     torch.backends.cudnn.benchmark = False
 

@@ -64,7 +64,7 @@ class Reference(TypedDict):
 
 class Settings(TypedDict):
     seed: Seed
-    precision: Literal["fp32", "tf32"]
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
     deterministic: bool
     channels_last: bool
     kernel: Kernel

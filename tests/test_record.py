@@ -106,6 +106,7 @@ def test_identity_ignores_what_cannot_change_a_number(configure, tmp_path):
     same = ["runtime.workers=3", "logger=wandb", "data.root=/x", f"root={tmp_path}/elsewhere"]
     for change in [*same, "on_exists=rerun", "checkpoint.every=1", "data.cache=/tmp/c"]:
         assert identity(configure(change), "data") == base, change
-    for change in ("seed=1", "scenario.severity=4", "precision=tf32", "deterministic=true"):
+    arithmetic = ("precision=tf32", "precision=bf16", "channels_last=true", "deterministic=true")
+    for change in ("seed=1", "scenario.severity=4", *arithmetic):
         assert identity(configure(change), "data") != base, change
     assert identity(configure(), "other data") != base

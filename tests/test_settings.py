@@ -271,7 +271,7 @@ def test_the_quoted_form_that_is_shown_can_be_typed(value):
         (["strategy=null"], "strategy=null: no such option"),
         (["~logger"], "logger cannot be left out"),
         (["seed"], "'seed' is no setting"),
-        (["precision=bf16"], "precision must be one of 'fp32', 'tf32', got 'bf16'"),
+        (["precision=half"], "precision must be one of 'fp32', 'tf32', 'bf16', 'fp16', got 'half'"),
         (["data=/data"], "set one of data.root"),
         (["backbone.name=test_vit"], "write backbone=test_vit"),
         (["root=5"], "'root=\"5\"'"),

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
@@ -183,7 +183,11 @@ class LAME(TTAStrategy):
             UserError: when the head is not applied to one vector per image.
         """
         seen: list[Tensor] = []
-        handle = self.backbone.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+        def note(head: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(self.backbone.raised(args[0]))
+
+        handle = self.backbone.head.register_forward_pre_hook(note)
         try:
             logits = self.backbone(x)
         finally:
