@@ -16,8 +16,9 @@ from driftline.core.record import RunLogger
 from driftline.core.seed import rng_state, set_rng_state
 from driftline.core.strategy import Strategy
 
-# 2: with the run's key and a checksum; 3: state of inner strategies; 4: with the guard
-KIND = "checkpoint-4"
+# 2: with the run's key and a checksum; 3: state of inner strategies; 4: with the guard;
+# 5: with the answers to probes
+KIND = "checkpoint-5"
 
 
 class Stopped(Exception):

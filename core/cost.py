@@ -15,8 +15,8 @@ from driftline.core.strategy import Strategy, optimizers
 
 KEPT = (
     "forward", "backward", "images", "steps", "evaluated", "evaluated_forward",
-    "evaluated_seconds", "end_seconds", "step_seconds", "durations", "estimated_forward",
-    "estimated_seconds",
+    "evaluated_backward", "evaluated_seconds", "end_seconds", "step_seconds", "durations",
+    "estimated_forward", "estimated_seconds",
 )  # fmt: skip
 DURATIONS = 4096  # for the median; a long run shall not make every checkpoint longer
 
@@ -28,7 +28,8 @@ class Costs:
         self.passes = backbone.passes  # counts the images of every forward and backward
         self.device = device
         self.forward = self.backward = self.images = self.steps = 0
-        self.evaluated = self.evaluated_forward = 0  # test images answered, passes that took
+        # Test images answered, and the passes that took.
+        self.evaluated = self.evaluated_forward = self.evaluated_backward = 0
         self.evaluated_seconds = self.end_seconds = 0.0
         self.estimated_forward, self.estimated_seconds = 0, 0.0  # beside the method
         self.seconds = 0.0  # of the last step
@@ -57,12 +58,13 @@ class Costs:
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Measure scoring on test images, loading included; the caller adds to `evaluated`."""
-        forward = self.passes.forward
+        forward, backward = self.passes.forward, self.passes.backward
         start = time.perf_counter()
         yield
         self._synchronize()
         self.evaluated_seconds += time.perf_counter() - start
         self.evaluated_forward += self.passes.forward - forward
+        self.evaluated_backward += self.passes.backward - backward
 
     @contextmanager
     def estimate(self) -> Iterator[None]:
@@ -111,6 +113,12 @@ class Costs:
                     "evaluation_forward_images": self.evaluated_forward,
                 }
                 if self.evaluated
+                else {}
+            ),
+            # of a method that adapts to clean images, on a copy
+            **(
+                {"evaluation_backward_images": self.evaluated_backward}
+                if self.evaluated_backward
                 else {}
             ),
             **(

@@ -26,6 +26,7 @@ SINCE: dict[str, dict[str, Any]] = {
     "driftline.cl.finetune.Finetune": {"adapter": None},
     "driftline.tta.tent.Tent": {"adapter": None},
     "driftline.streams.shifts.corruption_stream": {
+        "probe_cells": "metrics",  # the cells of earlier runs are all there are
         "label_budget": None,
         "label_delay": 0,
         "unknown_share": 0.0,

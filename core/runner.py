@@ -26,6 +26,7 @@ from driftline.core.open_world import OpenWorld
 from driftline.core.oracle import Oracle
 from driftline.core.ranges import Reaction
 from driftline.core.record import RunLogger, device_name
+from driftline.core.reuse import Answered, leaves, predicting
 from driftline.core.seed import rng_state, set_rng_state
 from driftline.core.strategy import CLStrategy, ScoreKind, TTAStrategy, Wrapper
 from driftline.core.stream import Batch, ShiftStream, Skipped, Task, TaskStream
@@ -357,27 +358,49 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         strategy.use_oracle(oracle)
         meters["oracle"] = oracle
     predict = torch.no_grad()(strategy.predict)
-    counts: dict[str, tuple[int, int]] = {}  # domain -> images right, images seen
+    scored = stream.scored()
+    answered, answered_adapting = Answered(), Answered()
+    meters |= {"answered": answered, "answered_adapting": answered_adapting}
 
     def score(after: int, name: str) -> None:
-        """Accuracy on every domain and on clean images, without adapting: one row of R."""
-        places = [(matrix, c, stream.domains[d], stream.probes[d]) for c, d in enumerate(columns)]
+        """Accuracy on domains and on clean images, without adapting: one row of R.
+
+        Cells that `scored` leaves out are recorded where they are known: a method that has not
+        changed since an evaluation answers as it did.
+        """
+        answered.now(predicting(strategy))
+        domains, with_clean = scored[after]
+        places = [
+            (matrix, c, stream.domains[d], stream.probes[d], d in domains)
+            for c, d in enumerate(columns)
+        ]
         if stream.holdout is not None:
-            places.append((clean, 0, "clean", stream.holdout))
-        for target, column, domain, images in places:
-            if not (strategy.static and domain in counts):
-                counts[domain] = evaluate(predict, images(), run.device)
-            target.record(after, column, *counts[domain])
-            _log_cell(run.log, after, name, domain, *counts[domain])
+            places.append((clean, 0, "clean", stream.holdout, with_clean))
+        for target, column, domain, images, wanted in places:
+            key = domain if target is matrix else ""  # a domain may be called clean
+            if key not in answered.counts:
+                if not wanted:
+                    continue
+                with costs.evaluation():
+                    answered.counts[key] = evaluate(predict, images(), run.device)
+            correct, total = answered.counts[key]
+            costs.evaluated += total
+            target.record(after, column, correct, total)
+            _log_cell(run.log, after, name, domain, correct, total)
 
     def score_adapting(after: int) -> None:
         """Clean accuracy of a method that goes on adapting; afterwards it is as it was."""
         if stream.holdout is None or not stream.holdout_adapting or strategy.static:
             return
         before, random = deepcopy(strategy.snapshot()), rng_state()
+        answered_adapting.now(leaves([before, random]))
         try:
-            answers = evaluate(strategy.adapt, stream.holdout(), run.device)
-            clean_adapting.record(after, 0, *answers)
+            if "clean" not in answered_adapting.counts:
+                with costs.evaluation():
+                    answers = evaluate(strategy.adapt, stream.holdout(), run.device)
+                answered_adapting.counts["clean"] = answers
+            costs.evaluated += answered_adapting.counts["clean"][1]
+            clean_adapting.record(after, 0, *answered_adapting.counts["clean"])
         except Diverged:
             run.console.say("the method diverged on the clean images; left out")
         finally:
@@ -477,7 +500,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
             run.log.log("batches", segment=segment.index, batch=i, **row)
             run.checkpoint.tick(strategy, meters, segment=segment.index, batch=i + 1)
         last = segment.index == len(stream.segments) - 1
-        if (segment.index + 1) % stream.probe_every == 0 or last:
+        if segment.index in scored:
             score(segment.index, segment.name)
         if last:
             score_adapting(segment.index)

@@ -35,7 +35,7 @@ class Strategy(nn.Module):
 
     needs: ClassVar[frozenset[str]] = frozenset()  # of what stream and backbone provide
     batch_dependent: ClassVar[bool] = False  # True: `predict` depends on how images are batched
-    static: ClassVar[bool] = False  # True: `predict` never changes once the stream has begun
+    static: ClassVar[bool] = False  # True: nothing is learned that a later batch could meet
     outputs: ClassVar[ScoreKind] = "logits"
     records_nan: ClassVar[bool] = False  # True: non-finite scores are counted and stop no run
     prefers: ClassVar[Preferred] = None  # which kind backbone=auto picks

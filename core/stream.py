@@ -191,6 +191,7 @@ class ShiftStream:
     skipped: Skipped
     probes: Mapping[int, Batches] = field(default_factory=dict)  # domain -> images scored as is
     probe_every: int = 1  # segments between two evaluations of the probes
+    probe_all: bool = False  # those of every domain each time, read by a metric or not
     holdout: Batches | None = None  # clean images, for source forgetting
     holdout_adapting: bool = False  # score them a second time with a method that adapts to them
     source: Callable[[], SourceImages] | None = None  # raises UserError where there are none
@@ -201,3 +202,20 @@ class ShiftStream:
     provides: frozenset[str] = frozenset()
     outputs: Outputs | None = None  # None: every output is a class of the stream
     class_names: Sequence[str] = ()  # of the label space, in its order; empty: not known
+
+    def scored(self) -> dict[int, tuple[set[int], bool]]:
+        """Rows of the accuracy matrix: after which segment (-1: the start) what is scored.
+
+        Returns:
+            the domains, and whether the clean images are, too. With `probe_all` everything each
+            time; else what a metric reads (`AccuracyMatrix.summary`): the domains so far and the
+            next one, at both ends all domains and the clean images.
+        """
+        last = len(self.segments) - 1
+        rows = [-1, *(i for i in range(last + 1) if (i + 1) % self.probe_every == 0 or i == last)]
+        first = {d: s.index for s in reversed(self.segments) for d in s.domains}
+        cells = {}
+        for i in rows:
+            whole = self.probe_all or i in (-1, last)
+            cells[i] = {d for d in self.probes if whole or first[d] <= i + 1}, whole
+        return cells

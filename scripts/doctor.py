@@ -575,11 +575,13 @@ def command(report: Report, cfg: DictConfig) -> None:
         extra, what = tested * forward, f"{tested:,} test images" if tested else "no tests"
     else:
         other = images if cfg.strategy.name != "source" else 0
-        rounds = len(stream.segments) + 1
-        probes = int(cfg.scenario.get("probe_images") or 0) * len(stream.probes) * rounds
-        clean = int(cfg.scenario.get("clean_images") or 0) * rounds if stream.holdout else 0
+        rows = stream.scored().values()
+        probes = int(cfg.scenario.get("probe_images") or 0) * sum(len(d) for d, _ in rows)
+        clean = int(cfg.scenario.get("clean_images") or 0) if stream.holdout else 0
+        clean *= sum(with_clean for _, with_clean in rows) + 2 * stream.holdout_adapting
         extra = other * (forward + wait / seen) + (probes + clean) * forward
-        what = f"{other:,} images of the source run, {probes + clean:,} probe and clean images"
+        what = f"{other:,} images of the source run"
+        what += f", at most {probes + clean:,} probe and clean images"
     report.ok(f"time, estimated from {PROBE} batches: {duration(main_seconds + extra)}")
     report.note(
         f"a batch {step:.3f} s and {wait:.3f} s of loading, an image forward {forward * 1e3:.2f} "

@@ -120,6 +120,7 @@ def corruption_stream(
     unknown: Annotated[Unknown, Flat()],
     resize: Size | None,
     probe_every: Count,
+    probe_cells: Literal["metrics", "all"],
     label_budget: CountOrZero | Unit | None,
     label_delay: CountOrZero,
 ) -> ShiftStream:
@@ -235,6 +236,7 @@ def corruption_stream(
         skipped=skipped,
         probes=probes,
         probe_every=probe_every,
+        probe_all=probe_cells == "all",
         holdout=around.holdout,
         holdout_adapting=beside.clean_adapting,
         source=around.source,

@@ -134,6 +134,29 @@ class HiddenCountInPredict(Sound):
         return super().predict(x) + 1e-3 * (self.calls // 3)
 
 
+class CounterInPredict(Sound):
+    """Answers by how many batches there were, which is not for `predict` to read."""
+
+    counters = ("batches",)
+
+    def __init__(self, backbone: nn.Module, *, seed: int) -> None:
+        super().__init__(backbone, seed=seed)
+        self.batches = 0
+
+    def get_extra_state(self) -> int:
+        return self.batches
+
+    def set_extra_state(self, state: int) -> None:
+        self.batches = state
+
+    def predict(self, x: Tensor) -> Tensor:
+        return super().predict(x) + 0.01 * self.batches
+
+    def adapt(self, x: Tensor) -> Tensor:
+        self.batches += 1
+        return super().adapt(x)
+
+
 class EmptyReset(Sound):
     def reset(self) -> None:
         pass
@@ -293,6 +316,7 @@ RESET = "reset_and_the_same_stream_give_the_same"
 BROKEN = {  # the properties that must notice
     MutatingPredict: ["predict_changes_nothing"],
     HiddenCountInPredict: ["predict_changes_nothing"],
+    CounterInPredict: ["predict_changes_nothing"],
     EmptyReset: [RESET],
     ForgottenBuffer: [SNAPSHOT, RESET, KILLED],
     OptimizerLeftOut: [SNAPSHOT, RESET, KILLED],

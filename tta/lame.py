@@ -138,6 +138,7 @@ class LAME(TTAStrategy):
     needs = frozenset({"head"})
     batch_dependent = True
     static = True
+    counters = ("unchanged",)
     outputs = "probabilities"
     backbone: Any  # a Backbone; the parent promises less
     unchanged: Tensor
