@@ -25,6 +25,7 @@ from driftline.core.errors import UserError, suggest
 F64 = NDArray[np.float64]
 FORGETTING = ("standard", "nonnegative", "first_minus_last")
 BINS = 15
+SINGLE = 64  # images that wait to be added at once
 
 
 def _mean(values: ArrayLike) -> float:
@@ -193,12 +194,18 @@ class AccuracyMatrix:
         self._empty = (cells[:, 1] == 0).any(0)
 
 
+def _one_by_one(total: Tensor, parts: Tensor) -> Tensor:
+    """`total` [K, ...] plus `parts` [K, B, ...], rounded after each of the B, as B sums are."""
+    return torch.cat([total[:, None], parts], 1).cumsum(1)[:, -1].contiguous()
+
+
 class OnlineError:
     """Errors and calibration of the predictions made along an adaptation stream.
 
     Accumulators live on the device of the scores and are read in `summary` and `segment` only, so
     `update` never waits for the device. Everything but `collapse` is independent of how the
-    stream is cut into batches.
+    stream is cut into batches. On a CPU single images wait until several can be added at once, to
+    the same bits: sixty small operations for each would cost more than a small network.
 
     Args:
         domains: names of the stream's domains, `corruption:severity`, or without severities.
@@ -216,6 +223,8 @@ class OnlineError:
         self._bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, correct, confidence
         # NaN/inf rows, batches, collapsed batches
         self._flags = torch.zeros(3, dtype=torch.int64)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # scores [1, C], y [1], domain [1]
+        self._of_waiting: tuple[int, str] = (0, "")  # their segment and kind
 
     def _to(self, device: torch.device) -> None:
         if self._sums.device != device:
@@ -251,7 +260,37 @@ class OnlineError:
             raise ValueError(f"scores must be [B, {self.classes}], got {tuple(scores.shape)}")
         if kind not in ("logits", "probabilities"):
             raise ValueError(f"kind must be logits or probabilities, got {kind!r}")
-        device, scores = scores.device, scores.detach().double()
+        if len(y) == 1 and scores.device.type == "cpu":
+            if self._of_waiting != (segment, kind) or len(self._waiting) == SINGLE:
+                self._add_waiting()
+                self._of_waiting = segment, kind
+            scores = scores.detach().to(torch.float64, copy=True)
+            self._waiting.append((scores, y.clone(), domain.clone()))
+            return ((scores.argmax(1) != y) | scores.isnan().any(1)).sum()
+        self._add_waiting()
+        return self._add(scores.detach().double(), y, segment, domain, kind)
+
+    @torch.no_grad()
+    def _add_waiting(self) -> None:
+        """Add the single images that wait."""
+        if self._waiting:
+            scores, y, domain = (torch.cat(part) for part in zip(*self._waiting, strict=True))
+            segment, kind = self._of_waiting
+            self._waiting = []
+            self._add(scores, y, segment, domain, kind, single=True)
+
+    def _add(
+        self,
+        scores: Tensor,
+        y: Tensor,
+        segment: int,
+        domain: Tensor,
+        kind: str,
+        *,
+        single: bool = False,
+    ) -> Tensor:
+        """As `update`, for scores float64 [B, C]: of one batch, or of B batches of one image."""
+        device = scores.device
         self._to(device)
         predicted = scores.argmax(1)
         right = (predicted == y) & ~scores.isnan().any(1)
@@ -270,14 +309,19 @@ class OnlineError:
             log_p = p.clamp_min(torch.finfo(torch.float32).tiny).log()
         nll = -log_p.gather(1, y[:, None]).squeeze(1)
         brier = p.square().sum(1) - 2 * p.gather(1, y[:, None]).squeeze(1) + 1
-        self._sums += torch.stack([(nll * weight).sum(), (brier * weight).sum()])
+        sums = torch.stack([nll * weight, brier * weight])
+        if single:
+            self._sums = _one_by_one(self._sums, sums)
+        else:
+            self._sums += torch.stack([one.sum() for one in sums])
         confidence = p.amax(1)
         index = ((confidence * BINS).ceil() - 1).clamp(0, BINS - 1)  # bins (k/15, (k+1)/15]
         inside = (index[:, None] == torch.arange(BINS, device=device)) & finite[:, None]
         rows = torch.stack([weight, right.double(), confidence])
-        self._bins += (rows[:, :, None] * inside).sum(1)
+        bins = rows[:, :, None] * inside
+        self._bins = _one_by_one(self._bins, bins) if single else self._bins + bins.sum(1)
         self._flags[0] += (~finite).sum()
-        if len(y) > 2:  # smaller batches cannot hold three classes
+        if len(y) > 2 and not single:  # smaller batches cannot hold three classes
             distinct = predicted.sort().values.diff().ne(0).sum() + 1
             self._flags[1] += 1
             self._flags[2] += distinct <= 2
@@ -285,6 +329,7 @@ class OnlineError:
 
     def error(self) -> float:
         """Error over all images so far, percent; NaN without one."""
+        self._add_waiting()
         if not self._counts:
             return math.nan
         images, wrong = torch.stack([*self._counts.values()]).sum((0, 2)).tolist()
@@ -292,6 +337,7 @@ class OnlineError:
 
     def segment(self, i: int) -> dict[str, float]:
         """`err` in percent (NaN without images) and `n` images of segment `i`."""
+        self._add_waiting()
         n, wrong = self._counts[i].sum(1).tolist() if i in self._counts else (0, 0)
         return {"err": 100 * wrong / n if n else math.nan, "n": n}
 
@@ -315,6 +361,7 @@ class OnlineError:
         nan           number of score rows with a NaN or an infinity; these have no part in ece,
                       nll and brier
         """
+        self._add_waiting()
         if not self._counts:
             return {}
         images, wrong = torch.stack(list(self._counts.values())).sum(0).cpu().double().numpy()
@@ -370,6 +417,7 @@ class OnlineError:
 
     def snapshot(self) -> dict[str, Any]:
         """Copies of the accumulators."""
+        self._add_waiting()
         return {
             "counts": {k: v.clone() for k, v in self._counts.items()},
             "sums": self._sums.clone(),
@@ -379,6 +427,7 @@ class OnlineError:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of `snapshot`."""
+        self._waiting = []
         self._counts = {int(k): v.clone() for k, v in state["counts"].items()}
         self._sums, self._bins = state["sums"].clone(), state["bins"].clone()
         self._flags = state["flags"].clone()

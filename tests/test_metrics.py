@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import equal
 
 from driftline.core import metrics
 from driftline.core.errors import UserError
@@ -385,6 +386,25 @@ def test_segments_and_collapse():
     assert math.isnan(online.segment(1)["err"]) and online.segment(1)["n"] == 0
     assert online.summary()["collapse"] == 0.5
     assert OnlineError(["a"], 4).summary() == {}
+
+
+@pytest.mark.parametrize("classes", [2, 7, 100, 1000])
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_single_images_that_wait_give_the_bits_of_adding_each_at_once(classes, kind):
+    g = torch.Generator().manual_seed(classes)
+    scores = torch.randn(150, classes, generator=g) * 3
+    scores[40, 1], scores[41] = math.nan, math.inf
+    scores = scores.softmax(1) if kind == "probabilities" else scores
+    y = torch.randint(0, classes, (150,), generator=g)
+    domain = torch.arange(150) % 3
+    waits, at_once = OnlineError("abc", classes), OnlineError("abc", classes)
+    for i in range(150):  # 64 and 36 of one segment, 50 of another
+        one = scores[i : i + 1], y[i : i + 1], i // 100, domain[i : i + 1], kind
+        assert waits.update(*one) == at_once._add(one[0].double(), *one[1:])
+    batch = scores[:5], y[:5], 1, domain[:5], kind
+    waits.update(*batch)
+    at_once.update(*batch)
+    assert equal(waits.snapshot(), at_once.snapshot())
 
 
 def test_online_snapshot_in_the_middle():
