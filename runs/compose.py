@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from copy import deepcopy
 from inspect import signature
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from driftline.backbones.backbone import Backbone, weights_hash
+from driftline.backbones.backbone import Backbone, Passes, weights_hash
 from driftline.core.build import build, locate, nodes
 from driftline.core.errors import UserError
 from driftline.core.identity import method_name
 from driftline.core.paths import CONF, expand_paths
-from driftline.core.seed import seed_all
+from driftline.core.seed import rng_state, seed_all, set_rng_state
 from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
 from driftline.core.stream import (
     NEW_CLASSES,
@@ -102,18 +104,57 @@ def make_stream(cfg: DictConfig, geometry: Geometry, device: torch.device) -> St
     )
 
 
+class Network:
+    """The backbone of a run, built once for it and for the runs that it is compared with.
+
+    A copy of it as it was built is held in the host's memory until `release`.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[Backbone, dict[str, str], dict[str, Any]] | None = None
+
+    def fresh(self, cfg: DictConfig, stream: Stream) -> tuple[Backbone, dict[str, str]]:
+        """The backbone as it was built, on the CPU, and the identity of its weights.
+
+        Random numbers are afterwards as after building it.
+        """
+        if self._held is None:
+            backbone: Backbone = build(cfg.backbone, at="backbone", labels=_labels(stream))
+            weights = {"tag": backbone.tag, "hash": weights_hash(backbone.weights())}
+            with suppress(TypeError, RuntimeError):  # not every network can be copied
+                self._held = deepcopy(backbone), weights, rng_state()
+            return backbone, weights
+        held, weights, random = self._held
+        backbone = deepcopy(held)
+        backbone.passes = Passes()  # copies share it
+        set_rng_state(random)
+        return backbone, weights
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        self._held = None
+
+
 def make_strategy(
-    cfg: DictConfig, stream: Stream, geometry: Geometry, device: torch.device
+    cfg: DictConfig,
+    stream: Stream,
+    geometry: Geometry,
+    device: torch.device,
+    network: Network | None = None,
 ) -> tuple[Strategy, dict[str, str]]:
-    """A seeded strategy with its rules around a fresh backbone, and the identity of the weights."""
+    """A seeded strategy with its rules around a fresh backbone, and the identity of the weights.
+
+    Args:
+        network: where the backbone comes from; None builds one.
+    """
     seed_all(cfg.seed)
-    backbone: Backbone = build(cfg.backbone, at="backbone", labels=_labels(stream)).to(device)
+    backbone, weights = (network or Network()).fresh(cfg, stream)
+    backbone.to(device)
     if cfg.channels_last:
         backbone.to(memory_format=torch.channels_last)
     backbone.low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision)
     geometry.size, geometry.interpolation = backbone.input_size, backbone.interpolation
     _check_labels(cfg, stream, backbone)
-    weights = {"tag": backbone.tag, "hash": weights_hash(backbone.weights())}
     if isinstance(stream, ShiftStream) and stream.outputs is not None:
         backbone.keep_outputs(stream.outputs.kept)
     strategy = build_strategy(

@@ -30,6 +30,7 @@ from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
 from driftline.core.stream import ShiftStream, TaskStream
 from driftline.kernels import dispatch
 from driftline.runs.compose import (
+    Network,
     Stream,
     arithmetic,
     check_kind,
@@ -58,20 +59,22 @@ def run_experiment(
     quiet: bool = False,
     wait: bool = False,
     make_room: Callable[[], None] | None = None,
+    network: Network | None = None,
 ) -> dict[str, Any]:
     """Run (or find, or resume) the experiment that `cfg` describes; returns its summary.
 
     Args:
         quiet: a run inside another one; shows its progress only.
         wait: another process that is at the same run may finish it. Otherwise that is an error.
-        make_room: called before a network is built, never for a run that is done.
+        make_room: called before a method is made, never for a run that is done.
+        network: of the run that this one is compared with; None: another is built.
 
     Raises:
         UserError: for anything the user can fix.
         Stopped: after a signal, with the state saved.
     """
     try:
-        return _find_or_run(cfg, overrides, quiet, wait, make_room)
+        return _find_or_run(cfg, overrides, quiet, wait, make_room, network)
     except Exception as error:
         if text := shortage(error):
             raise UserError(text) from error
@@ -84,6 +87,7 @@ def _find_or_run(
     quiet: bool,
     wait: bool,
     make_room: Callable[[], None] | None,
+    network: Network | None,
 ) -> dict[str, Any]:
     check_settings(cfg)
     cfg = complete(cfg)
@@ -118,13 +122,18 @@ def _find_or_run(
     choose = partial(choose_folder, place, name, cfg.on_exists, code)
     folder, finished, _ = distributed.from_rank0(choose)
     built = None
+    compared = issubclass(kind, TTAStrategy) and cfg.strategy.name != "source"
+    if network is None and compared:
+        network = own = Network()
+    else:
+        own = None
     if finished is None:
         # Before anything is written or run: a mistake in the settings leaves nothing behind.
         if make_room is not None:
             make_room()
         check_sinks(cfg.logger)
         dispatch.use(cfg.kernel.backend)
-        built = make_strategy(cfg, stream, geometry, device)
+        built = make_strategy(cfg, stream, geometry, device, network)
     with ExitStack() as stack:
         if finished is None:
             folder, finished, notes = distributed.from_rank0(
@@ -142,17 +151,32 @@ def _find_or_run(
             console.say(result_table(finished))
             here = {"folder": str(folder)}  # results may have been moved
             return {**finished, "run": {**finished["run"], **here}}
-        execute = partial(
-            _execute, cfg, stream, geometry, device, folder, key, code, overrides, console
+        source = frozen = None
+        if compared:
+            # Made anew only after a companion that needed the memory and drew numbers.
+            waiting, built, random = [built], None, rng_state()
+            source = _source_run(cfg, console, waiting.clear, network)
+            frozen = _frozen_run(cfg, console, waiting.clear, network)
+            set_rng_state(random)
+            built = waiting.pop() if waiting else None
+            built = built or make_strategy(cfg, stream, geometry, device, network)
+        if own is not None:
+            own.release()
+        assert built is not None
+        return _execute(
+            cfg,
+            stream,
+            geometry,
+            device,
+            folder,
+            key,
+            code,
+            overrides,
+            console,
+            built,
+            source=source,
+            frozen=frozen,
         )
-        if not issubclass(kind, TTAStrategy) or cfg.strategy.name == "source":
-            return execute(built)
-        # Made anew only after a companion that needed the memory and drew numbers.
-        waiting, built, random = [built], None, rng_state()
-        source = _source_run(cfg, console, waiting.clear)
-        frozen = _frozen_run(cfg, console, waiting.clear)
-        set_rng_state(random)
-        return execute(waiting.pop() if waiting else None, source=source, frozen=frozen)
 
 
 def _one_process(strategy: str) -> str:
@@ -176,12 +200,12 @@ def _execute(
     code: Code,
     overrides: list[str],
     console: Console,
-    built: tuple[Strategy, dict[str, str]] | None,
+    built: tuple[Strategy, dict[str, str]],
     source: dict[str, Any] | None = None,
     frozen: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     dispatch.use(cfg.kernel.backend)  # forgets what other runs of this process used
-    strategy, weights = built or make_strategy(cfg, stream, geometry, device)
+    strategy, weights = built
     prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
     if prepared is not None:
         seed_all(cfg.seed)  # whether the artefact was cached changes nothing
@@ -495,6 +519,7 @@ def _beside(
     console: Console,
     text: str,
     make_room: Callable[[], None],
+    network: Network | None,
 ) -> dict[str, Any]:
     """A run on the same stream to compare with: one of its own, found or made first."""
     console.say(f"{text} (kept as a run of its own) ...")
@@ -509,18 +534,22 @@ def _beside(
             cfg.scenario.label_delay = 0
         cfg.scenario.backbones = {"real": cfg.backbone.name, "embedded": cfg.backbone.name}
         cfg.scenario.label = cfg.scenario.label.split("[")[0]
-    return run_experiment(cfg, [override], quiet=True, wait=True, make_room=make_room)
+    return run_experiment(
+        cfg, [override], quiet=True, wait=True, make_room=make_room, network=network
+    )
 
 
-def _source_run(cfg: DictConfig, console: Console, make_room: Callable[[], None]) -> dict[str, Any]:
+def _source_run(
+    cfg: DictConfig, console: Console, make_room: Callable[[], None], network: Network | None
+) -> dict[str, Any]:
     """The frozen model."""
     text = "source error on this stream first"
     source = load_option("strategy", "source")
-    return _beside(cfg, source, "strategy=source", console, text, make_room)
+    return _beside(cfg, source, "strategy=source", console, text, make_room, network)
 
 
 def _frozen_run(
-    cfg: DictConfig, console: Console, make_room: Callable[[], None]
+    cfg: DictConfig, console: Console, make_room: Callable[[], None], network: Network | None
 ) -> dict[str, Any] | None:
     """What preparation alone gives: the same method with `update=false`."""
     strategy = cfg.strategy.copy()
@@ -528,4 +557,4 @@ def _frozen_run(
         return None
     strategy["update"] = False
     text = "the prepared model without adaptation next"
-    return _beside(cfg, strategy, "strategy.update=false", console, text, make_room)
+    return _beside(cfg, strategy, "strategy.update=false", console, text, make_room, network)

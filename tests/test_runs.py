@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import HANG, ROOT, plain_yaml, python, strategy_node
+from conftest import HANG, ROOT, equal, plain_yaml, python, strategy_node
 from omegaconf import OmegaConf
 
 from driftline.core import checkpoint
@@ -21,9 +22,11 @@ from driftline.core.build import locate
 from driftline.core.errors import UserError
 from driftline.core.features import FeatureCache
 from driftline.core.processes import Lock
-from driftline.runs import execute
+from driftline.runs import compose, execute
 from driftline.runs import folder as folders
+from driftline.runs.compose import complete, make_stream
 from driftline.runs.execute import run_experiment
+from driftline.streams.pipelines import Geometry
 
 CONF = ROOT / "conf" / "strategy"
 TARGETS = {p.stem: plain_yaml(p)["_target_"] for p in sorted(CONF.glob("*.yaml"))}
@@ -457,17 +460,41 @@ def test_sweep_goes_on_after_a_failed_run(tmp_path):
     assert done == {"source", "bn_adapt"}
 
 
-def test_a_network_is_built_once_where_the_runs_to_compare_with_are_done(configure, monkeypatch):
-    built: list[str] = []
-    real = execute.make_strategy
+def test_a_network_is_built_once_and_a_method_where_the_runs_to_compare_with_are_done(
+    configure, monkeypatch
+):
+    made: list[str] = []
+    networks: list[str] = []
+    make, build = execute.make_strategy, compose.build
 
-    def make(cfg, *rest):
-        built.append(cfg.strategy.name)
-        return real(cfg, *rest)
+    def counted_make(cfg, *rest):
+        made.append(cfg.strategy.name)
+        return make(cfg, *rest)
 
-    monkeypatch.setattr(execute, "make_strategy", make)
+    def counted_build(node, *, at, **given):
+        networks.extend([node.name] if at == "backbone" else [])
+        return build(node, at=at, **given)
+
+    monkeypatch.setattr(execute, "make_strategy", counted_make)
+    monkeypatch.setattr(compose, "build", counted_build)
     first = run_experiment(configure(*settings("tent")), [])
-    assert built == ["tent", "source", "tent"]  # the source run needs the memory
-    built.clear()
+    assert made == ["tent", "source", "tent"]  # the source run needs the memory
+    assert networks == ["embedded_resnet"]  # of which both begin
+    made.clear()
     second = run_experiment(configure(*settings("tent"), "on_exists=rerun"), [])
-    assert built == ["tent"] and second["metrics"] == first["metrics"]
+    assert made == ["tent"] and second["metrics"] == first["metrics"]
+
+
+def test_the_second_network_is_as_the_first_was_built_and_shares_nothing_with_it(configure):
+    cfg = complete(configure(*settings("tent")))
+    stream = make_stream(cfg, Geometry(), torch.device("cpu"))
+    network = compose.Network()
+    first, weights = network.fresh(cfg, stream)
+    drawn = torch.rand(3)
+    before = deepcopy(first.state_dict())
+    for tensor in first.state_dict().values():
+        tensor.zero_()
+    first.passes.forward = 5
+    second, same = network.fresh(cfg, stream)
+    assert same == weights and equal(second.state_dict(), before)
+    assert torch.equal(torch.rand(3), drawn) and second.passes.forward == 0
