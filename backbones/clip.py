@@ -17,7 +17,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import driftline.core.vision  # noqa: F401  # isort: skip
+import driftline.core.vision  # isort: skip
+import driftline.backbones.without_wandb  # noqa: F401  # isort: skip
 
 import torch
 import torch.nn.functional as F

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import driftline.core.vision  # noqa: F401  # isort: skip
+import driftline.core.vision  # isort: skip
+import driftline.backbones.without_wandb  # noqa: F401  # isort: skip
 
 from timm.layers import PatchEmbed
 from timm.models.resnet import BasicBlock, ResNet

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlparse
 
-import driftline.core.vision  # noqa: F401  # isort: skip
+import driftline.core.vision  # isort: skip
+import driftline.backbones.without_wandb  # noqa: F401  # isort: skip
 
 import huggingface_hub
 import timm

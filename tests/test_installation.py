@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,35 @@ def test_every_import_of_torchvision_or_timm_comes_after_the_check():
             checked += 1
             assert any(name == "driftline.core.vision" and n < first for n, name in lines), file
     assert checked > 5
+
+
+def test_timm_is_imported_without_wandb_which_can_be_imported_afterwards(tmp_path, monkeypatch):
+    for package in ("timm", "wandb"):
+        (tmp_path / package).mkdir()
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    (tmp_path / "wandb" / "__init__.py").touch()
+    seen = "try:\n    import wandb\nexcept ImportError:\n    wandb = None\n"
+    (tmp_path / "timm" / "__init__.py").write_text(seen)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    runpy.run_module("driftline.backbones.without_wandb")
+    assert sys.modules["timm"].wandb is None and importlib.import_module("wandb")
+    for name in ("timm", "wandb"):
+        monkeypatch.delitem(sys.modules, name)
+    importlib.import_module("wandb")
+    runpy.run_module("driftline.backbones.without_wandb")  # somebody uses it: it stays
+    assert "wandb" in sys.modules and "timm" not in sys.modules
+
+
+def test_backbones_import_timm_after_that():
+    files = [f for f in FILES if f.parent.name == "backbones" and f.name != "without_wandb.py"]
+    users = 0
+    for file in files:
+        names = [name for _, name in imported(ast.parse(file.read_text(encoding="utf-8")))]
+        if first := next((n for n in names if n.split(".")[0] == "timm"), ""):
+            users += 1
+            before = names[: names.index(first)]
+            assert "driftline.backbones.without_wandb" in before, file
+    assert users >= 3
 
 
 def test_both_versions_are_named(other_build, monkeypatch):
