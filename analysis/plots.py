@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from driftline.analysis.metrics import define
-from driftline.analysis.runs import load_batches, load_experiences, load_matrix
+from driftline.analysis.runs import load_batches, load_experiences, load_matrix, origin
 from driftline.analysis.tables import (
     domains_in_order,
     headline,
@@ -156,7 +156,7 @@ def heat_maps(runs: pd.DataFrame) -> Figure | None:
     Only runs with the commonest sequence of rows are shown (orders of domains may differ); the
     title of a map says how many they are. None without a cell.
     """
-    cells = load_matrix(runs)
+    cells = load_matrix(runs[~origin(runs).duplicated()])  # one for several seeds counts once
     if "acc" not in cells or cells["acc"].isna().all():
         return None
     cells = cells[cells["acc"].notna()].sort_values("after", kind="stable")
@@ -244,7 +244,7 @@ def stream(runs: pd.DataFrame, window: int | None = None) -> Figure | None:
         runs: with the same sequence of segments (`streams_of`).
         window: batches in the running mean; None takes a 30th of the stream, at least 3.
     """
-    rows = load_batches(runs)
+    rows = load_batches(runs[~origin(runs).duplicated()])  # one for several seeds counts once
     if "wrong" not in rows:
         return None
     rows = rows[rows["wrong"].notna()].astype({"wrong": float})

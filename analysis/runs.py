@@ -367,6 +367,16 @@ def seeds_agree(runs: pd.DataFrame) -> bool:
     return bool((metrics.nunique(dropna=False) == 1).all())
 
 
+def origin(runs: pd.DataFrame) -> pd.Series:
+    """The path of the run that each result comes from: its own, or that of the run of another seed
+    that stands for it (`same_as`); its key where that run is not among `runs`."""
+    if "same_as.key" not in runs:
+        return runs["path"]
+    own = runs[runs["same_as.key"].isna()].drop_duplicates("key").set_index("key")["path"]
+    shared = runs["same_as.key"].map(lambda key: own.get(key, key))
+    return shared.where(runs["same_as.key"].notna(), runs["path"])
+
+
 def stand_in(scenario: str) -> str:
     """What the label of a scenario says about its images; empty for released data sets."""
     for label, said in STAND_IN.items():

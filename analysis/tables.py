@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from driftline.analysis.metrics import GROUPS, METRICS, Group, define, of_group, sentences
-from driftline.analysis.runs import PLACE, json_lines, named, seeds_agree, stand_in, title
+from driftline.analysis.runs import PLACE, json_lines, named, origin, seeds_agree, stand_in, title
 from driftline.core.console import table as aligned
 from driftline.core.errors import UserError, suggest
 
@@ -135,7 +135,7 @@ def _worse_than_source(runs: pd.DataFrame, metric: str) -> bool:
     parts = len(named(runs, "metrics.err/")) if metric.startswith("err/") else 1
     images = max(1.0, images / max(1, parts))
     variance = (ours * (100 - ours) + theirs * (100 - theirs)) / images
-    gaps = (pairs[name] - pairs[beside]).to_numpy()
+    gaps = (pairs[name] - pairs[beside])[~origin(runs.loc[pairs.index]).duplicated()].to_numpy()
     variance += float(gaps.var(ddof=1)) / len(gaps) if len(gaps) > 1 else 0.0
     return ours - theirs > ERRORS * math.sqrt(variance)
 
@@ -154,11 +154,12 @@ def statistics(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per scenario, backbone, stream, method and metric (`cost/...`, `method/...`,
     `guard/...` for costs and counts).
 
-    Columns: those, n (runs), seeds, orders (how many); mean (over the orders of the means over
-    seeds); std_seeds (within orders, pooled), std_orders (of the means of the orders), both with
-    n - 1 and NaN where there is one value; values (all, in JSON); rank (1 best, 2 second, 0 else,
-    -1 of a method that cannot lose); worse (an error is above the source's by more than noise);
-    published, source, comparable: a published figure that some run of the method names.
+    Columns: those, n (runs; one that stands for several seeds counts once), seeds, orders (how
+    many); mean (over the orders of the means over seeds); std_seeds (within orders, pooled),
+    std_orders (of the means of the orders), both with n - 1 and NaN where there is one value;
+    values (all, in JSON); rank (1 best, 2 second, 0 else, -1 of a method that cannot lose); worse
+    (an error is above the source's by more than noise); published, source, comparable: a published
+    figure that some run of the method names.
 
     Args:
         runs: as `select` returns them.
@@ -167,12 +168,15 @@ def statistics(runs: pd.DataFrame) -> pd.DataFrame:
     key = [*PLACE, "method", "metric"]
     about = [*PLACE, "method", "order", "seed"]
     every = runs[about].join(runs[list(names)].astype(float).rename(columns=names))
-    every = every.melt(about, var_name="metric").dropna(subset="value").sort_values(about)
+    every = every.assign(run=origin(runs)).melt([*about, "run"], var_name="metric")
+    every = every.dropna(subset="value").sort_values(about)
+    of_seeds = every.groupby(key)
+    every = every.drop_duplicates([*key, "order", "run"])
     in_order = every.groupby([*key, "order"])["value"].agg(["mean", "var"]).groupby(key)
     rows = every.groupby(key)
     long = pd.DataFrame({
         "n": rows.size(),
-        "seeds": rows["seed"].nunique(),
+        "seeds": of_seeds["seed"].nunique(),
         "orders": in_order.size(),
         "mean": in_order["mean"].mean(),
         "std_seeds": in_order["var"].mean() ** 0.5,
@@ -283,7 +287,8 @@ def cell(row: pd.Series) -> str:
     spread = [row[k] for k in ("std_seeds", "std_orders") if not math.isnan(row[k])]
     if define(metric).group in ("cost", "count"):
         spread = []  # spread of time and memory is the machine's, not the method's
-    if spread != [0.0]:  # of one order; equal seeds are no measurement
+    equal_seeds = math.isnan(row["std_orders"]) and spread == [0.0]  # which measure nothing
+    if not equal_seeds:
         text = " ± ".join([text, *(number(v, metric) for v in spread)])
     return text + WORSE if row["worse"] else text
 
@@ -303,6 +308,12 @@ def _equal_seeds(runs: pd.DataFrame) -> dict[str, int]:
     return {str(m): some["seed"].nunique() for m, some in groups if seeds_agree(some)}
 
 
+def _one_run(runs: pd.DataFrame) -> set[str]:
+    """Methods of which a single run was made for several seeds."""
+    made = runs.assign(run=origin(runs)).groupby("method")
+    return {str(m) for m, some in made if len(some) > 1 and some["run"].nunique() == 1}
+
+
 def _in_words(methods: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))
 
@@ -310,13 +321,15 @@ def _in_words(methods: Sequence[str]) -> str:
 def _about_marks(runs: pd.DataFrame, used: pd.DataFrame, marks: dict[Any, int]) -> list[str]:
     """What a caption says of marks, of seeds and of methods that cannot lose."""
     said = []
-    equal = _equal_seeds(runs)
+    equal, one = _equal_seeds(runs), _one_run(runs)
     for n in sorted(set(equal.values())):
         names = [m for m in methods_in_order(runs) if equal.get(m) == n]
-        said.append(
-            f"{_in_words(names)}: {n} seeds gave equal numbers: nothing is drawn there on this "
-            "stream."
-        )
+        for these, what in (
+            ([m for m in names if m in one], f"one run stands for {n} seeds"),
+            ([m for m in names if m not in one], f"{n} seeds gave equal numbers"),
+        ):
+            if these:
+                said.append(f"{_in_words(these)}: {what}: nothing is drawn there on this stream.")
     if STILL in marks.values():
         fixed = used.loc[used["rank"] == STILL]
         names = [m for m in methods_in_order(runs) if m in set(fixed["method"])]
@@ -343,8 +356,8 @@ def grid(runs: pd.DataFrame, metrics: Sequence[str], what: str = "") -> Table:
     at = {(row["method"], row["metric"]): row for _, row in long.iterrows()}
     methods, equal = methods_in_order(runs), _equal_seeds(runs)
     head, of_column, marks = ["strategy", "runs"], ["", ""], {}
-    counts = runs["method"].value_counts()
-    rows = [[m, f"{counts[m]}{' equal' if m in equal else ''}"] for m in methods]
+    counts, one = origin(runs).groupby(runs["method"]).nunique(), _one_run(runs)
+    rows = [[m, f"{counts[m]}{' equal' if m in equal and m not in one else ''}"] for m in methods]
     for metric in metrics:
         known = define(metric)
         here = [at.get((m, metric)) for m in methods]

@@ -383,6 +383,18 @@ def made(make: Callable[..., Any], live: Mapping[str, Any], *, at: str) -> Any:
         raise
 
 
+def takes(node: DictConfig, name: str, at: str) -> bool:
+    """Whether `build` hands the live object `name` to the target of a node or to one inside it."""
+    return any(_takes(locate(one._target_), one, name, at) for one in nodes(node))
+
+
+def _takes(target: Any, options: Mapping[str, Any], name: str, at: str) -> bool:
+    hints = _hints(target)
+    parts = [_chosen(hints[key], rule, options, at) for key, rule in _flat(target).items()]
+    own = name in inspect.signature(target).parameters
+    return own or any(_takes(part, options, name, at) for part in parts)
+
+
 def nodes(node: DictConfig) -> Iterator[DictConfig]:
     """`node` and every node with a `_target_` inside it."""
     yield node

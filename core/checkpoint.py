@@ -19,6 +19,7 @@ from driftline.core.strategy import Strategy
 # 2: with the run's key and a checksum; 3: state of inner strategies; 4: with the guard;
 # 5: with the answers to probes
 KIND = "checkpoint-5"
+LAST = "last.pt"  # in a run folder, until the run is finished
 
 
 class Stopped(Exception):
@@ -84,7 +85,7 @@ class Checkpointer:
         say: Callable[[str], None] = print,
     ) -> None:
         self.log, self.signals, self.key, self.every, self.say = log, signals, key, every, say
-        self.path = log.folder / "last.pt"
+        self.path = log.folder / LAST
         self._since = 0
 
     def load(self) -> dict[str, Any] | None:
@@ -170,7 +171,3 @@ class Checkpointer:
         }
         with write_checked(self.path, KIND, self.key) as file:
             torch.save(state, file)
-
-    def remove(self) -> None:
-        """Delete the checkpoint of a finished run."""
-        self.path.unlink(missing_ok=True)

@@ -60,23 +60,25 @@ UNTIL: dict[str, dict[str, Any]] = {
 }
 
 
-def identity(cfg: DictConfig, *facts: str) -> str:
+def identity(cfg: DictConfig, *facts: str, with_seed: bool = True) -> str:
     """First 8 hex digits of SHA-256 over the resolved configuration without volatile keys.
 
     Args:
         facts: what the configuration names but does not hold: data and checkpoint hashes.
+        with_seed: False leaves `seed` itself out, not what other settings have taken from it
+            (`scenario.order_seed=${seed}`), and gives 16 digits.
 
     Options of `SINCE` with their value of old do not count, those of `UNTIL` still do. The code of
     the method does not enter: it is compared with that of the folder, see `core/provenance.py`.
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    for key in VOLATILE:
+    for key in VOLATILE if with_seed else (*VOLATILE, "seed"):
         plain.pop(key, None)
     for key in VOLATILE_DATA:
         plain["data"].pop(key, None)
     plain["around"] = [list(rule) for rule in plain["around"].items()]  # their order counts
     text = json.dumps([_as_before(plain, ""), *facts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return hashlib.sha256(text.encode()).hexdigest()[: 8 if with_seed else 16]
 
 
 def method_name(strategy: str, around: Sequence[str]) -> str:

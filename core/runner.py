@@ -27,7 +27,7 @@ from driftline.core.oracle import Oracle
 from driftline.core.ranges import Reaction
 from driftline.core.record import RunLogger, device_name
 from driftline.core.reuse import Answered, leaves, predicting
-from driftline.core.seed import rng_state, set_rng_state
+from driftline.core.seed import Draws, rng_state, set_rng_state
 from driftline.core.strategy import CLStrategy, ScoreKind, TTAStrategy, Wrapper
 from driftline.core.stream import Batch, ShiftStream, Skipped, Task, TaskStream
 
@@ -47,6 +47,7 @@ class Context:
     clock: Clock | None = None  # None: the stream waits for the method
     source: TTAStrategy | None = None  # the frozen model, where a clock needs it
     estimates: Estimates | None = None  # of the accuracy, without labels
+    draws: Draws | None = None  # looks at the global generators
 
 
 TOLD = ("acc_last", "acc_inc", "plasticity", "forgetting")  # with the task known at test
@@ -404,8 +405,14 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
         except Diverged:
             run.console.say("the method diverged on the clean images; left out")
         finally:
+            look()
             strategy.restore(before)
             set_rng_state(random)
+
+    def look() -> None:
+        """See whether the stream has drawn from a global generator so far."""
+        if run.draws is not None:
+            run.draws.look()
 
     def missed(x: Tensor, who: Literal["source", "last"]) -> tuple[Tensor, ScoreKind]:
         """Scores of somebody else for a batch that the method was too busy for, and their kind."""
@@ -475,6 +482,7 @@ def run_shifts(strategy: TTAStrategy, stream: ShiftStream, run: Context) -> dict
                         estimates.before(strategy, batch.x)
                 with costs.step(len(batch.y)), oracle.batch(batch.y):
                     scores = adapt(batch.x, f"segment {segment.name}, batch {i}")
+                look()
                 noted = dict(guard.row)
                 if estimates is not None:
                     noted |= estimates.after(scores, batch.y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,44 @@ def rng_state() -> dict[str, Any]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
+
+
+def _standing() -> tuple[Any, ...]:
+    """The global generators as they stand, to be compared."""
+    legacy: Any = np.random.get_state(legacy=True)
+    _, keys, *rest = legacy
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    states = [torch.get_rng_state(), *cuda]
+    return random.getstate(), keys.tobytes(), rest, [s.numpy().tobytes() for s in states]
+
+
+class Draws:
+    """Whether a number was drawn from a global generator since `seed_all`.
+
+    As long as none was, all of them stand as they were seeded. What draws and puts them back has to
+    be followed by `look` in between.
+
+    Args:
+        seed: that they were seeded with.
+    """
+
+    def __init__(self, seed: int) -> None:
+        now = rng_state()
+        seed_all(seed)
+        self._seeded, self.drawn = _standing(), False
+        set_rng_state(now)
+        self.look()
+
+    def look(self) -> bool:
+        """Whether something has drawn by now."""
+        self.drawn = self.drawn or _standing() != self._seeded
+        return self.drawn
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"drawn": self.drawn}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.drawn = state["drawn"]
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from inspect import signature
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -58,6 +59,17 @@ class Strategy(nn.Module):
     def preferred_backbone(cls, options: Mapping[str, Any]) -> Preferred:
         """Which kind backbone=auto picks for the method with these settings."""
         return cls.prefers
+
+    @classmethod
+    def takes_seed(cls, options: Mapping[str, Any]) -> bool:
+        """Whether the seed can matter to the method with these settings.
+
+        The default: whether the constructor has such a parameter. A class that knows better says so
+        for itself alone, not for those derived from it. Where False, all seeds may share one run,
+        if it also leaves the global generators alone: see `runs/seeds.py`.
+        """
+        parameters = signature(cls).parameters.values()
+        return any(p.name == "seed" or p.kind is p.VAR_KEYWORD for p in parameters)
 
     def rng(self, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
         """This method's own generator for `purpose`; its state is part of the snapshot."""

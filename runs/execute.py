@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from driftline.core import distributed
 from driftline.core.arrivals import Clock
 from driftline.core.build import build, nodes
-from driftline.core.checkpoint import Checkpointer, Signals, Stopped
+from driftline.core.checkpoint import LAST, Checkpointer, Signals, Stopped
 from driftline.core.console import Console
 from driftline.core.errors import UserError, shortage
 from driftline.core.estimates import Estimates
@@ -45,6 +45,13 @@ from driftline.runs.machine import set_up
 from driftline.runs.prepare import prepare
 from driftline.runs.saving import write_method
 from driftline.runs.schema import check_settings, embedded
+from driftline.runs.seeds import (
+    SeedUse,
+    may_take_over,
+    seed_is_idle,
+    seed_was_idle,
+    twin_or_lock,
+)
 from driftline.runs.table import result_table
 from driftline.streams.dataset import about
 from driftline.streams.pipelines import Geometry
@@ -103,12 +110,9 @@ def _find_or_run(
         raise UserError(_one_process(cfg.strategy.name))
     if cfg.stage == "prepare":
         return _prepare_only(cfg, stream, geometry, device, console)
-    key = identity(
-        cfg,
-        str(stream.facts["fingerprint"]),
-        _checkpoint_hash(cfg),
-        *_source_facts(cfg, kind, stream),
-    )
+    facts = [str(stream.facts["fingerprint"]), _checkpoint_hash(cfg)]
+    facts += _source_facts(cfg, kind, stream)
+    key = identity(cfg, *facts)
     method = method_folder(cfg.strategy.name, list(cfg.around))
     place = Path(cfg.root) / stream.name / method / cfg.backbone.name
     name = f"s{cfg.seed}-{key}"
@@ -170,6 +174,7 @@ def _find_or_run(
             device,
             folder,
             key,
+            identity(cfg, *facts, with_seed=False),
             code,
             overrides,
             console,
@@ -197,6 +202,7 @@ def _execute(
     device: torch.device,
     folder: Path,
     key: str,
+    any_seed: str,
     code: Code,
     overrides: list[str],
     console: Console,
@@ -206,6 +212,8 @@ def _execute(
 ) -> dict[str, Any]:
     dispatch.use(cfg.kernel.backend)  # forgets what other runs of this process used
     strategy, weights = built
+    idle = seed_is_idle(cfg, strategy)
+    use = SeedUse(cfg.seed) if isinstance(strategy, TTAStrategy) else None
     prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
     if prepared is not None:
         seed_all(cfg.seed)  # whether the artefact was cached changes nothing
@@ -221,18 +229,96 @@ def _execute(
         "seed": cfg.seed,
         "key": key,
     }
-    if distributed.rank0():
-        known = {**about, **environment(device), "git": git, "weights": weights}
-        known |= {"data": stream.facts, "prepared": prepared, "code": code}
-        describe(cfg, folder, overrides, known, patch, stream)
-        log = RunLogger(folder, stream.name, _sinks(cfg, folder, about, console.quiet))
-    else:
-        log = NoRecords(folder, stream.name)
-    where = f"{n} x {device.type}" if (n := distributed.size()) > 1 else str(device)
-    name = method_name(about["strategy"], about["around"])
-    where = ", ".join([where, *arithmetic(cfg)])
-    console.say(f"{name}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
-    started = time.perf_counter()
+    known = {**about, **environment(device), "git": git, "weights": weights}
+    known |= {"data": stream.facts, "prepared": prepared, "code": code}
+    twin = None
+    if idle and use is not None and may_take_over(cfg):
+        root = Path(cfg.root)
+        twin, use.lock = twin_or_lock(folder.parent, root, any_seed, known, console)
+    try:
+        if distributed.rank0():
+            describe(cfg, folder, overrides, known, patch, stream)
+            log = RunLogger(folder, stream.name, _sinks(cfg, folder, about, console.quiet))
+        else:
+            log = NoRecords(folder, stream.name)
+        where = f"{n} x {device.type}" if (n := distributed.size()) > 1 else str(device)
+        name = method_name(about["strategy"], about["around"])
+        where = ", ".join([where, *arithmetic(cfg)])
+        console.say(f"{name}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
+        started = time.perf_counter()
+        if twin is not None:
+            console.say(
+                f"nothing in this run depends on the seed: the result is that of seed "
+                f"{twin.same_as['seed']}, {twin.folder} (runtime.share_seeds=false runs it again)"
+            )
+            twin.copy_rows(log)
+            result = twin.result
+        else:
+            result = _run(
+                cfg, strategy, stream, device, key, log, console, use, clock, source_model
+            )
+            if idle and use is not None and seed_was_idle(strategy, use):
+                result["any_seed"] = any_seed
+        if cfg.checkpoint.model and distributed.rank0():
+            _save_model(cfg, strategy, stream, folder)
+        summary = {
+            "run": {**about, "folder": str(folder), "git": git["commit"]},
+            "data": {k: v for k, v in stream.facts.items() if k != "class_order"},
+            "weights": weights,
+            "definitions": {
+                "forgetting": cfg.forgetting,
+                **{k: cfg.strategy[k] for k in ("loss_scope", "head", "mode") if k in cfg.strategy},
+            },
+            "kernel": dispatch.chosen(),
+            "skipped_images": len(stream.skipped.reasons),
+            **result,
+            "wall_seconds": time.perf_counter() - started,
+        }
+        if source is not None:
+            summary["source"] = {
+                "folder": source["run"]["folder"],
+                "metrics": source["metrics"],
+                "gain": reference(result["metrics"], source["metrics"]),
+            }
+        if prepared is not None:
+            summary["prepared"] = prepared
+        if replayed is not None:
+            summary["replayed"] = replayed
+        if frozen is not None:
+            summary["frozen"] = {
+                "folder": frozen["run"]["folder"],
+                "metrics": frozen["metrics"],
+                "gain": reference(result["metrics"], frozen["metrics"]),
+            }
+        if "tuned" in cfg:  # by scripts/tune.py: what was chosen on which other stream
+            summary["tuned"] = OmegaConf.to_container(cfg.tuned, resolve=True)
+        if cfg.reference is not None:
+            summary["reference"] = _against_published(cfg, stream, overrides, summary)
+        summary["rows"] = log.checksums()
+        log.finish(summary)
+        if distributed.rank0() and not cfg.checkpoint.keep:
+            (folder / LAST).unlink(missing_ok=True)
+    finally:
+        if use is not None:
+            use.end()
+    console.say(result_table(summary))
+    console.say(f"results: {folder}")
+    return summary
+
+
+def _run(
+    cfg: DictConfig,
+    strategy: Strategy,
+    stream: Stream,
+    device: torch.device,
+    key: str,
+    log: RunLogger,
+    console: Console,
+    use: SeedUse | None,
+    clock: Clock | None,
+    source_model: TTAStrategy | None,
+) -> dict[str, Any]:
+    """The loop itself, from its last state on where there is one."""
     with Signals() as signals:
         checkpoint = Checkpointer(
             log, signals, key=key, every=cfg.checkpoint.every, say=partial(console.say, always=True)
@@ -244,11 +330,12 @@ def _execute(
             device,
             cfg.forgetting,
             cfg.runtime.feature_cache_mb,
-            {"kernel": dispatch.Record()},
+            {"kernel": dispatch.Record(), **({"seed": use} if use else {})},
             cfg.guard,
             clock,
             source_model,
             _estimates(cfg, stream),
+            use,
         )
         try:
             if isinstance(stream, TaskStream):
@@ -260,54 +347,13 @@ def _execute(
         except (Stopped, KeyboardInterrupt) as stop:
             console.stop()
             log.close()
-            console.say(f"stopped; the same command goes on from here: {folder}", always=True)
+            console.say(f"stopped; the same command goes on from here: {log.folder}", always=True)
             raise stop
         except Exception as error:
             console.stop()
             log.fail(distributed.cause(error))
             raise
-    if cfg.checkpoint.model and distributed.rank0():
-        _save_model(cfg, strategy, stream, folder)
-    summary = {
-        "run": {**about, "folder": str(folder), "git": git["commit"]},
-        "data": {k: v for k, v in stream.facts.items() if k != "class_order"},
-        "weights": weights,
-        "definitions": {
-            "forgetting": cfg.forgetting,
-            **{k: cfg.strategy[k] for k in ("loss_scope", "head", "mode") if k in cfg.strategy},
-        },
-        "kernel": dispatch.chosen(),
-        "skipped_images": len(stream.skipped.reasons),
-        **result,
-        "wall_seconds": time.perf_counter() - started,
-    }
-    if source is not None:
-        summary["source"] = {
-            "folder": source["run"]["folder"],
-            "metrics": source["metrics"],
-            "gain": reference(result["metrics"], source["metrics"]),
-        }
-    if prepared is not None:
-        summary["prepared"] = prepared
-    if replayed is not None:
-        summary["replayed"] = replayed
-    if frozen is not None:
-        summary["frozen"] = {
-            "folder": frozen["run"]["folder"],
-            "metrics": frozen["metrics"],
-            "gain": reference(result["metrics"], frozen["metrics"]),
-        }
-    if "tuned" in cfg:  # by scripts/tune.py: what was chosen on which other stream
-        summary["tuned"] = OmegaConf.to_container(cfg.tuned, resolve=True)
-    if cfg.reference is not None:
-        summary["reference"] = _against_published(cfg, stream, overrides, summary)
-    summary["rows"] = log.checksums()
-    log.finish(summary)
-    if distributed.rank0() and not cfg.checkpoint.keep:
-        checkpoint.remove()
-    console.say(result_table(summary))
-    console.say(f"results: {folder}")
-    return summary
+    return result
 
 
 def _save_model(cfg: DictConfig, strategy: Strategy, stream: Stream, folder: Path) -> None:

@@ -50,6 +50,7 @@ class Runtime(TypedDict):
     image_store_mb: CountOrZero
     feature_cache_mb: CountOrZero
     wait: bool
+    share_seeds: bool
     threads: Annotated[int, Ge(1), Le(1024)] | None
 
 

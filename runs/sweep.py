@@ -233,6 +233,7 @@ def _child(
         state="finished",
         before=before,
         run=place,
+        same_as="same_as" in summary,
         value=metrics.get("err_mean", metrics.get("acc_inc")),
     )
 
@@ -365,7 +366,10 @@ def report(folder: Path) -> tuple[str, int]:
         states[run["state"]].append(run)
     finished = states.pop("finished", [])
     before = sum(bool(r.get("before")) for r in finished)
-    counts = [f"{len(finished)} finished" + (f" ({before} of them before)" if before else "")]
+    shared = sum(bool(r.get("same_as") and not r.get("before")) for r in finished)
+    parts = [f"{before} of them before"] if before else []
+    parts += [f"{shared} with the result of another seed"] if shared else []
+    counts = [f"{len(finished)} finished" + (f" ({', '.join(parts)})" if parts else "")]
     counts += [f"{len(rows)} {state}" for state, rows in states.items()]
     lines = [f"sweep of {len(runs)} runs: {', '.join(counts)} ({folder})"]
     fixed = _common(runs)

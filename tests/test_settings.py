@@ -198,6 +198,7 @@ def test_global_options_are_these():
         "runtime.device",
         "runtime.feature_cache_mb",
         "runtime.image_store_mb",
+        "runtime.share_seeds",
         "runtime.threads",
         "runtime.wait",
         "runtime.workers",

@@ -80,6 +80,10 @@ class Tent(TTAStrategy):
     def preferred_backbone(cls, options: Mapping[str, Any]) -> Preferred:
         return "vit" if options.get("adapter") else cls.prefers
 
+    @classmethod
+    def takes_seed(cls, options: Mapping[str, Any]) -> bool:
+        return options.get("adapter") is not None
+
     def scores(self, x: Tensor) -> Tensor:
         """Scores [B, C] of the network as it is, in its present mode."""
         return self.backbone(x) if self.bank is None else self.bank.logits(x, NAME)
