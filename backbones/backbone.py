@@ -74,6 +74,7 @@ class Backbone(nn.Module):
         self.name, self.tag = name, tag
         self.input_size, self.interpolation, self.classes = input_size, interpolation, classes
         self.passes = Passes()
+        _check_normalization(mean, std)
         for key, value in (("mean", mean), ("std", std)):
             stored = None if value is None else torch.tensor(value).view(1, -1, 1, 1)
             self.register_buffer(key, stored, persistent=False)
@@ -168,22 +169,26 @@ class Backbone(nn.Module):
     @distributed.shared()
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, D], what the pretrained head reads."""
-        images, x = len(x), self.normalize(x)
         if hasattr(self.net, "forward_head"):
-            with self.sized(x), self.lowered(x):
-                out = self.net.forward_head(self.net.forward_features(x), pre_logits=True)
-            return self.passes.count(images, self.raised(out))
+            with self.sized(x):
+                normal = self.normalize(x)
+                with self.lowered(normal):
+                    tokens = self.net.forward_features(normal)
+                    out = self.net.forward_head(tokens, pre_logits=True)
+            return self.passes.count(len(x), self.raised(out))
         head = self.head
         if head is None:
             raise ValueError(f"{self.tag}: no linear head whose input could serve as feature")
         seen: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            with self.sized(x), self.lowered(x):
-                self.net(x)
+            with self.sized(x):
+                normal = self.normalize(x)
+                with self.lowered(normal):
+                    self.net(normal)
         finally:
             handle.remove()
-        return self.passes.count(images, self.raised(seen[0]))
+        return self.passes.count(len(x), self.raised(seen[0]))
 
     @distributed.shared()
     def logits(self, x: Tensor) -> Tensor:
@@ -205,28 +210,100 @@ class Backbone(nn.Module):
 
     @contextmanager
     def sized(self, x: Tensor) -> Generator[None]:
-        """What a network says to images of another size than its own, as an error naming settings.
+        """What a network says to images that it cannot take, as an error that says what to do.
 
         Raises:
-            UserError: where the pass inside fails on images that are not `input_size` square.
+            UserError: for no batch of images; where the pass inside fails on images that are not
+                `input_size` square; in inference mode, where gradients are asked for.
         """
+        if torch.is_inference_mode_enabled() and torch.is_grad_enabled():
+            raise UserError(
+                "this method learns from the images, and torch.inference_mode() lets nothing "
+                "learn: call adapt outside of it (torch.no_grad() does no harm)"
+            )
+        if not self.passes.forward:
+            _check_images(x)
         try:
             yield
         except torch.OutOfMemoryError:
             raise
-        except (AssertionError, RuntimeError, ValueError) as error:
-            own, height, width = self.input_size, *x.shape[-2:]
-            if height == width == own:
-                raise
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            if fault := _fault(x, self.net):
+                raise UserError(f"{fault} ({reason})") from error
+            own, height, width = self.input_size, *x.shape[-2:]
+            if isinstance(error, TypeError) or height == width == own:
+                raise
             raise UserError(
-                f"{self.tag} takes images of {own} x {own} pixels, and these are {height} x "
-                f"{width} ({reason}): set scenario.resize={own}, or backbone.input_size={height} "
-                "where the backbone has that option"
+                f"{self.tag} fails on images of {height} x {width} pixels ({reason}). Its "
+                f"input_size is {own}: give it images of that size, in a run by "
+                f"scenario.resize={own}, or set backbone.input_size={height} where the backbone "
+                "has that option"
             ) from error
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(x)
+
+
+def _check_normalization(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Refuse constants that no images in [0, 1] have.
+
+    Raises:
+        UserError: naming the one that is wrong.
+    """
+    if (mean is None) != (std is None):
+        given, absent = ("std", "mean") if mean is None else ("mean", "std")
+        raise UserError(f"{given} is given and {absent} is not: normalisation needs both")
+    for key, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        if len(values) not in (1, 3) or not all(0 <= v <= 1 for v in values):
+            raise UserError(
+                f"{key} must be three numbers for images in [0, 1], got {list(values)}; those for "
+                "0 ... 255 are divided by 255"
+            )
+        if key == "std" and not all(values):
+            raise UserError(f"std divides the images: it must be above 0, got {list(values)}")
+
+
+_FORM = "images must be a float tensor [B, 3, H, W] in [0, 1], got"
+
+
+def _check_images(x: Any) -> None:
+    """Refuse what is no batch, and images in another unit; resampling may leave [0, 1] by a little.
+
+    Raises:
+        UserError: naming type and shape, or the range.
+    """
+    if not isinstance(x, Tensor):
+        raise UserError(f"{_FORM} {type(x).__name__}")
+    if not x.is_floating_point() or x.ndim != 4 or not len(x):
+        raise UserError(f"{_FORM} {x.dtype} {list(x.shape)}")
+    low, high = x.min().item(), x.max().item()
+    if low < -0.5 or high > 1.5:
+        raise UserError(
+            f"images must be in [0, 1], and these are in [{low:.3g}, {high:.3g}]. Divide those in "
+            "0 ... 255 by 255; leave Normalize out of the transforms and give its mean= and std= "
+            "to driftline.make, for methods work on the images themselves"
+        )
+
+
+def _fault(x: Any, net: nn.Module) -> str | None:
+    """What is wrong with a batch of images for any network, or None."""
+    try:
+        _check_images(x)
+    except UserError as error:
+        return str(error)
+    if x.shape[1] != 3:
+        return f"{_FORM} {x.dtype} {list(x.shape)}"
+    weight = next(net.parameters(), x)
+    cast = torch.is_autocast_enabled(x.device.type)
+    if x.device != weight.device or (x.dtype != weight.dtype and not cast):
+        return (
+            f"the images are {x.dtype} on {x.device} and the weights {weight.dtype} on "
+            f"{weight.device}: call images.to(...) or net.to(...) first"
+        )
+    return None
 
 
 def scores_of(out: Any, tag: str) -> Tensor:

@@ -27,7 +27,7 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
     if word in allowed:
         return ""
     names = {name.lower(): name for name in allowed}
-    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
     return f"; did you mean {names[near[0]]!r}?" if near else ""
 
 

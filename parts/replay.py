@@ -53,7 +53,7 @@ class Replay(nn.Module):
         if self._source is None:
             raise UserError(
                 f"strategy={self.strategy} with these settings reads labelled source images during "
-                "the stream: give it some with use_source(SourceImages(...)) before adapt"
+                "the stream: driftline.prepare(method, source) before adapt"
             )
         if self.order is not None and self._batches is None:
             self._batches = self._source.batches(self.size, epoch=self.order, start=self.used)

@@ -92,7 +92,13 @@ def explained(words: list[str]) -> Iterator[str]:
         yield from _setting(key, value, kind, sources, given, node)
     from driftline.runs.schema import check_settings
 
-    check_settings(node)
+    try:
+        check_settings(node)
+    except UserError as error:
+        # Options alone were asked about: what they leave open is no mistake.
+        if not {word.partition("=")[0].lstrip("+~") for word in typed} <= options.keys():
+            raise
+        yield f"\nnot yet a run: {error}"
 
 
 def _flag(words: list[str], index: int) -> bool:

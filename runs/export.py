@@ -108,7 +108,8 @@ def export(method: Strategy, images: Tensor) -> dict[str, Tensor]:
     It loads strictly into the network that the method was made around, as that was before: in a
     fresh one, `net.load_state_dict(driftline.export(method, images))`. Adapters are added to the
     weights. A continual method has one row in the linear head for each class seen; where that is
-    another number than the network has outputs, give the network a head of that size first.
+    another number than the network has outputs, give the network a head of that size first
+    (`net.reset_classifier(n)` of timm).
     Normalisation with `mean` and `std` stays outside.
 
     Args:
@@ -381,7 +382,12 @@ def _(method: SLDA) -> Backbone:
 
 
 def _with_head(network: Backbone, weight: Tensor, bias: Tensor) -> Backbone:
-    """The same network with other values [C, D] and [C] in its last linear layer."""
+    """The same network with other values [C, D] and [C] in its last linear layer.
+
+    A timm network that was made without one gets it.
+    """
+    if network.num_classes == 0 and hasattr(network.net, "reset_classifier"):
+        network.net.reset_classifier(len(weight))
     head = network.head
     if head is None:
         raise _Refused("read off features of a network without a single linear layer at its end")
@@ -482,9 +488,12 @@ def _fix_statistics(network: Backbone, images: Tensor) -> None:
     for name, layer in layers.items():
         if name in used:
             layer.running_mean, layer.running_var = used[name]
-            layer.track_running_stats = True
-            if layer.num_batches_tracked is None:
-                layer.num_batches_tracked = torch.tensor(0, device=images.device)
+        elif layer.running_mean is None:  # of an auxiliary head, which gives no answer
+            layer.running_mean = images.new_zeros(layer.num_features)
+            layer.running_var = images.new_ones(layer.num_features)
+        layer.track_running_stats = True
+        if layer.num_batches_tracked is None:
+            layer.num_batches_tracked = torch.tensor(0, device=images.device)
 
 
 def _remove_hooks(network: Backbone) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from driftline.backbones.backbone import Backbone
@@ -23,11 +24,19 @@ from driftline.core.stream import OF_STREAMS, Task
 from driftline.runs.command import composed
 from driftline.runs.compose import replays_source
 from driftline.runs.execute import run_experiment
-from driftline.runs.saving import construct, name_of, wrap
+from driftline.runs.saving import begun, construct, name_of, wrap
 from driftline.streams.own import source_images
 
 if TYPE_CHECKING:
     import pandas
+
+# What `needs` of a strategy asks a network for.
+FACTS = {
+    "batch_norm": "batch normalisation",
+    "blocks": "the blocks of a timm vision transformer",
+    "features": "features",
+    "head": "scores of classes",
+}
 
 
 def make(
@@ -61,34 +70,59 @@ def make(
         UserError: for a strategy or setting that does not exist, or a network that the strategy
             cannot work on.
     """
+    if not isinstance(strategy, str):
+        raise UserError(
+            f'the first argument names a strategy, as in driftline.make("tent", net), got '
+            f"{type(strategy).__name__}"
+        )
     rules = options.pop("around", [])
     names = [rules] if isinstance(rules, str) else list(rules)
     node = settings(strategy, **options)
     words = [f"strategy={strategy}", f"around=[{','.join(names)}]"]
     around = composed(words).around if names else OmegaConf.create({})
     backbone = net if isinstance(net, Backbone) else wrap(net, mean, std)
+    kind = locate(node._target_)
+    classes = num_classes or backbone.num_classes
+    if issubclass(kind, CLStrategy) and not classes:
+        raise UserError(
+            f"num_classes is missing: strategy={strategy} must know how many classes all tasks "
+            "have together, and this network has no outputs to count"
+        )
     made_of: dict[str, Any] = {
         "strategy": OmegaConf.to_container(node, resolve=True),
         "around": OmegaConf.to_container(around, resolve=True),
         "seed": seed,
-        "num_classes": num_classes or backbone.num_classes,
+        "num_classes": classes,
         "mean": None if mean is None else list(mean),
         "std": None if std is None else list(std),
     }
-    kind = locate(node._target_)
     prepares = issubclass(kind, TTAStrategy) and kind.uses_source(node)
     before = deepcopy(backbone) if prepares else None
     built = construct(made_of, backbone)
     if lacking := built.needs - backbone.provides - OF_STREAMS:
         raise UserError(
-            f"strategy={strategy} needs {', '.join(sorted(lacking))}, which this network lacks"
+            f"strategy={strategy} needs {' and '.join(FACTS[fact] for fact in sorted(lacking))}, "
+            "which this network lacks"
         )
     if isinstance(built, TTAStrategy):
         if built.preparation() is None:
             built.begin_stream()
         elif before is not None:
             built.method.make_another = lambda: cast(TTAStrategy, construct(made_of, before)).method
+            built.adapt = partial(_unprepared, strategy)
     return built
+
+
+def _unprepared(strategy: str, images: Any) -> Tensor:
+    """Stands before `adapt` of a method until `prepare`.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"strategy={strategy} works on labelled source images before its stream: "
+        "driftline.prepare(method, source) first"
+    )
 
 
 def learn(method: Strategy, task: Task) -> None:
@@ -99,10 +133,15 @@ def learn(method: Strategy, task: Task) -> None:
         task: of `driftline.tasks`, the next one.
 
     Raises:
-        UserError: for a method of test-time adaptation.
+        UserError: for a method of test-time adaptation, or a task that is not the next.
     """
     if not isinstance(method, CLStrategy):
         raise UserError(f"{name_of(method)} adapts at test time and learns no tasks: call adapt")
+    if task.index != len(begun(method)):
+        raise UserError(
+            f"this is task {task.index} and the method has learned {len(begun(method))}: tasks are "
+            "learned in order, each once"
+        )
     method.begin_task(task)
     for epoch in range(method.epochs):
         method.begin_epoch(task, epoch)
@@ -142,6 +181,7 @@ def prepare(method: Strategy, images: Dataset[Any], *, seed: int = 0, workers: i
         assert bare.make_another is not None
         bare.prepared = bare.make_another().prepare(source, _NoProgress())
         bare.make_another = None
+        vars(method).pop("adapt", None)
         bare.use_prepared(bare.prepared)
         method.begin_stream()
 
@@ -175,6 +215,7 @@ def settings(strategy: str, **options: Any) -> DictConfig:
         if not matches:
             last = {place.rpartition(".")[2] for place in places}
             near = suggest(key, sorted(last))
+            near = near or f"; it has {', '.join(sorted(last - {'name'}))}"
             raise UserError(f"strategy={strategy} has no setting {key!r}{near}")
         OmegaConf.update(node, min(matches, key=lambda place: place.count(".")), value)
     return node
@@ -204,6 +245,8 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: for anything that the settings are wrong in.
     """
+    if isinstance(words, str):
+        raise UserError(f"driftline.run takes a list of settings: {words.split()}")
     return run_experiment(composed(list(words)), list(words))
 
 

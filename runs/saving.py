@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -185,9 +186,24 @@ def _network(path: Path, net: nn.Module | None, made_of: Mapping[str, Any]) -> B
 
 
 def wrap(net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> Backbone:
-    """A network of somebody else as a backbone, on its device."""
-    backbone = Backbone(net.eval(), mean=mean, std=std)
-    return backbone.to(next(net.parameters()).device)  # its mean and std were made on the CPU
+    """A network of somebody else as a backbone, on its device.
+
+    Raises:
+        UserError: for what is no network.
+    """
+    if not isinstance(net, nn.Module):
+        raise UserError(
+            f"the network must be a torch.nn.Module, an object and not its class or name, got "
+            f"{net if isinstance(net, str | type) else type(net).__name__!s}"
+        )
+    sizes = [  # of timm: of its transformers, then of its published weights
+        getattr(getattr(net, "patch_embed", None), "img_size", None),
+        getattr(net, "pretrained_cfg", {}).get("input_size"),
+    ]
+    known = next((int(size[-1]) for size in sizes if size), 224)
+    backbone = Backbone(net.eval(), mean=mean, std=std, input_size=known)
+    first = next(net.parameters(), torch.empty(0))
+    return backbone.to(first.device)  # its mean and std were made on the CPU
 
 
 def _check_targets(node: Any, path: Path) -> None:

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from numpy import ndarray
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
 from driftline.core.errors import UserError
 from driftline.core.seed import derive, generator
@@ -44,9 +45,12 @@ def tasks(
             and `TensorDataset` do.
 
     Raises:
-        UserError: for an empty task, or labels that do not count on, naming the task.
+        UserError: for an empty task, one that is no pair of data sets, or labels that do not count
+            on, naming the task.
     """
-    pairs = [(*one, one[0])[:3] if len(one) == 2 else tuple(one) for one in data]
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    pairs = [_sets(one, index) for index, one in enumerate(data)]
     everything = ConcatDataset([train for train, _, _ in pairs])
     plain = ConcatDataset([fixed for _, _, fixed in pairs])
     made: list[Task] = []
@@ -77,6 +81,41 @@ def tasks(
         )
         stop = new.stop
     return made
+
+
+def _sets(one: Any, index: int) -> tuple[Any, Any, Any]:
+    """Training, test and plain training set of a task.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if not isinstance(one, tuple | list) or len(one) not in (2, 3):
+        got = f"{len(one)} of them" if isinstance(one, tuple | list) else type(one).__name__
+        raise UserError(
+            f"task {index} must be a pair (train, test) of data sets, or (train, test, plain), got "
+            f"{got}: driftline.tasks takes a list, [(train, test), (train, test)]"
+        )
+    train, test, *plain = (check_data(data, f"task {index}") for data in one)
+    return train, test, plain[0] if plain else train
+
+
+def check_data(data: Any, owner: str) -> Any:
+    """The data set itself.
+
+    Raises:
+        UserError: for what has no length or no images by number, such as a `DataLoader`.
+    """
+    if isinstance(data, DataLoader):
+        raise UserError(
+            f"{owner} takes data sets and makes the batches itself: give loader.dataset"
+        )
+    sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not sized or isinstance(data, Tensor):
+        raise UserError(
+            f"{owner} takes a data set with len(data) and data[i] = (image, label), got "
+            f"{type(data).__name__}"
+        )
+    return data
 
 
 class _Loading:
@@ -119,6 +158,27 @@ class _Loading:
             return torch.stack([torch.as_tensor(data[row][0]) for row in rows.tolist()])
 
 
+_NO_IMAGE = "an image must be a float tensor [3, H, W] in [0, 1] and became"
+
+
+def _collate(items: list[Any]) -> Any:
+    """torch's batch of these.
+
+    Raises:
+        UserError: for an item that is no image with a label.
+    """
+    for item in items:
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            got = f"{len(item)} values" if isinstance(item, tuple | list) else type(item).__name__
+            raise UserError(f"data[i] of a data set must be (image, label), got {got}")
+        if not isinstance(item[0], Tensor | ndarray):
+            raise UserError(
+                f"{_NO_IMAGE} {type(item[0]).__name__}: end the transforms with torchvision's "
+                "ToTensor()"
+            )
+    return default_collate(items)
+
+
 def batches(
     data: Dataset[Any],
     rows: Tensor,
@@ -142,14 +202,14 @@ def batches(
         Subset(data, rows.tolist()),
         batch_size,
         num_workers=workers,
+        collate_fn=_collate,
         generator=torch.Generator().manual_seed(0),  # else one number is drawn of the global one
     )
     for (x, y), index in zip(loader, rows.split(batch_size), strict=True):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise UserError(
-                f"an image must be a float tensor [3, H, W] in [0, 1] and became {got} in a batch: "
-                "end the transforms with torchvision's ToTensor()"
+                f"{_NO_IMAGE} {got} in a batch: end the transforms with torchvision's ToTensor()"
             )
         y = torch.as_tensor(y).long()
         if labels is not None:
@@ -195,8 +255,11 @@ def source_images(data: Dataset[Any], *, seed: int = 0, workers: int = 0) -> Sou
     Args:
         seed: of their order, a function of (seed, epoch).
         workers: processes that load images; 0: none.
+
+    Raises:
+        UserError: for what is no data set.
     """
-    count = len(data)  # type: ignore[arg-type]
+    count = len(check_data(data, "driftline.prepare"))
 
     def of_source(
         batch_size: int, *, epoch: int | None = None, start: int = 0, augment: str = "none"

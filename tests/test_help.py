@@ -150,6 +150,20 @@ def test_explain_answers_what_a_run_would_not_take(words, said, wide, monkeypatc
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["backbone=timm"], "not yet a run: backbone.tag must be text"),
+        (["around=weight_average"], "not yet a run: around=[weight_average]: goes around methods"),
+    ],
+)
+def test_an_option_is_explained_though_something_else_must_be_given(words, said, wide):
+    lines = list(explained(words))
+    assert len(lines) > 5 and lines[-1].strip().startswith(said)
+    with pytest.raises(UserError, match="seed must be"):
+        list(explained([*words, "seed=-1"]))
+
+
 def test_what_is_known_is_never_what_was_meant():
     assert suggest("bursts", ["bursts", "burst_share"]) == ""
     with pytest.raises(UserError, match="'bursts' and 'prior_drift' are of one kind. Join"):

@@ -43,7 +43,8 @@ def test_every_strategy_is_made_around_a_plain_network_as_its_file_says(name):
     wants_vit = wants_vit and "batch_norm" not in kind.needs
     net = "test_vit" if wants_vit else "test_resnet"
     method = driftline.make(name, network(net), seed=3)
-    want = build(node, at="strategy", backbone=Backbone(network(net)), seed=3, num_classes=10)
+    bare = Backbone(network(net), input_size=method.backbone.input_size)
+    want = build(node, at="strategy", backbone=bare, seed=3, num_classes=10)
     assert type(method) is type(want) and equal(method.snapshot(), want.snapshot())
     assert isinstance(method, CLStrategy) or method.preparation() or method.reset() is None
 

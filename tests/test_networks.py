@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -104,8 +105,76 @@ def test_images_of_another_size_name_the_setting() -> None:
         with pytest.raises(UserError) as error:
             call(torch.rand(2, 3, 32, 32))
         text = str(error.value)
-        assert text.startswith("fixed takes images of 16 x 16 pixels, and these are 32 x 32 (Input")
+        assert text.startswith("fixed fails on images of 32 x 32 pixels (Input width (32) doesn't")
         assert "scenario.resize=16" in text and "backbone.input_size=32" in text
+
+
+FORM = r"images must be a float tensor \[B, 3, H, W\] in \[0, 1\], got "
+
+
+@pytest.mark.parametrize("call", [Backbone.logits, Backbone.features])
+@pytest.mark.parametrize("mean", [None, [0.5, 0.4, 0.3]])
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (torch.ones(2, 3, 8, 8).byte(), FORM + r"torch.uint8 \[2, 3, 8, 8\]"),
+        (IMAGES[0], FORM + r"torch.float32 \[3, 16, 16\]"),
+        (IMAGES[:, :1], FORM + r"torch.float32 \[4, 1, 16, 16\]"),
+        (IMAGES.numpy(), FORM + "ndarray"),
+        ((IMAGES, torch.zeros(4)), FORM + "tuple"),
+        (IMAGES.double(), "the images are torch.float64 on cpu and the weights torch.float32"),
+        (255 * IMAGES, r"must be in \[0, 1\], and these are in \[.*, 255\]. Divide"),
+        (4 * IMAGES - 2, r"must be in \[0, 1\], and these are in \[-2, .*leave Normalize out"),
+    ],
+    ids=["uint8", "one", "grey", "numpy", "with labels", "double", "255", "normalised"],
+)
+def test_what_is_no_batch_of_images_is_told_from_a_size(images, said, mean, call) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    backbone = Backbone(net, mean=mean, std=mean)
+    if mean is not None and images is not None and getattr(images, "shape", [0])[1:2] == (1,):
+        images = images.expand(4, 2, 16, 16)  # a single channel would take three constants
+        said = said.replace("4, 1", "4, 2")
+    with pytest.raises(UserError, match=said) as error:
+        call(backbone, images)
+    assert "scenario" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "said"),
+    [
+        ([0.5] * 3, None, "mean is given and std is not"),
+        (None, [0.5] * 3, "std is given and mean is not"),
+        ([123.7, 116.3, 103.5], [58.0, 57.0, 57.0], "divided by 255"),
+        ([0.5] * 2, [0.5] * 2, "mean must be three numbers"),
+        ([0.5] * 3, [0.2, 0.2, 0.0], "std divides the images"),
+    ],
+)
+def test_constants_that_no_images_have_are_refused(mean, std, said) -> None:
+    with pytest.raises(UserError, match=said):
+        driftline.make("source", Net(lambda s: s), mean=mean, std=std)
+
+
+@pytest.mark.parametrize("net", [Net, "resnet18", None], ids=["class", "name", "none"])
+def test_what_is_no_network_is_refused(net: Any) -> None:
+    with pytest.raises(UserError, match="must be a torch.nn.Module, an object"):
+        driftline.make("source", net)
+
+
+def test_learning_in_inference_mode_says_why_it_cannot() -> None:
+    tent: Any = driftline.make("tent", Net(lambda s: s), layers="norm")
+    lame: Any = driftline.make("lame", Net(lambda s: s))
+    with torch.inference_mode():
+        assert tent.predict(IMAGES).shape == lame.adapt(IMAGES).shape
+        with pytest.raises(UserError, match="call adapt outside of it"):
+            tent.adapt(IMAGES)
+    with torch.no_grad():
+        assert tent.adapt(IMAGES).shape == (4, 5)
+
+
+def test_the_size_of_a_timm_network_is_known() -> None:
+    sized = timm.create_model("test_vit", img_size=64, num_classes=2)
+    for net, size in ((sized, 64), (timm.create_model("test_resnet", num_classes=2), 160)):
+        assert driftline.make("source", net).backbone.input_size == size
 
 
 def test_other_faults_stay_what_they_are() -> None:

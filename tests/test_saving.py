@@ -12,9 +12,10 @@ import timm
 import torch
 import torchvision
 from conftest import equal
+from PIL import Image
 from test_contract import CLASSES, OF_FILES, PLAIN, SIDES, AnyLabel, Case, images, network
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import driftline
 from driftline.core.checkpoint import Checkpointer, Signals
@@ -184,6 +185,39 @@ def test_rules_normalisation_and_batch_statistics_of_a_torchvision_network(tmp_p
         driftline.load(tmp_path / "tent.safetensors", torchvision.models.resnet34(num_classes=5))
 
 
+def test_a_network_without_a_head_gets_one():
+    vit = timm.create_model("test_vit", num_classes=0, img_size=32)
+    method = driftline.make("finetune", vit, num_classes=4, epochs=1)
+    case = next(c for c in OF_FILES if c.name == "finetune")
+    driftline.learn(method, driftline.tasks(pairs(case), batch_size=6)[0])
+    x = torch.rand(2, 3, 32, 32)
+    fresh = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
+    fresh.load_state_dict(driftline.export(method, x))
+    assert torch.allclose(fresh(x), method.predict(x), atol=1e-4) and vit.num_classes == 0
+
+
+class WithAuxiliary(nn.Module):
+    """As GoogLeNet: a head that is asked in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.aux = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.conv(x))
+        return self.fc((self.aux(out) if self.training else out).mean((2, 3)))
+
+
+def test_layers_that_give_no_answer_are_in_the_state_dict():
+    method: Any = driftline.make("tent", WithAuxiliary())
+    x = torch.rand(4, 3, 8, 8)
+    method.adapt(x)
+    fresh = WithAuxiliary().eval()
+    fresh.load_state_dict(driftline.export(method, x))
+    assert torch.allclose(fresh(x), method.predict(x), atol=1e-4)
+
+
 @pytest.fixture
 def file(tmp_path) -> Any:
     path = tmp_path / "source.safetensors"
@@ -249,7 +283,7 @@ def test_onnx_without_its_package_is_one_line(monkeypatch):
 class Named(Dataset[Any]):
     """Images and labels, with nothing that says the labels beforehand."""
 
-    def __init__(self, x: Tensor, y: list[int]) -> None:
+    def __init__(self, x: Any, y: list[int]) -> None:
         self.x, self.y = x, y
 
     def __len__(self) -> int:
@@ -285,6 +319,48 @@ def test_tasks_of_own_data_sets():
     bytes_ = Named((255 * x).byte(), [0] * 8)
     with pytest.raises(UserError, match="torch.uint8 .*ToTensor"):
         next(driftline.tasks([(bytes_, bytes_)])[0].train(0))
+
+
+def test_what_is_no_data_set_of_images_and_labels_is_one_line():
+    data = TensorDataset(torch.rand(4, 3, 32, 32), torch.arange(4))
+    eata: Any = driftline.make("eata", network("resnet"))
+    with pytest.raises(UserError, match=r"strategy=eata works on .* driftline.prepare\(method, so"):
+        eata.adapt(torch.rand(4, 3, 32, 32))
+    for wrong, message in (
+        (data, "task 0 takes a data set .* got Tensor"),
+        ([data], "task 0 must be a pair .* of data sets, .* got TensorDataset"),
+        ([(data,)], "task 0 must be a pair .* got 1 of them"),
+        ([(DataLoader(data), data)], "task 0 takes data sets .*: give loader.dataset"),
+        ([(data, iter(data))], "task 0 takes a data set with len"),
+    ):
+        with pytest.raises(UserError, match=message):
+            driftline.tasks(wrong)
+        with pytest.raises(UserError, match="driftline.prepare takes"):
+            driftline.prepare(eata, DataLoader(data))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="batch_size must be at least 1"):
+        driftline.tasks([(data, data)], batch_size=0)
+    for bad, message in (
+        (TensorDataset(data.tensors[0]), "must be .image, label., got 1 values"),
+        (Named([Image.new("RGB", (4, 4))] * 4, [0] * 4), "became Image: end .* ToTensor"),
+    ):
+        with pytest.raises(UserError, match=message):
+            next(source_images(bad).batches(2))
+    driftline.prepare(eata, data)
+    assert eata.adapt(torch.rand(4, 3, 32, 32)).shape == (4, network("resnet").num_classes)
+
+
+def test_tasks_are_learned_in_order():
+    case = next(c for c in OF_FILES if c.name == "simplecil")
+    first, second = driftline.tasks(pairs(case), batch_size=4)
+    method = made(case)
+    with pytest.raises(UserError, match="this is task 1 and the method has learned 0"):
+        driftline.learn(method, second)
+    driftline.learn(method, first)
+    with pytest.raises(UserError, match="this is task 0 and the method has learned 1"):
+        driftline.learn(method, first)
+    bare = timm.create_model("test_vit", num_classes=0, img_size=32)
+    with pytest.raises(UserError, match="num_classes is missing: strategy=simplecil"):
+        driftline.make("simplecil", bare)
 
 
 def test_source_images_are_a_function_of_their_arguments():
