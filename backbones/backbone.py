@@ -270,7 +270,7 @@ _FORM = "images must be a float tensor [B, 3, H, W] in [0, 1], got"
 
 
 def _check_images(x: Any) -> None:
-    """Refuse what is no batch, and images in another unit; resampling may leave [0, 1] by a little.
+    """Refuse what is no batch, and images in another unit; resampling leaves [0, 1] by less.
 
     Raises:
         UserError: naming type and shape, or the range.
@@ -280,7 +280,7 @@ def _check_images(x: Any) -> None:
     if not x.is_floating_point() or x.ndim != 4 or not len(x):
         raise UserError(f"{_FORM} {x.dtype} {list(x.shape)}")
     low, high = x.min().item(), x.max().item()
-    if low < -0.5 or high > 1.5:
+    if low < -0.8 or high > 2:
         raise UserError(
             f"images must be in [0, 1], and these are in [{low:.3g}, {high:.3g}]. Divide those in "
             "0 ... 255 by 255; leave Normalize out of the transforms and give its mean= and std= "

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -110,6 +111,7 @@ def make(
         elif before is not None:
             built.method.make_another = lambda: cast(TTAStrategy, construct(made_of, before)).method
             built.adapt = partial(_unprepared, strategy)
+            built.use_prepared = MethodType(_use_prepared, built)
     return built
 
 
@@ -123,6 +125,17 @@ def _unprepared(strategy: str, images: Any) -> Tensor:
         f"strategy={strategy} works on labelled source images before its stream: "
         "driftline.prepare(method, source) first"
     )
+
+
+def _use_prepared(method: TTAStrategy, artefact: Mapping[str, Tensor]) -> None:
+    """Lifts `_unprepared`, for who calls the protocol of `TTAStrategy` and not `prepare`."""
+    _lift(method)
+    method.use_prepared(artefact)
+
+
+def _lift(method: TTAStrategy) -> None:
+    for name in ("adapt", "use_prepared"):
+        vars(method).pop(name, None)
 
 
 def learn(method: Strategy, task: Task) -> None:
@@ -181,7 +194,7 @@ def prepare(method: Strategy, images: Dataset[Any], *, seed: int = 0, workers: i
         assert bare.make_another is not None
         bare.prepared = bare.make_another().prepare(source, _NoProgress())
         bare.make_another = None
-        vars(method).pop("adapt", None)
+        _lift(method)
         bare.use_prepared(bare.prepared)
         method.begin_stream()
 

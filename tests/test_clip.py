@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import driftline
 from driftline.backbones import clip
@@ -121,6 +122,8 @@ def test_adaptation_works_on_zero_shot_classifiers(tower: None, texts: str, name
     assert backbone.text is not None
     rows = backbone.text.weight.clone()
     method: Any = driftline.make(name, backbone, **TTA[name])
+    if method.preparation() is not None:
+        driftline.prepare(method, TensorDataset(images(4), torch.arange(4) % 3))
     scores = [method.adapt(images(4)) for _ in range(2)]
     assert all(s.shape == (4, 3) and torch.isfinite(s).all() for s in scores)
     torch.testing.assert_close(backbone.text.weight, rows)

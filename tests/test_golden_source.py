@@ -303,11 +303,11 @@ def test_a_method_that_lacks_its_source_says_so(name, rules):
     options = {"warmup_images": 0} if name == "rmt" else {}
     method = driftline.make(name, network(), source_batch=8, around=rules, **options)
     (x,) = stream(1)
-    with pytest.raises(UserError, match=f"strategy={name}.*use_source"):
+    with pytest.raises(UserError, match=rf"strategy={name}.*driftline.prepare\(method, source\)"):
         method.adapt(x)
     method.use_source(noise())
     if name == "rmt":
-        with pytest.raises(UserError, match="class means of the source"):
+        with pytest.raises(UserError, match="before its stream: driftline.prepare"):
             method.adapt(x)
         other = driftline.make(name, network(), source_batch=8, **options)
         method.use_prepared(other.prepare(noise(), Notes()))
