@@ -193,9 +193,10 @@ class Backbone(nn.Module):
     @distributed.shared()
     def logits(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, C], scores of the pretrained head."""
-        x = self.normalize(x)
-        with self.sized(x), self.lowered(x):
-            out = self.net(x)
+        with self.sized(x):
+            normal = self.normalize(x)
+            with self.lowered(normal):
+                out = self.net(normal)
         return self.passes.count(len(x), self.raised(scores_of(out, self.tag)))
 
     def lowered(self, x: Tensor) -> AbstractContextManager[Any]:
