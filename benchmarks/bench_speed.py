@@ -1,0 +1,422 @@
+r"""What the options of speed change and gain, and what the runner costs: one page of parts.
+
+    python benchmarks/bench_speed.py precision --imagenet $IMAGENET --lite0 $LITE0 --vit $VIT
+    python benchmarks/bench_speed.py runner start page
+
+* `precision`: methods on real images under corruption, `precision` and `channels_last` side by
+  side: the same batches, one side after the other in turns, in one process. Error, ECE and the
+  number of images whose predicted class is not that of float32 in the default layout.
+* `runner`: what the loop around a method costs a batch of one image, beside the method itself, on
+  a network that is next to nothing.
+* `start`: processor seconds of `--help` and of the imports of a run, in processes of their own.
+
+Each part is a JSON file beside the page, so that parts can be measured one by one; `--label` keeps
+what was measured with other code (PYTHONPATH names it) under another name. `page` makes the page of
+what is there. Whole methods beside plain transcriptions are in `bench_tta.py` (adaptation) and
+`bench_end_to_end.py` (adapters).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from driftline.backbones.backbone import Backbone
+from driftline.core.build import build
+from driftline.core.checkpoint import Checkpointer, Signals
+from driftline.core.console import Console
+from driftline.core.files import write_json, write_text
+from driftline.core.metrics import OnlineError
+from driftline.core.record import RunLogger, environment
+from driftline.core.runner import Context, run_shifts
+from driftline.core.stream import Batch, Segment, ShiftStream, Skipped
+from driftline.runs.command import composed
+from driftline.runs.compose import complete, make_strategy, make_stream
+from driftline.runs.library import settings
+from driftline.runs.machine import set_up
+from driftline.streams.pipelines import Geometry
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("precision", "runner", "start")
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------ precision and layout
+
+SIDES = {
+    "float32": [],
+    "float32, channels-last": ["channels_last=true"],
+    "bf16": ["precision=bf16"],
+    "bf16, channels-last": ["precision=bf16", "channels_last=true"],
+}
+VIEWS = ["strategy.views=4", "strategy.threshold=2"]  # for every batch; the official number is 32
+METHODS: dict[str, dict[str, list[str]]] = {
+    "lite0": {"source": [], "bn_adapt": [], "tent": [], "cotta": VIEWS, "lame": []},
+    "vit": {"source": [], "tent": ["strategy.layers=norm"], "cotta": VIEWS, "lame": []},
+}
+
+
+def stream_words(network: str, args: argparse.Namespace) -> list[str]:
+    """Settings of a short stream of real images: two corruptions at severity 5."""
+    words = [
+        "scenario=imagenet_c",
+        "scenario.corrupt=on_the_fly",
+        "scenario.image_list=all",
+        "scenario.corruptions=[gaussian_noise,fog]",
+        f"scenario.images={args.images}",
+        "scenario.batch_size=25",
+        "scenario.probe_images=0",
+        "scenario.clean_images=0",
+        f"data.root={args.imagenet}",
+        "runtime.workers=0",
+        "runtime.device=cpu",
+        f"runtime.threads={args.threads}",
+    ]
+    if network == "lite0":
+        return [*words, "backbone=efficientnet_lite0_in1k", f"backbone.checkpoint={args.lite0}"]
+    tag = "backbone.tag=vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    return [*words, "backbone=timm", tag, f"backbone.checkpoint={args.vit}"]
+
+
+def settings_of(words: list[str]) -> DictConfig:
+    return complete(composed(words))
+
+
+def precision(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each network, method and side."""
+    rows = []
+    for network in args.networks:
+        methods = {
+            k: v for k, v in METHODS[network].items() if not args.methods or k in args.methods
+        }
+        device = CPU
+        cfg = settings_of([*stream_words(network, args), "strategy=source"])
+        set_up(cfg)
+        geometry = Geometry()
+        stream = make_stream(cfg, geometry, device)
+        assert isinstance(stream, ShiftStream)
+        make_strategy(cfg, stream, geometry, device)  # gives the images their size
+        batches = [
+            (segment.index, batch)
+            for segment in stream.segments
+            for batch in segment.batches()
+            if batch is not None
+        ]
+        sides = {k: v for k, v in SIDES.items() if network != "vit" or "channels" not in k}
+        for name, options in methods.items():
+            made, meters, answers, seconds = {}, {}, {}, {}
+            for side, more in sides.items():
+                words = [*stream_words(network, args), f"strategy={name}", *options, *more]
+                strategy = make_strategy(settings_of(words), stream, geometry, device)[0]
+                strategy.begin_stream()
+                made[side], answers[side], seconds[side] = strategy, [], []
+                meters[side] = OnlineError(stream.domains, stream.num_classes)
+            for turn, (segment, batch) in enumerate(batches):
+                for side in sides if turn % 2 else reversed(sides):
+                    strategy = made[side]
+                    wall, cpu = time.perf_counter(), time.process_time()
+                    scores = strategy.adapt(batch.x)
+                    spent = time.perf_counter() - wall, time.process_time() - cpu
+                    seconds[side].append(spent)
+                    answers[side].append(scores.argmax(1))
+                    meter = meters[side]
+                    meter.update(scores, batch.y, segment, batch.domain, strategy.outputs)
+            base = torch.cat(answers["float32"])
+            for side in sides:
+                summary = meters[side].summary()
+                wall, cpu = (statistics.median(v) for v in zip(*seconds[side][1:], strict=True))
+                rows.append(
+                    {
+                        "network": network,
+                        "method": name,
+                        "options": options,
+                        "side": side,
+                        "images": len(base),
+                        "error": summary["err_images"],
+                        "ece": summary["ece"],
+                        "flips": int((torch.cat(answers[side]) != base).sum()),
+                        "seconds": wall,
+                        "cpu_seconds": cpu,
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+# ------------------------------------------------------------------ the runner
+
+
+class Nothing(nn.Module):
+    """A network that takes next to no time, with a layer for Tent."""
+
+    def __init__(self, classes: int = 100) -> None:
+        super().__init__()
+        self.norm, self.fc, self.num_classes = nn.BatchNorm2d(3), nn.Linear(192, classes), classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x).flatten(1))
+
+
+def outside(name: str, every: int, batches: int = 400) -> float:
+    """Processor milliseconds a batch of one image that `run_shifts` spends outside `adapt`."""
+    torch.manual_seed(0)
+    seed = {"seed": 0, "num_classes": 100}
+    method: Any = build(settings(name), at="strategy", backbone=Backbone(Nothing()), **seed)
+    images = torch.rand(20, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    zeros, inside, adapt = torch.zeros(1, dtype=torch.int64), 0.0, method.adapt
+
+    def timed(x: Tensor) -> Tensor:
+        nonlocal inside
+        start = time.process_time()
+        scores = adapt(x)
+        inside += time.process_time() - start
+        return scores
+
+    def stream(start: int = 0) -> Iterator[Batch]:
+        for i in range(start, batches):
+            yield Batch(images[i % 20], zeros + i % 100, zeros, zeros)
+
+    method.adapt = timed
+    segment = Segment(0, "one", (0,), batches, batches, stream)
+    shifts = ShiftStream("bench", 100, ("one",), [segment], facts={}, skipped=Skipped())
+    with tempfile.TemporaryDirectory() as folder:
+        log = RunLogger(Path(folder), "bench")
+        saves = Checkpointer(log, Signals(), key="bench", every=every)
+        start = time.process_time()
+        run_shifts(method, shifts, Context(log, saves, Console("", True), CPU))
+        whole = time.process_time() - start
+    return 1000 * (whole - inside) / batches
+
+
+def runner(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each method and distance of checkpoints."""
+    torch.set_num_threads(1)
+    cases = [(name, every) for name in ("source", "tent") for every in (100, 0)]
+    spent: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    for turn in range(6):
+        for case in cases:
+            took = outside(*case)
+            spent[case] += [took] if turn else []  # the first warms up
+    return [
+        {"label": args.label, "method": n, "every": e, "ms": statistics.median(spent[n, e])}
+        for n, e in cases
+    ]
+
+
+def start(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Processor seconds of processes that do no more than begin."""
+    runs = "import driftline.runs.execute, driftline.backbones.load, driftline.streams.shifts"
+    code = "import sys; from driftline.runs.command import main; sys.exit(main())"
+    commands = {
+        "python alone": ["-c", "pass"],
+        "`--help`": ["-c", code, "--help"],
+        "imports of a run": ["-c", runs],
+    }
+    spent: dict[str, list[float]] = {what: [] for what in commands}
+    for _ in range(4):
+        for what, words in commands.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            user = after.ru_utime - before.ru_utime
+            spent[what].append(user + after.ru_stime - before.ru_stime)
+    return [
+        {"label": args.label, "what": what, "cpu_seconds": statistics.median(took[1:])}
+        for what, took in spent.items()
+    ]
+
+
+# ------------------------------------------------------------------ the page
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+NETWORKS = {"lite0": "EfficientNet-Lite0", "vit": "ViT-Tiny"}
+HOW = """\
+Machine: {machine}, one torch thread, torch {torch}. Other programs ran on it all the time and took
+most of both cores, so **the seconds of this page are processor seconds**, which busy
+caches lengthen as well; seconds of the clock say nothing here and are left out. Compare within a table.
+Sides of `precision` ran in turns, batch by batch, in one process; medians, without the first batch.
+"""  # noqa: E501
+PRECISION = """\
+## Precision and layout
+
+Real images (`imagenet_c[on_the_fly]`: one photograph a class, Gaussian noise and fog at severity 5),
+batches of 25, settings of conf/strategy; CoTTA with 4 views of every batch instead of 32 of unsure
+ones (`strategy.views=4 strategy.threshold=2`). "Flips": images whose predicted class is another one
+than in float32 and the default layout. With so few images an error differs by three points or more
+from another draw: the table says what the options change, not which method is good.
+"""  # noqa: E501
+READING = """\
+* **`channels_last=true`** in float32 changed {layout_flips} of {layout_images}
+  predictions. It stays an option: the default gives the same bits as before on every network, and which
+  layout is faster depends on network and machine.
+* **`precision=bf16`** rounds passes without gradients: {low_flips} of {low_images} predictions
+  changed, over all rows without channels-last. Methods that learn on the only pass they make (Tent)
+  are not touched: nothing of them is without gradients. LAME on EfficientNet-Lite0 changes most, its
+  ECE nearly doubles at the same error; why was not looked into.
+* `fp16` and `tf32` are for GPUs, which this page has none of: **not measured**. On a CPU `tf32` does
+  nothing and `fp16` is refused. bf16 needs a processor that multiplies in it (AMX, AVX512-BF16).
+"""  # noqa: E501
+RUNNER = """\
+## The runner at batches of one image
+
+Processor milliseconds a batch outside the method: loading from memory, cost, guard, online metrics,
+rows and checkpoints, on a network of one normalisation and one linear layer with 100 classes. The
+defaults save a checkpoint every 100 batches; `checkpoint.every=0` saves at the ends of segments.
+The metrics are the same to the last bit. Columns are versions of the code, in processes of their own.
+"""  # noqa: E501
+START = """\
+## The start
+
+Processor seconds of processes that begin and end. What is left is torch (half), torch._dynamo, which
+torchvision imports in any case, timm and Hydra.
+"""  # noqa: E501
+LEFT = """\
+## Not measured here
+
+GPUs; fp16 and tf32; streams longer than {images} images a method; seconds of the clock; the time
+from the start to the first batch on an idle machine. Whole methods beside plain transcriptions in
+the order of the official code are in [bench_tta](bench_tta.md) (`benchmarks/bench_tta.py`); adapters
+beside the plain formula are in `benchmarks/bench_end_to_end.py`.
+"""  # noqa: E501
+
+
+def page(out: Path, machine: str) -> str:
+    """The page of the parts that are there."""
+    parts: dict[str, Any] = {}
+    for part in PARTS:
+        file = out.with_name(f"speed_{part}.json")
+        if file.exists():
+            parts[part] = json.loads(file.read_text())
+    torch_version = next(iter(parts.values()))["environment"]["packages"]["torch"]
+    words = "precision --imagenet $IMAGENET --lite0 $LITE0 --vit $VIT"
+    text = [
+        "# Speed: precision, layout, runner, start\n",
+        HOW.format(machine=machine, torch=torch_version),
+        "```bash",
+        f"python benchmarks/bench_speed.py {words}",
+        'python benchmarks/bench_speed.py runner start page --machine "..."',
+        "```\n",
+    ]
+    rows = parts.get("precision", {}).get("rows", [])
+    if rows:
+        text += [PRECISION, precision_table(rows), ""]
+        plain = [r for r in rows if r["side"] == "float32, channels-last"]
+        low = [r for r in rows if r["side"] == "bf16"]
+        counts = {
+            "layout_flips": sum(r["flips"] for r in plain),
+            "layout_images": sum(r["images"] for r in plain),
+            "low_flips": sum(r["flips"] for r in low),
+            "low_images": sum(r["images"] for r in low),
+        }
+        text += [READING.format(**counts)]
+    if "runner" in parts:
+        text += [RUNNER, runner_table(parts["runner"]["rows"]), ""]
+    if "start" in parts:
+        text += [START, start_table(parts["start"]["rows"]), ""]
+    return "\n".join([*text, LEFT.format(images=max(r["images"] for r in rows) if rows else 0)])
+
+
+def precision_table(rows: list[dict[str, Any]]) -> str:
+    first = {(r["network"], r["method"]): r for r in rows if r["side"] == "float32"}
+    return table(
+        [
+            "network",
+            "method",
+            "images",
+            "side",
+            "error %",
+            "ECE",
+            "flips",
+            "CPU s a batch",
+            "ratio",
+        ],
+        [
+            [
+                NETWORKS[r["network"]],
+                " ".join([r["method"], *(["4 views"] if r["options"] == VIEWS else [])]),
+                str(r["images"]),
+                r["side"],
+                f"{r['error']:.1f}",
+                f"{r['ece']:.3f}",
+                str(r["flips"]),
+                f"{r['cpu_seconds']:.2f}",
+                f"{first[r['network'], r['method']]['cpu_seconds'] / r['cpu_seconds']:.2f}x",
+            ]
+            for r in rows
+        ],
+    )
+
+
+def side_by_side(rows: list[dict[str, Any]], keys: list[str], value: str, digits: int) -> list[Any]:
+    """Heads and rows: one column for each label, and the ratio of the first to the last."""
+    labels = list(dict.fromkeys(r["label"] for r in rows))
+    values = {(*(r[k] for k in keys), r["label"]): r[value] for r in rows}
+    lines = []
+    for case in dict.fromkeys(tuple(r[k] for k in keys) for r in rows):
+        numbers = [values[(*case, label)] for label in labels if (*case, label) in values]
+        cells = [f"{number:.{digits}f}" for number in numbers]
+        lines.append([*map(str, case), *cells, f"{numbers[0] / numbers[-1]:.2f}x"])
+    return [[*labels, "ratio"], lines]
+
+
+def runner_table(rows: list[dict[str, Any]]) -> str:
+    heads, lines = side_by_side(rows, ["method", "every"], "ms", 2)
+    return table(["method", "checkpoint.every", *heads], lines)
+
+
+def start_table(rows: list[dict[str, Any]]) -> str:
+    heads, lines = side_by_side(rows, ["what"], "cpu_seconds", 2)
+    return table(["what", *heads], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("parts", nargs="+", choices=[*PARTS, "page"])
+    add("--imagenet", type=Path, help="folder of images with labels.csv, of 256 pixels")
+    add("--lite0", type=Path, help="weights of tf_efficientnet_lite0")
+    add("--vit", type=Path, help="weights of vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    add("--networks", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--methods", nargs="+", help="of `precision`; what is in the file of the others stays")
+    add("--images", type=int, default=50, help="of each corruption")
+    add("--threads", type=int, default=1)
+    add("--label", default="now", help="of the code that is measured")
+    add("--machine", default="a CPU", help="how the page calls the machine")
+    add("--out", type=Path, default=ROOT / "results" / "reference" / "speed.md")
+    args = parser.parse_args()
+    measure = {"precision": precision, "runner": runner, "start": start}
+    same = {"precision": ("network", "method"), "runner": ("label",), "start": ("label",)}
+    for part in args.parts:
+        if part == "page":
+            write_text(args.out, page(args.out, args.machine))
+            continue
+        file = args.out.with_name(f"speed_{part}.json")
+        rows = measure[part](args)
+        now = {tuple(row[k] for k in same[part]) for row in rows}
+        before = json.loads(file.read_text())["rows"] if file.exists() else []
+        before = [row for row in before if tuple(row[k] for k in same[part]) not in now]
+        about = environment(CPU)
+        about = {k: about[k] for k in ("packages", "python", "threads")}
+        write_json(file, {"environment": about, "rows": before + rows})
+        print(*map(json.dumps, rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
