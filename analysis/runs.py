@@ -35,9 +35,11 @@ AVERAGE = ("scenario.order_seed",)  # settings that are repetitions, as the seed
 NO_SETTING = (*VOLATILE, *(f"data.{key}" for key in VOLATILE_DATA), "seed", "tuned")
 NO_SETTING += tuple(f"{group}.{key}" for group in IDENTITY[:3] for key in ("name", "label"))
 NO_SETTING += ("time._target_", "estimate")  # which changes no number of the method
-SEEDS_AGREE = (
-    "every seed gave the same numbers: nothing there draws on the seed. The order of classes and "
-    "images comes from scenario.order_seed ('scenario.order_seed=${seed}' makes it follow the seed)"
+SEEDS_AGREE = "every seed gave the same numbers"
+ONE_RUN = "one run stands for every seed"
+NOTHING_DRAWN = (
+    "nothing there draws on the seed. The order of classes and images comes from "
+    "scenario.order_seed ('scenario.order_seed=${seed}' makes it follow the seed)"
 )
 DERIVED = (  # column, the one that it comes from, and the factor
     ("metrics.gain", "source.gain.err_mean", 1.0),
@@ -346,9 +348,12 @@ def notes(runs: pd.DataFrame, used: pd.DataFrame, average: Sequence[str] = AVERA
         varied = [k.removeprefix("config.") for k in shared if some[k].map(str).nunique() > 1]
         if varied := [k for k in varied if k not in average]:
             sentences.append(f"{title(place)}: not all runs agree in {', '.join(varied)}")
-        equal = [str(m) for m, repeated in some.groupby("method") if seeds_agree(repeated)]
-        if equal:
-            sentences.append(f"{title(place)}: {', '.join(equal)}: {SEEDS_AGREE}")
+        groups = [(str(m), seeds) for m, seeds in some.groupby("method") if seeds_agree(seeds)]
+        made_once = {method for method, seeds in groups if origin(seeds).nunique() == 1}
+        for what in (ONE_RUN, SEEDS_AGREE):
+            equal = [method for method, _ in groups if (method in made_once) == (what == ONE_RUN)]
+            if equal:
+                sentences.append(f"{title(place)}: {', '.join(equal)}: {what}: {NOTHING_DRAWN}")
         for name, what in {
             "environment.git.dirty": "runs of changed code (their patch.diff says how)",
             "skipped_images": "runs that skipped unreadable images",

@@ -485,6 +485,10 @@ def state_table(runs: pd.DataFrame) -> Table:
     columns += ["git", "problem", "path"]
     shown = runs[columns].astype(object).where(runs[columns].notna(), "").map(str)
     shown["git"] = shown["git"].str[:8]
+    if "same_as.seed" in runs:  # the run of another seed stands for it
+        copies = runs["same_as.seed"].notna()
+        seeds = runs.loc[copies, "same_as.seed"].astype(int).astype(str)
+        shown.loc[copies, "problem"] = "result of seed " + seeds
     head = [{"git": "code", "path": "folder", "around": "rules"}.get(k, k) for k in columns]
     return Table("All runs", head, shown.to_numpy().tolist())
 

@@ -247,9 +247,10 @@ def _execute(
         console.say(f"{name}, {about['backbone']}, seed {cfg.seed}, {where} -> {folder}")
         started = time.perf_counter()
         if twin is not None:
+            origin = twin.same_as
             console.say(
                 f"nothing in this run depends on the seed: the result is that of seed "
-                f"{twin.same_as['seed']}, {twin.folder} (runtime.share_seeds=false runs it again)"
+                f"{origin['seed']}, {origin['folder']} (runtime.share_seeds=false runs it again)"
             )
             twin.copy_rows(log)
             result = twin.result

@@ -14,8 +14,8 @@ from conftest import equal, strategy_node
 from omegaconf import OmegaConf
 from test_contract import OF_FILES, make, run
 
-from driftline.analysis import load_runs, select
-from driftline.analysis.tables import by_place, main_table, statistics
+from driftline.analysis import load_runs, notes, select
+from driftline.analysis.tables import by_place, main_table, state_table, statistics
 from driftline.core.build import takes
 from driftline.core.identity import identity
 from driftline.core.processes import Lock
@@ -90,6 +90,8 @@ def test_tables_count_one_run(configure, source):
     assert len(runs) == 3
     long = statistics(runs).set_index("metric").loc["err_mean"]
     assert (long["n"], long["seeds"]) == (1, 3) and np.isnan(long["std_seeds"])
+    assert any("source: one run stands for every seed" in said for said in notes(runs, runs))
+    assert [row[-2] for row in state_table(runs).rows] == ["", *["result of seed 0"] * 2]
     (_, some), *_ = by_place(runs)
     table = main_table(some)
     assert table.rows[0][1] == "1" and "one run stands for 3 seeds" in table.caption
