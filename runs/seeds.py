@@ -80,11 +80,14 @@ class Twin(NamedTuple):
 def seed_is_idle(cfg: DictConfig, strategy: Strategy) -> bool:
     """Whether no parameter takes the seed: what is left are the global generators.
 
-    What is prepared, measured in seconds or saved as a model is left out.
+    Preparations and measured seconds are left out, and so are estimates, which draw by the seed of
+    the method.
     """
     if not isinstance(strategy, TTAStrategy) or distributed.size() > 1:
         return False
-    if cfg.get("time") is not None or strategy.preparation() is not None:
+    if cfg.get("time") is not None or cfg.get("estimate") is not None:
+        return False
+    if strategy.preparation() is not None:
         return False
     if takes(cfg.scenario, "seed", "scenario"):
         return False

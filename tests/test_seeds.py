@@ -153,6 +153,13 @@ def test_where_a_run_is_asked_for_it_is_made(source, loops, word):
     assert "same_as" not in source(1, word) and len(loops) == 2
 
 
+def test_estimates_draw_by_the_seed_of_the_method(configure, monkeypatch):
+    """From a fork of the global generator, which shows nowhere."""
+    monkeypatch.setattr(execute, "_source_run", lambda *_: None)
+    words = ["strategy=tent", *TINY, "estimate=accuracy"]
+    assert "any_seed" not in run_experiment(configure(*words), [])
+
+
 def test_an_order_that_follows_the_seed_is_no_part_of_it(configure):
     cfgs = [
         complete(configure("strategy=source", *TINY, f"seed={seed}", *words))
