@@ -272,10 +272,10 @@ def _of_key(named: dict[str, dict[str, Tensor]], key: str, what: str) -> dict[st
                 return part
     there = [name for name in named if name]
     known = (
-        f"It holds {', '.join(there)}" if there else "It holds one set of weights, without a key"
+        f"it holds {', '.join(there)}" if there else "it holds one set of weights, without a key"
     )
     raise UserError(
-        f"backbone.checkpoint_key={key!r}: {what} has no such key{suggest(key, there)}. {known}"
+        f"backbone.checkpoint_key={key!r}: {what} has no such key{suggest(key, there)}; {known}"
     )
 
 
