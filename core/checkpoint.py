@@ -17,8 +17,8 @@ from driftline.core.seed import rng_state, set_rng_state
 from driftline.core.strategy import Strategy
 
 # 2: with the run's key and a checksum; 3: state of inner strategies; 4: with the guard;
-# 5: with the answers to probes
-KIND = "checkpoint-5"
+# 5: with the answers to probes; 6: with whether anything was drawn
+KIND = "checkpoint-6"
 LAST = "last.pt"  # in a run folder, until the run is finished
 
 
