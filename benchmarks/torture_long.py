@@ -98,6 +98,7 @@ def look(batches: int, folder: Path) -> Look:
 
 FILES = ("last.pt", "batches.jsonl")
 EVERY = 10  # batches between checkpoints
+KERNELS = 16  # convolutions that oneDNN keeps compiled, one for each batch size; else 1,024
 
 
 def resident() -> int:
@@ -241,6 +242,7 @@ class Watched:
 def stream(name: str, rule: str | None, watched: Watched) -> dict[str, Any]:
     """What `run_shifts` returns for a method on the batches of `watched`; a run there goes on."""
     watched.folder.mkdir(parents=True, exist_ok=True)
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = str(KERNELS)  # read at the first convolution
     torch.set_num_threads(1)
     gc.freeze()  # what was there before is not looked through again and again
     strategy = method(name, rule)
@@ -286,6 +288,8 @@ TEXT = (
     f"with rows, guard and a checkpoint every {EVERY} batches; a ResNet of 10,000 or a ViT of "
     "7,000 random weights. What is slow got fewer images: as many as take the seconds given; MEMO "
     f"takes batches of {SIZES['memo']}. "
+    f"oneDNN keeps {KERNELS} compiled convolutions here and 1,024 otherwise, one for each number of "
+    "images, which is 20 MiB more in methods that pass some images of a batch (CMF, ROID). "
     "Each pair of numbers is after a tenth of the batches and at the end (time: medians of the "
     "first and the last tenth, in seconds of the processor). Flat: the process gained less than "
     f"{RESIDENT >> 20} MiB, its tensors less than {TENSORS >> 10} KiB, Python's objects less than "

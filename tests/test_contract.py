@@ -20,7 +20,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -659,17 +659,33 @@ def predict_changes_nothing(case: Case) -> None:
 
 
 def a_snapshot_is_the_whole_state(case: Case) -> None:
-    """A fresh object with it, from a file, goes on bit by bit; so does an object put back."""
+    """A fresh object with it, from a file, goes on bit by bit; so does an object put back.
+
+    From each place to the next one, whose state is then compared, and from the last to the end.
+    """
     record = undisturbed(case.name)
-    for place, (steps, cursor, state, dice) in record.cuts.items():
-        want = [row for _, row in record.rows[steps:]]
-        strategy, rest = resumed(case, copied(state), cursor, dice)
-        assert equal(rest, want), f"resumed {place}: differs"
+    cuts = list(record.cuts.items())
+    for (place, (steps, cursor, state, dice)), (_, following) in zip_longest(
+        cuts, cuts[1:], fillvalue=("", None)
+    ):
+        stop = len(record.rows) - 1 if following is None else following[0]
+        want = [row for _, row in record.rows[steps:stop]]
+        last = record.rows[-1][1] if following is None else [following[2]]
+
+        def goes_on(rest: list[Any], how: str) -> None:
+            *rows, ended = rest
+            assert equal(rows, want), f"{how}: differs"
+            assert equal(ended[: len(last)], last), f"{how}: another state at the end"
+            if following is not None:
+                assert torch.equal(torch.get_rng_state(), following[3]), f"{how}: other draws"
+
+        strategy, rest = resumed(case, copied(state), cursor, dice, stop - steps)
+        goes_on(rest, f"resumed {place}")
         if case.adapts:
             strategy.restore(copied(state))
             assert equal(strategy.snapshot(), state), "restore is not the identity"
-            rest = rest_of(strategy, case, copied(state), cursor, dice)
-            assert equal(rest, want), "put back in place: differs"
+            rest = rest_of(strategy, case, copied(state), cursor, dice, stop - steps)
+            goes_on(rest, "put back in place")
 
 
 def reset_and_the_same_stream_give_the_same(case: Case) -> None:
@@ -680,12 +696,13 @@ def reset_and_the_same_stream_give_the_same(case: Case) -> None:
     strategy = make(case)
     start = {name: g.get_state() for name, g in generators(strategy).items()}
     run(strategy, case, 2)
-    for _ in range(2):
+    for steps in (len(want), 2):
         strategy.reset()
         for name, g in generators(strategy).items():
             g.set_state(start[name])
         torch.manual_seed(1)
-        assert equal([row for _, row in run(strategy, case)], want), "another stream after reset"
+        rows = [row for _, row in run(strategy, case, steps)]
+        assert equal(rows, want[:steps]), "another stream after reset"
 
 
 def frozen_weights_stay(case: Case) -> None:
