@@ -476,6 +476,18 @@ def main() -> int:
 
 def _main() -> int:
     """Run and turn every expected failure into one message and an exit status."""
+    try:
+        return _command()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # outside the run itself, which says what it lacks
+        if isinstance(error, BrokenPipeError) or not (text := shortage(error)):
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+
+
+def _command() -> int:
     add_resolver()
     papers.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function as they are
@@ -506,13 +518,6 @@ def _main() -> int:
     except (HydraException, OmegaConfBaseException) as error:
         if speaks():
             print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:  # before the run itself, which says what it lacks
-        if isinstance(error, BrokenPipeError) or not (text := shortage(error)):
-            raise
-        print(f"error: {text}", file=sys.stderr)
         return 2
     return 0
 

@@ -21,6 +21,7 @@ from test_runs import records
 from driftline.core import features, files
 from driftline.core.errors import UserError, shortage
 from driftline.core.files import replacing, sweep_away, write_checked
+from driftline.runs import command
 from driftline.runs.execute import run_experiment
 from driftline.streams import content, loading
 from driftline.streams.images import Arrays, Derived, ImageError, open_rgb
@@ -240,3 +241,15 @@ def test_temporary_files_of_killed_processes_go_and_those_of_others_stay(tmp_pat
         os.utime(tmp_path / name, (old, old))
     sweep_away(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000002.npy.8.tmp", "000003.npy"]
+
+
+@pytest.mark.parametrize("stage", ["check_words", "check_launcher", "spelled_out", "sweep", "run"])
+def test_no_memory_at_any_stage_of_a_command_is_one_line(monkeypatch, capsys, stage):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(command, stage, fail)
+    monkeypatch.setattr(sys, "argv", ["run.py", *(["-m"] if stage == "sweep" else [])])
+    assert command.main() == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: out of memory") and err.count("\n") == 1
