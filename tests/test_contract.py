@@ -665,27 +665,24 @@ def a_snapshot_is_the_whole_state(case: Case) -> None:
     """
     record = undisturbed(case.name)
     cuts = list(record.cuts.items())
-    for (place, (steps, cursor, state, dice)), (_, following) in zip_longest(
+    for (place, (steps, cursor, state, dice)), (_, goal) in zip_longest(
         cuts, cuts[1:], fillvalue=("", None)
     ):
-        stop = len(record.rows) - 1 if following is None else following[0]
-        want = [row for _, row in record.rows[steps:stop]]
-        last = record.rows[-1][1] if following is None else [following[2]]
-
-        def goes_on(rest: list[Any], how: str) -> None:
-            *rows, ended = rest
-            assert equal(rows, want), f"{how}: differs"
-            assert equal(ended[: len(last)], last), f"{how}: another state at the end"
-            if following is not None:
-                assert torch.equal(torch.get_rng_state(), following[3]), f"{how}: other draws"
-
-        strategy, rest = resumed(case, copied(state), cursor, dice, stop - steps)
-        goes_on(rest, f"resumed {place}")
+        rows = [row for _, row in record.rows[steps : goal and goal[0]]]
+        want = [*rows, *goal[2:]] if goal else rows
+        left = len(rows) if goal else None
+        strategy, rest = resumed(case, copied(state), cursor, dice, left)
+        assert equal(reached(rest, goal), want), f"resumed {place}: differs"
         if case.adapts:
             strategy.restore(copied(state))
             assert equal(strategy.snapshot(), state), "restore is not the identity"
-            rest = rest_of(strategy, case, copied(state), cursor, dice, stop - steps)
-            goes_on(rest, "put back in place")
+            rest = rest_of(strategy, case, copied(state), cursor, dice, left)
+            assert equal(reached(rest, goal), want), "put back in place: differs"
+
+
+def reached(rest: list[Any], goal: Any) -> list[Any]:
+    """Results and, at a place to stop, the state and the random numbers there."""
+    return [*rest[:-1], rest[-1][0], torch.get_rng_state()] if goal else rest
 
 
 def reset_and_the_same_stream_give_the_same(case: Case) -> None:

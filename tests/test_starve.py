@@ -251,5 +251,5 @@ def test_no_memory_at_any_stage_of_a_command_is_one_line(monkeypatch, capsys, st
     monkeypatch.setattr(command, stage, fail)
     monkeypatch.setattr(sys, "argv", ["run.py", *(["-m"] if stage == "sweep" else [])])
     assert command.main() == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert err.startswith("error: out of memory") and err.count("\n") == 1
