@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from driftline.core.strategy import Strategy
+from driftline.core.strategy import Strategy, TTAStrategy
 
 Leaf = tuple[str, Any]  # where a value stands in a state, and the value
 
@@ -60,7 +60,7 @@ def predicting(strategy: Strategy) -> Iterator[Leaf]:
 
 
 def _predicting(strategy: Strategy, state: Mapping[str, Any]) -> Iterator[Leaf]:
-    counters = getattr(strategy, "counters", ())
+    counters = strategy.counters if isinstance(strategy, TTAStrategy) else ()
     yield from leaves({k: v for k, v in state["tensors"].items() if k not in counters})
     for name, one in strategy.strategies().items():
         yield name, None
@@ -88,5 +88,5 @@ def _digest(leaf: Leaf) -> str:
         return hashlib.sha256(f"{at} {value!r}".encode()).hexdigest()[:32]
     digest = hashlib.sha256(f"{at} {value.dtype} {tuple(value.shape)}".encode())
     flat = value.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy())
+    digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()[:32]

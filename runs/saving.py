@@ -196,9 +196,10 @@ def wrap(net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | No
             f"the network must be a torch.nn.Module, an object and not its class or name, got "
             f"{net if isinstance(net, str | type) else type(net).__name__!s}"
         )
+    published: Any = getattr(net, "pretrained_cfg", {})
     sizes = [  # of timm: of its transformers, then of its published weights
         getattr(getattr(net, "patch_embed", None), "img_size", None),
-        getattr(net, "pretrained_cfg", {}).get("input_size"),
+        published.get("input_size"),
     ]
     known = next((int(size[-1]) for size in sizes if size), 224)
     backbone = Backbone(net.eval(), mean=mean, std=std, input_size=known)
