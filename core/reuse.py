@@ -88,5 +88,5 @@ def _digest(leaf: Leaf) -> str:
         return hashlib.sha256(f"{at} {value!r}".encode()).hexdigest()[:32]
     digest = hashlib.sha256(f"{at} {value.dtype} {tuple(value.shape)}".encode())
     flat = value.detach().cpu().contiguous().reshape(-1)
-    digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
