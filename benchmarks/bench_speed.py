@@ -1,7 +1,7 @@
 r"""What the options of speed change and gain, and what the runner costs: one page of parts.
 
     python benchmarks/bench_speed.py precision --imagenet $IMAGENET --lite0 $LITE0 --vit $VIT
-    python benchmarks/bench_speed.py runner start page
+    python benchmarks/bench_speed.py runner start sweep page
 
 * `precision`: methods on real images under corruption, `precision` and `channels_last` side by
   side: the same batches, one side after the other in turns, in one process. Error, ECE and the
@@ -9,6 +9,8 @@ r"""What the options of speed change and gain, and what the runner costs: one pa
 * `runner`: what the loop around a method costs a batch of one image, beside the method itself, on
   a network that is next to nothing.
 * `start`: processor seconds of `--help` and of the imports of a run, in processes of their own.
+* `sweep`: processor seconds and images through the network of whole runs on embedded images, as
+  they are typed.
 
 Each part is a JSON file beside the page, so that parts can be measured one by one; `--label` keeps
 what was measured with other code (PYTHONPATH names it) under another name. `page` makes the page of
@@ -19,6 +21,7 @@ what is there. Whole methods beside plain transcriptions are in `bench_tta.py` (
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import resource
 import statistics
@@ -50,7 +53,7 @@ from driftline.runs.machine import set_up
 from driftline.streams.pipelines import Geometry
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("precision", "runner", "start")
+PARTS = ("precision", "runner", "start", "sweep")
 CPU = torch.device("cpu")
 
 # ------------------------------------------------------------------ precision and layout
@@ -238,6 +241,45 @@ def start(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+SWEEP = ["scenario=imagenet_c", "scenario.images=80", "scenario.batch_size=20"]
+SWEEP += ["scenario.probe_images=8", "scenario.clean_images=40", "runtime.threads=1"]
+TYPED = {
+    "`-m strategy=source,lame,bn_adapt,tent,cotta seed=0,1,2`": [
+        *["-m", "strategy=source,lame,bn_adapt,tent,cotta", "seed=0,1,2"]
+    ],
+    "`strategy=bn_adapt`": ["strategy=bn_adapt"],
+    "`strategy=tent`": ["strategy=tent"],
+    "`strategy=cotta`": ["strategy=cotta"],
+}
+
+
+def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What commands spend, and the images that their streams pass through the network."""
+    code = "import sys; from driftline.runs.command import main; sys.exit(main())"
+    rows = []
+    for what, words in TYPED.items():
+        with tempfile.TemporaryDirectory() as root:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            command = [sys.executable, "-c", code, *words, *SWEEP, f"root={root}"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            runs = [json.loads(p.read_text()) for p in sorted(Path(root).rglob("summary.json"))]
+        costs = [run["cost"] for run in runs if "same_as" not in run]
+        seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        metrics = {run["run"]["folder"].removeprefix(root): run["metrics"] for run in runs}
+        rows.append(
+            {
+                "label": args.label,
+                "what": what,
+                "cpu_seconds": seconds,
+                "forward_images": sum(cost["forward_images"] for cost in costs),
+                "runs": len(runs),
+                "metrics": hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest(),
+            }
+        )
+    return rows
+
+
 # ------------------------------------------------------------------ the page
 
 
@@ -287,6 +329,14 @@ START = """\
 Processor seconds of processes that begin and end. What is left is torch (half), torch._dynamo, which
 torchvision imports in any case, timm and Hydra.
 """  # noqa: E501
+ONCE = """\
+## Runs whose seed changes nothing, and scoring beside the stream
+
+Whole commands on embedded stand-in images, as typed, with all that `{words}` leaves at its default;
+start and source run included. A run that draws nothing is made once, and its other seeds take over
+the result; probes and clean images are scored where a metric reads them and the method's state has
+changed. Images: through the network for the stream, without scoring.
+"""
 LEFT = """\
 ## Not measured here
 
@@ -307,11 +357,11 @@ def page(out: Path, machine: str) -> str:
     torch_version = next(iter(parts.values()))["environment"]["packages"]["torch"]
     words = "precision --imagenet $IMAGENET --lite0 $LITE0 --vit $VIT"
     text = [
-        "# Speed: precision, layout, runner, start\n",
+        "# Speed: precision, layout, runner, start, sweeps\n",
         HOW.format(machine=machine, torch=torch_version),
         "```bash",
         f"python benchmarks/bench_speed.py {words}",
-        'python benchmarks/bench_speed.py runner start page --machine "..."',
+        'python benchmarks/bench_speed.py runner start sweep page --machine "..."',
         "```\n",
     ]
     rows = parts.get("precision", {}).get("rows", [])
@@ -330,6 +380,8 @@ def page(out: Path, machine: str) -> str:
         text += [RUNNER, runner_table(parts["runner"]["rows"]), ""]
     if "start" in parts:
         text += [START, start_table(parts["start"]["rows"]), ""]
+    if "sweep" in parts:
+        text += [ONCE.format(words=" ".join(SWEEP)), sweep_table(parts["sweep"]["rows"]), ""]
     return "\n".join([*text, LEFT.format(images=max(r["images"] for r in rows) if rows else 0)])
 
 
@@ -386,6 +438,20 @@ def start_table(rows: list[dict[str, Any]]) -> str:
     return table(["what", *heads], lines)
 
 
+def sweep_table(rows: list[dict[str, Any]]) -> str:
+    """Seconds and images of the first and the last label, and whether all metrics are equal."""
+    heads, seconds = side_by_side(rows, ["what"], "cpu_seconds", 1)
+    _, images = side_by_side(rows, ["what"], "forward_images", 0)
+    sums = {what: {r["metrics"] for r in rows if r["what"] == what} for what in TYPED}
+    lines = [
+        [*spent, ", ".join(passed[1:-1]), "equal" if len(sums[spent[0]]) == 1 else "differ"]
+        for spent, passed in zip(seconds, images, strict=True)
+    ]
+    return table(
+        ["command", *(f"CPU s, {head}" for head in heads[:-1]), "ratio", "images", "metrics"], lines
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -401,8 +467,8 @@ def main() -> None:
     add("--machine", default="a CPU", help="how the page calls the machine")
     add("--out", type=Path, default=ROOT / "results" / "reference" / "speed.md")
     args = parser.parse_args()
-    measure = {"precision": precision, "runner": runner, "start": start}
-    same = {"precision": ("network", "method"), "runner": ("label",), "start": ("label",)}
+    measure = {"precision": precision, "runner": runner, "start": start, "sweep": sweep}
+    same = dict.fromkeys(PARTS, ("label",)) | {"precision": ("network", "method")}
     for part in args.parts:
         if part == "page":
             write_text(args.out, page(args.out, args.machine))
