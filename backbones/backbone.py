@@ -46,6 +46,7 @@ class Backbone(nn.Module):
         mean, std: per channel, in units of the [0, 1] image; None means no normalisation.
         input_size: side in pixels that the weights were trained for.
         classes: labels of the head in order, or None if the head has no agreed label space.
+        checks_images: the first batch must be in [0, 1], for images that no stream of ours made.
 
     `low` is the type that passes without gradients compute in, `torch.bfloat16` or `torch.float16`;
     None leaves them in the type of the weights. Copies have it too. It is set by `precision=bf16`
@@ -68,9 +69,10 @@ class Backbone(nn.Module):
         input_size: int = 224,
         interpolation: str = "bicubic",
         classes: str | None = None,
+        checks_images: bool = False,
     ) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.checks_images = net, checks_images
         self.name, self.tag = name, tag
         self.input_size, self.interpolation, self.classes = input_size, interpolation, classes
         self.passes = Passes()
@@ -222,7 +224,7 @@ class Backbone(nn.Module):
                 "this method learns from the images, and torch.inference_mode() lets nothing "
                 "learn: call adapt outside of it (torch.no_grad() does no harm)"
             )
-        if not self.passes.forward:
+        if self.checks_images and not self.passes.forward:
             _check_images(x)
         try:
             yield

@@ -261,7 +261,7 @@ def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as root:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             command = [sys.executable, "-c", code, *words, *SWEEP, f"root={root}"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(command, check=True, cwd=root, stdout=subprocess.DEVNULL)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             runs = [json.loads(p.read_text()) for p in sorted(Path(root).rglob("summary.json"))]
         costs = [run["cost"] for run in runs if "same_as" not in run]
