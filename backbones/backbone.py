@@ -278,10 +278,7 @@ def _check_images(x: Any) -> None:
     Raises:
         UserError: naming type and shape, or the range.
     """
-    if not isinstance(x, Tensor):
-        raise UserError(f"{_FORM} {type(x).__name__}")
-    if not x.is_floating_point() or x.ndim != 4 or not len(x):
-        raise UserError(f"{_FORM} {x.dtype} {list(x.shape)}")
+    _check_form(x)
     low, high = x.min().item(), x.max().item()
     if low < -0.8 or high > 2:
         raise UserError(
@@ -291,10 +288,22 @@ def _check_images(x: Any) -> None:
         )
 
 
+def _check_form(x: Any) -> None:
+    """Refuse what is no batch of images.
+
+    Raises:
+        UserError: naming type and shape.
+    """
+    if not isinstance(x, Tensor):
+        raise UserError(f"{_FORM} {type(x).__name__}")
+    if not x.is_floating_point() or x.ndim != 4 or not len(x):
+        raise UserError(f"{_FORM} {x.dtype} {list(x.shape)}")
+
+
 def _fault(x: Any, net: nn.Module) -> str | None:
     """What is wrong with a batch of images for any network, or None."""
     try:
-        _check_images(x)
+        _check_form(x)
     except UserError as error:
         return str(error)
     if x.shape[1] != 3:
