@@ -247,9 +247,6 @@ TYPED = {
     "`-m strategy=source,lame,bn_adapt,tent,cotta seed=0,1,2`": [
         *["-m", "strategy=source,lame,bn_adapt,tent,cotta", "seed=0,1,2"]
     ],
-    "`strategy=bn_adapt`": ["strategy=bn_adapt"],
-    "`strategy=tent`": ["strategy=tent"],
-    "`strategy=cotta`": ["strategy=cotta"],
 }
 
 
@@ -332,10 +329,14 @@ torchvision imports in any case, timm and Hydra.
 ONCE = """\
 ## Runs whose seed changes nothing, and scoring beside the stream
 
-Whole commands on embedded stand-in images, as typed, with all that `{words}` leaves at its default;
-start and source run included. A run that draws nothing is made once, and its other seeds take over
-the result; probes and clean images are scored where a metric reads them and the method's state has
-changed. Images: through the network for the stream, without scoring.
+A whole command on embedded stand-in images, as typed, start and source run included, with
+
+    {words}
+
+and all else at its default; the two versions one after the other while other jobs came and went.
+A run that draws nothing is made once, and its other seeds take over the result; probes and clean
+images are scored where a metric reads them and the method's state has changed. Images: through the
+network for the stream, without scoring.
 """
 LEFT = """\
 ## Not measured here
