@@ -46,17 +46,18 @@ class Backbone(nn.Module):
         mean, std: per channel, in units of the [0, 1] image; None means no normalisation.
         input_size: side in pixels that the weights were trained for.
         classes: labels of the head in order, or None if the head has no agreed label space.
-        checks_images: the first batch must be in [0, 1], for images that no stream of ours made.
 
     `low` is the type that passes without gradients compute in, `torch.bfloat16` or `torch.float16`;
     None leaves them in the type of the weights. Copies have it too. It is set by `precision=bf16`
-    and `precision=fp16`; features and scores are float32 either way.
+    and `precision=fp16`; features and scores are float32 either way. With `checks_images` the first
+    batch must be in [0, 1]; it is set for networks of the library, whose images no stream made.
     """
 
     net: Any  # a network of whatever library
     mean: Tensor | None
     std: Tensor | None
     low: torch.dtype | None = None
+    checks_images: bool = False
 
     def __init__(
         self,
@@ -69,10 +70,9 @@ class Backbone(nn.Module):
         input_size: int = 224,
         interpolation: str = "bicubic",
         classes: str | None = None,
-        checks_images: bool = False,
     ) -> None:
         super().__init__()
-        self.net, self.checks_images = net, checks_images
+        self.net = net
         self.name, self.tag = name, tag
         self.input_size, self.interpolation, self.classes = input_size, interpolation, classes
         self.passes = Passes()

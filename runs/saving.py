@@ -202,7 +202,8 @@ def wrap(net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | No
         published.get("input_size"),
     ]
     known = next((int(size[-1]) for size in sizes if size), 224)
-    backbone = Backbone(net.eval(), mean=mean, std=std, input_size=known, checks_images=True)
+    backbone = Backbone(net.eval(), mean=mean, std=std, input_size=known)
+    backbone.checks_images = True
     first = next(net.parameters(), torch.empty(0))
     return backbone.to(first.device)  # its mean and std were made on the CPU
 

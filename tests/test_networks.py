@@ -130,7 +130,8 @@ FORM = r"images must be a float tensor \[B, 3, H, W\] in \[0, 1\], got "
 )
 def test_what_is_no_batch_of_images_is_told_from_a_size(images, said, mean, call) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-    backbone = Backbone(net, mean=mean, std=mean, checks_images=True)
+    backbone = Backbone(net, mean=mean, std=mean)
+    backbone.checks_images = True
     if mean is not None and images is not None and getattr(images, "shape", [0])[1:2] == (1,):
         images = images.expand(4, 2, 16, 16)  # a single channel would take three constants
         said = said.replace("4, 1", "4, 2")
