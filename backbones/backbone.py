@@ -172,11 +172,9 @@ class Backbone(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, D], what the pretrained head reads."""
         if hasattr(self.net, "forward_head"):
-            with self.sized(x):
-                normal = self.normalize(x)
-                with self.lowered(normal):
-                    tokens = self.net.forward_features(normal)
-                    out = self.net.forward_head(tokens, pre_logits=True)
+            with self.passing(x) as normal:
+                tokens = self.net.forward_features(normal)
+                out = self.net.forward_head(tokens, pre_logits=True)
             return self.passes.count(len(x), self.raised(out))
         head = self.head
         if head is None:
@@ -184,10 +182,8 @@ class Backbone(nn.Module):
         seen: list[Tensor] = []
         handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            with self.sized(x):
-                normal = self.normalize(x)
-                with self.lowered(normal):
-                    self.net(normal)
+            with self.passing(x) as normal:
+                self.net(normal)
         finally:
             handle.remove()
         return self.passes.count(len(x), self.raised(seen[0]))
@@ -195,11 +191,21 @@ class Backbone(nn.Module):
     @distributed.shared()
     def logits(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, C], scores of the pretrained head."""
+        with self.passing(x) as normal:
+            out = self.net(normal)
+        return self.passes.count(len(x), self.raised(scores_of(out, self.tag)))
+
+    @contextmanager
+    def passing(self, x: Tensor) -> Generator[Tensor]:
+        """Around a pass of the network: the images `x`, normalised, in its precision (`lowered`).
+
+        Raises:
+            UserError: as `sized`.
+        """
         with self.sized(x):
             normal = self.normalize(x)
             with self.lowered(normal):
-                out = self.net(normal)
-        return self.passes.count(len(x), self.raised(scores_of(out, self.tag)))
+                yield normal
 
     def lowered(self, x: Tensor) -> AbstractContextManager[Any]:
         """Around a pass of images `x`: autocast to `low`, if this pass records no gradients."""

@@ -109,10 +109,8 @@ class ZeroShot(Backbone):
         return F.normalize(self.net.head(self.net.fc_norm(tokens)), dim=-1)
 
     def _embed(self, x: Tensor) -> Tensor:
-        with self.sized(x):
-            normal = self.normalize(x)
-            with self.lowered(normal):
-                out = self.net(normal)
+        with self.passing(x) as normal:
+            out = self.net(normal)
         out = out[0] if isinstance(out, tuple) else out  # CoCa gives its tokens, too
         return self.passes.count(len(x), F.normalize(self.raised(out), dim=1))
 

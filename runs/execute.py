@@ -212,8 +212,7 @@ def _execute(
 ) -> dict[str, Any]:
     dispatch.use(cfg.kernel.backend)  # forgets what other runs of this process used
     strategy, weights = built
-    idle = seed_is_idle(cfg, strategy)
-    use = SeedUse(cfg.seed) if isinstance(strategy, TTAStrategy) else None
+    use = SeedUse(cfg.seed) if seed_is_idle(cfg, strategy) else None
     prepared = _prepare(cfg, strategy, weights, stream, geometry, device, console)
     if prepared is not None:
         seed_all(cfg.seed)  # whether the artefact was cached changes nothing
@@ -232,7 +231,7 @@ def _execute(
     known = {**about, **environment(device), "git": git, "weights": weights}
     known |= {"data": stream.facts, "prepared": prepared, "code": code}
     twin = None
-    if idle and use is not None and may_take_over(cfg):
+    if use is not None and may_take_over(cfg):
         root = Path(cfg.root)
         twin, use.lock = twin_or_lock(folder.parent, root, any_seed, known, console)
     try:
@@ -258,7 +257,7 @@ def _execute(
             result = _run(
                 cfg, strategy, stream, device, key, log, console, use, clock, source_model
             )
-            if idle and use is not None and seed_was_idle(strategy, use):
+            if use is not None and seed_was_idle(strategy, use):
                 result["any_seed"] = any_seed
         if cfg.checkpoint.model and distributed.rank0():
             _save_model(cfg, strategy, stream, folder)
