@@ -41,6 +41,7 @@ from driftline.backbones.backbone import Backbone
 from driftline.core.build import build
 from driftline.core.checkpoint import Checkpointer, Signals
 from driftline.core.console import Console
+from driftline.core.cost import synchronize
 from driftline.core.files import write_json, write_text
 from driftline.core.metrics import OnlineError
 from driftline.core.record import RunLogger, environment
@@ -64,6 +65,11 @@ SIDES = {
     "bf16": ["precision=bf16"],
     "bf16, channels-last": ["precision=bf16", "channels_last=true"],
 }
+GPU_SIDES = SIDES | {
+    "tf32": ["precision=tf32"],
+    "fp16": ["precision=fp16"],
+    "fp16, channels-last": ["precision=fp16", "channels_last=true"],
+}
 VIEWS = ["strategy.views=4", "strategy.threshold=2"]  # for every batch; the official number is 32
 METHODS: dict[str, dict[str, list[str]]] = {
     "lite0": {"source": [], "bn_adapt": [], "tent": [], "cotta": VIEWS, "lame": []},
@@ -79,12 +85,12 @@ def stream_words(network: str, args: argparse.Namespace) -> list[str]:
         "scenario.image_list=all",
         "scenario.corruptions=[gaussian_noise,fog]",
         f"scenario.images={args.images}",
-        "scenario.batch_size=25",
+        f"scenario.batch_size={args.batch}",
         "scenario.probe_images=0",
         "scenario.clean_images=0",
         f"data.root={args.imagenet}",
         "runtime.workers=0",
-        "runtime.device=cpu",
+        f"runtime.device={args.device}",
         f"runtime.threads={args.threads}",
     ]
     if network == "lite0":
@@ -104,7 +110,8 @@ def precision(args: argparse.Namespace) -> list[dict[str, Any]]:
         methods = {
             k: v for k, v in METHODS[network].items() if not args.methods or k in args.methods
         }
-        device = CPU
+        device = torch.device(args.device)
+        name_of_device = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         cfg = settings_of([*stream_words(network, args), "strategy=source"])
         set_up(cfg)
         geometry = Geometry()
@@ -117,7 +124,8 @@ def precision(args: argparse.Namespace) -> list[dict[str, Any]]:
             for batch in segment.batches()
             if batch is not None
         ]
-        sides = {k: v for k, v in SIDES.items() if network != "vit" or "channels" not in k}
+        table_sides = GPU_SIDES if device.type == "cuda" else SIDES
+        sides = {k: v for k, v in table_sides.items() if network != "vit" or "channels" not in k}
         for name, options in methods.items():
             made, meters, answers, seconds = {}, {}, {}, {}
             for side, more in sides.items():
@@ -129,8 +137,10 @@ def precision(args: argparse.Namespace) -> list[dict[str, Any]]:
             for turn, (segment, batch) in enumerate(batches):
                 for side in sides if turn % 2 else reversed(sides):
                     strategy = made[side]
+                    synchronize(device)
                     wall, cpu = time.perf_counter(), time.process_time()
                     scores = strategy.adapt(batch.x)
+                    synchronize(device)
                     spent = time.perf_counter() - wall, time.process_time() - cpu
                     seconds[side].append(spent)
                     answers[side].append(scores.argmax(1))
@@ -142,6 +152,7 @@ def precision(args: argparse.Namespace) -> list[dict[str, Any]]:
                 wall, cpu = (statistics.median(v) for v in zip(*seconds[side][1:], strict=True))
                 rows.append(
                     {
+                        "device": name_of_device,
                         "network": network,
                         "method": name,
                         "options": options,
@@ -464,12 +475,14 @@ def main() -> None:
     add("--methods", nargs="+", help="of `precision`; what is in the file of the others stays")
     add("--images", type=int, default=50, help="of each corruption")
     add("--threads", type=int, default=1)
+    add("--device", default="cpu", help="of `precision`")
+    add("--batch", type=int, default=25, help="of `precision`")
     add("--label", default="now", help="of the code that is measured")
     add("--machine", default="a CPU", help="how the page calls the machine")
     add("--out", type=Path, default=ROOT / "results" / "reference" / "speed.md")
     args = parser.parse_args()
     measure = {"precision": precision, "runner": runner, "start": start, "sweep": sweep}
-    same = dict.fromkeys(PARTS, ("label",)) | {"precision": ("network", "method")}
+    same = dict.fromkeys(PARTS, ("label",)) | {"precision": ("device", "network", "method")}
     for part in args.parts:
         if part == "page":
             write_text(args.out, page(args.out, args.machine))

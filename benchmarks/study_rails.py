@@ -42,6 +42,7 @@ from driftline.core.strategy import TTAStrategy
 from driftline.core.stream import ShiftStream
 from driftline.parts.rules.rails import Rails
 from driftline.runs.compose import complete, make_strategy, make_stream, replays_source
+from driftline.runs.machine import set_up
 from driftline.runs.prepare import prepare
 from driftline.streams.pipelines import Geometry
 
@@ -62,7 +63,6 @@ STREAMS: dict[str, list[str]] = {
     "black": [],
     "lr100": [],
 }
-DEVICE = torch.device("cpu")
 
 
 class Built(NamedTuple):
@@ -87,18 +87,18 @@ def configured(words: list[str], stream: str) -> DictConfig | None:
 
 def built(cfg: DictConfig) -> Built:
     """What `run.py` builds, without a run folder."""
-    geometry = Geometry()
-    stream = make_stream(cfg, geometry, DEVICE)
+    geometry, device = Geometry(), set_up(cfg)
+    stream = make_stream(cfg, geometry, device)
     assert isinstance(stream, ShiftStream)
 
     def fresh() -> tuple[TTAStrategy, dict[str, str]]:
-        made = make_strategy(cfg, stream, geometry, DEVICE)
+        made = make_strategy(cfg, stream, geometry, device)
         return cast(tuple[TTAStrategy, dict[str, str]], made)
 
     strategy, weights = fresh()
     bare = cfg.copy()
     bare.strategy, bare.around = compose("config", ["strategy=source"]).strategy, {}
-    source = cast(Backbone, make_strategy(bare, stream, geometry, DEVICE)[0].backbone)
+    source = cast(Backbone, make_strategy(bare, stream, geometry, device)[0].backbone)
     prepare(
         strategy.method,
         lambda: fresh()[0].method,
@@ -121,7 +121,7 @@ def taken(strategy: TTAStrategy) -> int:
 
 
 def kept(scores: Tensor, outputs: str = "logits") -> Tensor:
-    return (scores if outputs == "probabilities" else scores.softmax(1)).detach().half()
+    return (scores if outputs == "probabilities" else scores.softmax(1)).detach().half().cpu()
 
 
 def record(cfg: DictConfig) -> dict[str, np.ndarray]:
@@ -140,7 +140,7 @@ def record(cfg: DictConfig) -> dict[str, np.ndarray]:
             with torch.no_grad():
                 mirrored = kept(strategy.predict(x.flip(3)), strategy.outputs)
                 answers = [kept(source(x)), kept(source(x.flip(3)))]
-            for key, row in zip(rows, (scores, mirrored, *answers, batch.y), strict=True):
+            for key, row in zip(rows, (scores, mirrored, *answers, batch.y.cpu()), strict=True):
                 rows[key].append(row)
             sizes.append(len(x))
     joined = {key: torch.cat(row).numpy() for key, row in rows.items()}

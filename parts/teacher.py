@@ -22,4 +22,4 @@ def restore_mask(parameter: Tensor, probability: float, numbers: torch.Generator
     uniform = torch.rand(
         parameter.shape, generator=numbers, device=numbers.device, dtype=torch.float32
     )
-    return (uniform < probability).to(parameter.device)
+    return (uniform < probability).to(parameter.device, non_blocking=True)  # no wait for each
