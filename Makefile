@@ -22,7 +22,7 @@ test-oldest: .venv-oldest/.ready
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	python3.11 -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	.venv-oldest/bin/python tools/install.py -c constraints-oldest.txt -e ".[test]"
 	touch $@
 
 check: $(READY)
@@ -54,7 +54,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11, 3.12 or 3.13 not found; name one: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python tools/install.py -e ".[dev]"
 	mkdir -p .venv/types/driftline    # what the type checker and editors read
 	for p in driftline/__init__.py $(PACKAGES); do ln -sfn ../../../$$p .venv/types/driftline/; done
 	touch $(READY)
