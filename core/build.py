@@ -303,7 +303,7 @@ def _hint(value: Any, kind: Any, at: str) -> str:
     classes = [one for one in options if inspect.isclass(one) and one.__module__ != "builtins"]
     if classes and isinstance(value, str):
         return f"; a named one is chosen with {at.rpartition('.')[2]}={value}"
-    if str in options and isinstance(value, int | float):
+    if str in options and isinstance(value, int | float) and fits(str(value), kind):
         return f"; a text that looks like a number needs quotes: '{at}=\"{value}\"'"
     return ""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 CONF = Path(__file__).parents[1] / "conf"
+CHECKOUT = (CONF.parent / "run.py").is_file()  # an installed package has `driftline` alone
 PAPERS = CONF.parent / "papers"  # core/papers.py
 
 

@@ -26,11 +26,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import driftline
 from driftline.core import papers
 from driftline.core.comments import settings
 from driftline.core.console import program
 from driftline.core.errors import UserError, shortage, suggest
-from driftline.core.paths import CONF, add_resolver
+from driftline.core.paths import CHECKOUT, CONF, add_resolver
 from driftline.core.torchrun import requested, speaks
 from driftline.runs import help
 
@@ -42,6 +43,10 @@ FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-nam
 FLAGS |= {"--config-dir", "-cd", "--experimental-rerun"}
 HYDRAS_OWN = ("hydra.run.", "hydra.job.chdir", "hydra.output_subdir")
 FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(")  # of Hydra's grammar
+PROGRAMS = (  # of scripts/, which a wheel does not hold
+    "calibrate_ccc", "doctor", "export_images", "generate_corruptions", "get_data", "gpu_pool",
+    "make_tables", "paper", "report", "sync_wandb", "tune",
+)  # fmt: skip
 MOST_RUNS = 10_000  # of one word of a sweep
 PLUGINS = {  # launcher -> the package that it needs, all in the extra `sweep`
     "joblib": "hydra_joblib_launcher",
@@ -231,6 +236,9 @@ def _unknown(group: str, name: str) -> str:
 def _no_setting(word: str, before: str) -> str:
     """A word without `key=`, which may be the rest of a value with a blank."""
     text = f"{word!r} is no setting: a setting is typed key=value"
+    if word in PROGRAMS:
+        where = "" if CHECKOUT else " in a checkout; an installed package has it not"
+        return f"{text}; {word} is a program: python scripts/{word}.py ...{where}"
     key, sign, value = before.partition("=")
     if not sign or before.startswith("-"):
         return text
@@ -496,6 +504,9 @@ def _command() -> int:
     words = sys.argv[1:]
     if {"--help", "-h"} & set(words):
         print(help.text(config_folders()))
+        return 0
+    if words == ["--version"]:
+        print(f"driftline {driftline.__version__}")
         return 0
     if words[:1] == ["explain"]:
         from driftline.runs.explain import explained

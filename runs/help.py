@@ -9,7 +9,7 @@ from pathlib import Path
 
 from driftline.core import papers
 from driftline.core.comments import summary
-from driftline.core.paths import CONF
+from driftline.core.paths import CHECKOUT, CONF
 
 HEAD = """\
 Driftline: continual and test-time adaptation of vision backbones.
@@ -51,8 +51,15 @@ def text(folders: Sequence[Path] = (CONF,)) -> str:
         parts.append("\n".join([title, *listing(group, folders)]) + "\n")
     parts.append(FOOT.format(rows=len(papers.options("experiment"))))
     whole = "\n".join(parts).rstrip()
-    checkout = (CONF.parent / "run.py").is_file()  # a wheel has the command alone
-    return whole if checkout else whole.replace("python run.py", "driftline")
+    return whole if CHECKOUT else _installed(whole)
+
+
+def _installed(whole: str) -> str:
+    """The same for a wheel, which has the command and no programs."""
+    lines = whole.replace("python run.py", "driftline").splitlines()
+    programs = [line for line in lines if line.startswith("  python scripts/")]
+    rest = [line for line in lines if line not in programs]
+    return "\n".join([*rest, "\nIn a checkout, not in the installed package:", *programs])
 
 
 def listing(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:

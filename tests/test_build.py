@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Annotated
 
 import pytest
+from annotated_types import Predicate
 from omegaconf import OmegaConf
 
-from driftline.core.build import build, locate
+from driftline.core.build import build, check_value, locate
 from driftline.core.errors import UserError
 from driftline.core.ranges import Later
+from driftline.runs.schema import device_name
 
 TENT = {"_target_": "tests.test_build.Thing", "name": "thing"}
 
@@ -99,3 +101,12 @@ def test_what_its_owner_calls_is_like_any_other_node():
             build({"_target_": "tests.test_build.Owner", "inner": wrong}, at="strategy")
     with pytest.raises(UserError, match="strategy.inner has no option .lrr."):
         build({"_target_": "tests.test_build.Owner", "inner": inner | {"lrr": 1}}, at="strategy")
+
+
+@pytest.mark.parametrize("value", [float("nan"), True, 0, -0.5])
+def test_quotes_are_proposed_only_where_the_text_would_be_taken(value):
+    with pytest.raises(UserError) as error:
+        check_value(value, Annotated[str, Predicate(device_name)], at="runtime.device")
+    assert "quotes" not in str(error.value) and "cuda:<number>" in str(error.value)
+    with pytest.raises(UserError, match="quotes: 'backbone.tag="):
+        check_value(value, str, at="backbone.tag")

@@ -10,11 +10,12 @@ import sys
 import pytest
 from conftest import HANG, ROOT
 
+import driftline
 from driftline.core import console, papers
 from driftline.core.comments import comments, head, summary
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF
-from driftline.runs import help
+from driftline.runs import command, help
 from driftline.runs.explain import explained
 from driftline.streams.orders import parse
 
@@ -42,9 +43,26 @@ def test_help_has_a_line_for_every_option_and_none_for_the_rows_of_papers(wide):
     assert not any(row in text for row in papers.options("experiment"))
 
 
-def test_help_of_a_wheel_names_its_command(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr(help, "CONF", tmp_path / "conf")
-    assert "python run.py" not in help.text() and "  driftline explain strategy" in help.text()
+def test_help_of_a_wheel_names_its_command(wide, monkeypatch):
+    monkeypatch.setattr(help, "CHECKOUT", False)
+    text = help.text()
+    assert "python run.py" not in text and "  driftline explain strategy" in text
+    assert "python scripts/" not in text.partition("not in the installed package")[0]
+    assert text.count("python scripts/") == 2
+
+
+def test_programs_typed_as_words_of_the_command_are_pointed_to(monkeypatch):
+    assert set(command.PROGRAMS) == {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    for name in command.PROGRAMS:
+        assert f"python scripts/{name}.py" in str(command.check_words([name, "results"]))
+    monkeypatch.setattr(command, "CHECKOUT", False)
+    assert "an installed package has it not" in str(command.check_words(["report"]))
+
+
+def test_the_version_is_that_of_this_project(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["driftline", "--version"])
+    assert command.main() == 0
+    assert capsys.readouterr().out == f"driftline {driftline.__version__}\n"
 
 
 def test_help_puts_strategies_and_scenarios_that_adapt_before_those_that_learn_tasks(wide):

@@ -256,18 +256,28 @@ def test_a_file_gets_no_code_to_run_that_is_not_there_already(file, monkeypatch)
         driftline.load(file, network("resnet"))
 
 
-def test_onnx_answers_as_the_method(tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    x = torch.rand(4, 3, 32, 32)
-    method: Any = driftline.make("cotta", network("vit"), mean=None, views=2)
-    method.adapt(x)
-    driftline.export_onnx(method, x, tmp_path / "net.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
-    session = runtime.InferenceSession(tmp_path / "net.onnx")
-    for images_ in (x, x[:1], torch.rand(7, 3, 32, 32)):
-        (scores,) = session.run(["scores"], {"images": images_.numpy()})
-        assert torch.allclose(torch.from_numpy(scores), method.predict(images_), atol=1e-4)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_onnx_answers_as_every_method_that_is_one_network(case, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason='needs pip install "driftline[onnx]"')
+    pytest.importorskip("onnxscript", reason='needs pip install "driftline[onnx]"')
+    method = made(case)
+    go_on(method, case, 0)
+    (x,) = images(case, 6, seed=30)
+    want = method.predict(x)
+    path = tmp_path / "a folder" / "nétwork.onnx"
+    try:
+        driftline.export_onnx(method, x, path)
+    except UserError as error:
+        assert re.match(rf"strategy={case.node['name']}: its answer is ", str(error))
+        assert not path.exists()
+        return
+    assert list(path.parent.iterdir()) == [path]
+    session = runtime.InferenceSession(path)
+    for part in (x, x[:1], x[:3]):
+        (scores,) = session.run(["scores"], {"images": part.numpy()})
+        assert torch.allclose(torch.from_numpy(scores), want[: len(part)], atol=1e-4, rtol=1e-4)
+    assert equal(method.predict(x), want), "the export changed the method"
 
 
 def test_onnx_without_its_package_is_one_line(monkeypatch):
