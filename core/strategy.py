@@ -144,27 +144,32 @@ class Strategy(nn.Module):
     def _parts(self) -> list[tuple[str, nn.Module]]:
         """Modules by name, this one first, without inner strategies and what lies in them."""
         elsewhere = {id(part) for one in self.strategies().values() for part in one.modules()}
+        if not elsewhere:
+            return list(self.named_modules())
         return [(name, part) for name, part in self.named_modules() if id(part) not in elsewhere]
 
-    def _own_names(self) -> set[str]:
-        """Names in the state of this strategy that are not in that of an inner one."""
-        inner, named = self.strategies(), _tensors(self)
+    def _own_names(self, names: Iterable[str]) -> set[str]:
+        """Those names of the state of this strategy that are not in that of an inner one."""
+        inner = self.strategies()
+        if not inner:
+            return set(names)
+        named = _tensors(self)
         elsewhere = {id(t) for name, t in named.items() if _under(name, inner)}
         return {
             name
-            for name in self.state_dict()
+            for name in names
             if not _under(name, inner) and id(named.get(name)) not in elsewhere
         }
 
     def _own_state(self) -> dict[str, Any]:
         """The snapshot without inner strategies."""
-        parts = self._parts()
-        names = self._own_names() - self.frozen()
+        parts, state = self._parts(), self.state_dict()
+        names = self._own_names(state) - self.frozen()
         schedules = _attributes(parts, (Optimizer, LRScheduler))
         generators = {k: g.get_state() for k, g in _attributes(parts, torch.Generator).items()}
         generators |= self._restored | {k: g.get_state() for k, g in self._generators.items()}
         return {
-            "tensors": {k: v for k, v in self.state_dict().items() if k in names},
+            "tensors": {k: v for k, v in state.items() if k in names},
             "empty": [name for name, buffer in _buffers(parts) if buffer is None],
             "learning": [name for name, p in _listed(parts) if p.requires_grad and name in names],
             "generators": generators,
@@ -189,7 +194,7 @@ class Strategy(nn.Module):
             path, _, key = name.rpartition(".")
             self.get_submodule(path)._buffers[key] = None
         missing, unexpected = self.load_state_dict(tensors, strict=False)
-        wrong = (set(missing) & self._own_names() - frozen) | set(unexpected)
+        wrong = (self._own_names(missing) - frozen) | set(unexpected)
         if wrong:
             raise self._misfit(wrong)
         for name, held in state["optimizers"].items():

@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 paths = [str(ROOT), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 PACKAGES = ("analysis", "backbones", "cl", "core", "kernels", "parts", "runs", "streams", "tta")
+LEFT_OUT = pytest.StashKey[int]()  # tests marked `release` that were not asked for
 HANG = 1800  # seconds after which a process counts as hung; nothing is measured by it
 
 
@@ -74,7 +75,44 @@ def _server(
     return folder, server
 
 
-def pytest_sessionfinish() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run tests marked `release`, too")
+
+
+@pytest.hookimpl(trylast=True)  # after `-k`, so that the count is of what was asked for
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `release` are left out, unless `--all`, `-m release` or their names are given."""
+    if config.getoption("all") or "release" in config.getoption("markexpr"):
+        return
+    named = [Path(arg.split("::")[0]) for arg in config.args if "::" in arg]
+    files = {(config.invocation_params.dir / path).resolve() for path in named}
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("release") and item.path.resolve() not in files
+    ]
+    if left_out:
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
+    config.stash[LEFT_OUT] = len(left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Of pytest-xdist, whose workers collect, each all of the tests."""
+    if count := getattr(node, "workeroutput", {}).get("left_out"):
+        node.config.stash[LEFT_OUT] = count
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count:,} tests marked `release` left out: --all runs them")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["left_out"] = session.config.stash.get(LEFT_OUT, 0)
     for folder, server in servers.values():
         server.terminate()
         server.wait()

@@ -4,6 +4,9 @@ A method is covered by existing: each YAML file is a case, on a tiny network wit
 `-k NAME` runs the cases of one strategy. Every adaptation method is tried a second time with a rule
 around it, and every rule of conf/around around some methods. That each property can fail is shown
 on methods that break it (broken_methods.py).
+
+By default a method with adapters is tried with one other kind in turn, a variant on what it adds,
+and a method within a rule on modes; `--all` runs every property of every pair.
 """
 
 from __future__ import annotations
@@ -428,7 +431,24 @@ def artefact(case: Case) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in prepared.items()}
 
 
+def in_turn(cases: list[Case]) -> set[str]:
+    """Names of some of the cases METHOD+KIND: every method, and every kind with two methods."""
+    methods: dict[str, list[Case]] = {}
+    kinds: dict[str, list[Case]] = {}
+    for case in cases:
+        method, _, kind = case.name.partition("+")
+        methods.setdefault(method, []).append(case)
+        kinds.setdefault(kind, []).append(case)
+    names = {group[i % len(group)].name for i, group in enumerate(methods.values())}
+    for i, group in enumerate(kinds.values()):
+        turned = group[i % len(group) :] + group
+        more = [case.name for case in turned if case.name not in names]
+        names |= {*more[: max(0, 2 - sum(case.name in names for case in group))]}
+    return names
+
+
 KINDS = with_other_kinds(PLAIN)
+KINDS_IN_TURN = in_turn(KINDS)
 KNOWN: list[Case] = (
     CASES + KINDS + wrapped(PLAIN)
 )  # also those of the tutorials and the broken ones
@@ -948,8 +968,23 @@ def trials() -> list[Any]:
         elif case.name in VARIANTS:  # the runner treats a variant as it treats the method
             tried = [p for p in PROPERTIES if p not in (labels_never_arrive, a_killed_run_goes_on)]
         marks = [pytest.mark.slow] if case.rule or case.name in VARIANTS else []
-        rows += [pytest.param(case, p, id=f"{case.name}-{p.__name__}", marks=marks) for p in tried]
+        for p in tried:
+            more = [pytest.mark.release] if not by_default(case, p) else []
+            rows.append(pytest.param(case, p, id=f"{case.name}-{p.__name__}", marks=marks + more))
     return rows
+
+
+def by_default(case: Case, property_: Callable[..., None]) -> bool:
+    """Whether the pair is tried without `--all`: other pairs try the same code."""
+    if case.name in VARIANTS:  # what it adds is state
+        again = property_ in (predict_changes_nothing, odd_batches_are_taken)
+        return not again or (case.name, property_.__name__) in EXEMPT
+    inside = case.name.split("-")[0]
+    if not (case.rule and case.adapts) or inside == INSIDE[0]:
+        return True
+    if property_ is reset_and_the_same_stream_give_the_same:  # of methods in methods, too
+        return case.rule != RULE or inside in INSIDE or "inner" in case.node
+    return property_ is not a_killed_run_goes_on or case.rule == RULE
 
 
 @pytest.mark.parametrize(("case", "property_"), trials())
@@ -961,9 +996,24 @@ def test_contract(case, property_, tmp_path):
     check(property_, case, tmp_path)
 
 
+def test_by_default_every_method_has_a_kind_in_turn_and_every_kind_two_methods():
+    pairs = [name.partition("+")[::2] for name in KINDS_IN_TURN]
+    every = [case.name.partition("+")[::2] for case in KINDS]
+    assert {method for method, _ in pairs} == {method for method, _ in every}
+    for kind in {kind for _, kind in every}:
+        assert sum(k == kind for _, k in pairs) >= 2
+    assert len(pairs) < len(every) / 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("property_", OF_KINDS, ids=lambda p: p.__name__)
-@pytest.mark.parametrize("case", KINDS, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=c.name, marks=[pytest.mark.release] * (c.name not in KINDS_IN_TURN))
+        for c in KINDS
+    ],
+)
 def test_contract_with_another_kind_of_adapter(case, property_, tmp_path):
     check(property_, case, tmp_path)
 
@@ -1005,11 +1055,18 @@ def resume_all(path: Path) -> None:
     torch.save(rests, path)
 
 
+SHARES = [
+    pytest.param(0, id="first"),
+    *(pytest.param(i, marks=pytest.mark.release) for i in (1, 2)),
+]
+
+
 @pytest.mark.slow
-def test_a_fresh_process_goes_on_bit_by_bit(tmp_path):
-    """From the third batch, or within the second task."""
+@pytest.mark.parametrize("share", SHARES)
+def test_a_fresh_process_goes_on_bit_by_bit(tmp_path, share):
+    """From the third batch, or within the second task; every third method."""
     saved, want, path = {}, {}, tmp_path / "states.pt"
-    for case in OF_FILES:
+    for case in OF_FILES[share :: len(SHARES)]:
         strategy = make(case)
         rows = drive(strategy, case)
         before = (3,) if case.adapts else (1, 1)
@@ -1028,7 +1085,15 @@ def test_a_fresh_process_goes_on_bit_by_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", wrapped(PLAIN), ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            c, id=c.name, marks=[pytest.mark.release] * ("-" in c.name.removesuffix(f"-in-{RULE}"))
+        )
+        for c in wrapped(PLAIN)
+    ],
+)
 def test_a_rule_costs_what_the_method_inside_costs(case):
     plain, rule = make(replace(case, rule="")), make(case)
     assert rule.method is rule.inner and rule.backbone is rule.inner.backbone

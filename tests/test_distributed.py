@@ -123,10 +123,14 @@ def tensors(folder: str | Path) -> dict[str, Tensor]:
     return state["strategy"]["tensors"] | {"draws": state["rng"]["torch"]}
 
 
+MORE = [
+    pytest.param(name, marks=pytest.mark.release)
+    for name in ("finetune", "olora", "mos", "coda", "inflora")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "strategy", ["lae", "ease", "finetune", "olora", "mos", "dualprompt", "coda", "inflora"]
-)
+@pytest.mark.parametrize("strategy", ["lae", "ease", "dualprompt", *MORE])
 def test_two_processes_give_the_run_of_one(configure, tmp_path, strategy):
     words = [*settings(strategy), "checkpoint.keep=true"]
     one = run_experiment(configure(*words), [])
@@ -342,6 +346,7 @@ def torchrun(root: Path, *words: str, script: tuple[str, ...]) -> subprocess.Pop
     )
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_saves_and_a_run_without_it_goes_on(configure, tmp_path):
     words = [*settings("lae"), "checkpoint.every=1"]

@@ -151,7 +151,15 @@ CHECKS = {  # what a tutorial must leave behind
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            p, id=p.stem, marks=[pytest.mark.release] * (p.stem in ("own_data", "cluster"))
+        )
+        for p in TUTORIALS
+    ],
+)
 def test_a_tutorial_runs(page, copy):
     executed = 0
     for block in BLOCK.finditer(page.read_text()):
@@ -359,6 +367,7 @@ def test_a_docstring_becomes_markdown():
     assert "- `mean, std`: of them." in page and "**Raises:**\n\n- `UserError`: if not." in page
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
     pytest.importorskip("material", reason='mkdocs-material is missing: pip install -e ".[docs]"')

@@ -77,11 +77,12 @@ def posterior(net: torch.nn.Module) -> dict[str, Tensor]:
 
 
 SLOW = ("petal_fim_cifar_resnet_official", "petal_sres_cifar_resnet")  # 32 views a batch
+LONGER = (pytest.mark.release, pytest.mark.slow)
 
 
 @both
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in names("petal_*")]
+    "name", [pytest.param(n, marks=LONGER if n in SLOW else ()) for n in names("petal_*")]
 )
 def test_petal(name: str, dtype: torch.dtype, thresholds: list[float]) -> None:
     case = Case(name, dtype)

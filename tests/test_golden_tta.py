@@ -138,8 +138,9 @@ class Recorded(CoTTA):
 
 
 LONG = {f"cotta_cifar_resnet_{kind}" for kind in ("views_official", "views_loud", "switch")}
+LONGER = (pytest.mark.release, pytest.mark.slow)  # 32 views; others draw views, too, and switch
 COTTA = [
-    pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+    pytest.param(name, marks=LONGER if name in LONG else ())
     for name in names("cotta_*")
     if name != "cotta_transform"
 ]

@@ -304,6 +304,7 @@ def library_page() -> str:
     return code.replace('"seed=1"]', '"seed=1", *SMALL]')
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_a_wheel_holds_what_runs_and_the_page_about_the_library_need(tmp_path):
     pytest.importorskip("setuptools", minversion="77.0.3")

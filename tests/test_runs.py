@@ -148,7 +148,13 @@ def test_run_records_stability_plasticity_and_cost(configure, results, strategy,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "batches"), [("ecotta", 5), ("gtta", 5), ("aper", 3), ("ease", 9)]
+    ("strategy", "batches"),
+    [
+        ("ecotta", 5),
+        pytest.param("gtta", 5, marks=pytest.mark.release),
+        pytest.param("aper", 3, marks=pytest.mark.release),
+        ("ease", 9),
+    ],
 )
 def test_a_killed_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batches):
     """In test_contract.py every strategy is killed; here with folder, records and companions."""

@@ -63,11 +63,12 @@ with open(ROOT / "tests" / "data" / "bad_inputs.csv", newline="") as file:
 
 
 PARTS = [("run", [r for r in LISTED if r["needs"] == "run"])]
-PARTS += [(f"check{i}", [r for r in LISTED if r["needs"] == "check"][i::4]) for i in range(4)]
+CHECKS = [(f"check{i}", [r for r in LISTED if r["needs"] == "check"][i::4]) for i in range(4)]
+PARTS += CHECKS[:1] + [pytest.param(*part, marks=pytest.mark.release) for part in CHECKS[1:]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "rows"), PARTS, ids=[name for name, _ in PARTS])
+@pytest.mark.parametrize(("part", "rows"), PARTS, ids=["run", *(name for name, _ in CHECKS)])
 def test_every_listed_input_is_answered_by_one_line_that_names_the_setting(part, rows, tmp_path):
     wrong = []
     for row in rows:

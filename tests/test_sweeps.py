@@ -180,7 +180,10 @@ def test_ctrl_c_saves_the_run_and_reports(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]],
+    [
+        ["joblib", "hydra.launcher.n_jobs=2"],
+        pytest.param(["submitit_local"], marks=pytest.mark.release),
+    ],
 )
 def test_other_launchers_report_the_same_way(tmp_path, launcher):
     plugin = command.PLUGINS[launcher[0]]

@@ -127,6 +127,7 @@ def test_optuna_comes_near_the_best_and_repeats_itself(monkeypatch, tmp_path):
     assert chosen[0] == chosen[1] and abs(chosen[0] - 2) < 1
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_what_was_tuned_on_what_is_in_the_result(monkeypatch, tmp_path):
     words = ["strategy=tent", *SMALL, f"root={tmp_path}", "--search", "strategy.optim.lr=1e-4,1e-2"]
