@@ -81,7 +81,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # after `-k`, so that the count is of what was asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `release` are left out, unless `--all`, `-m release` or their names are given."""
+    """Tests marked `release` are left out without `--all`, `-m release` or their names."""
     if config.getoption("all") or "release" in config.getoption("markexpr"):
         return
     named = [Path(arg.split("::")[0]) for arg in config.args if "::" in arg]

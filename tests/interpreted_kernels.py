@@ -256,7 +256,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
+COMBINED = {  # of what other cases have one by one: tried with --all
+    *("several tiles", "full chunks", "fp16 none", "two rank tiles, bf16", "norm, two adapters"),
+    *("norm, bf16", "autocast, norm", "index, rank scale"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.release] * (n in COMBINED)) for n in CASES]
+)
 def test_against_float64_twice_over_poison(name, monkeypatch):
     case = CASES[name]
     arguments, settings, g = make(case)

@@ -1005,6 +1005,20 @@ def test_by_default_every_method_has_a_kind_in_turn_and_every_kind_two_methods()
     assert len(pairs) < len(every) / 2
 
 
+def test_by_default_a_method_keeps_the_whole_contract_and_every_rule_is_tried():
+    tried = {
+        (case.name, case.rule, property_)
+        for case, property_ in (
+            row.values for row in trials() if pytest.mark.release not in row.marks
+        )
+    }
+    assert {(c.name, "", p) for c in OF_FILES for p in PROPERTIES} <= tried
+    assert {(n, "", a_snapshot_is_the_whole_state) for n in VARIANTS} <= tried
+    for rule in RULES:
+        properties = {p for _, held, p in tried if held == rule}
+        assert properties >= set(OF_TASK_RULES), rule
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("property_", OF_KINDS, ids=lambda p: p.__name__)
 @pytest.mark.parametrize(

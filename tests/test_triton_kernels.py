@@ -35,10 +35,11 @@ def on_gpu(test):
 
 
 @pytest.mark.slow
-def test_in_the_interpreter():
+def test_in_the_interpreter(pytestconfig):
+    more = ["--all"] if pytestconfig.getoption("all") else []
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "-p", "no:xdist", "tests/interpreted_kernels.py"],
+        [*command, "-p", "no:xdist", *more, "tests/interpreted_kernels.py"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
