@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -179,9 +180,11 @@ def test_a_copy_is_the_same_data_set_and_a_changed_bit_makes_another(
 ):
     scenario, build = (CASES | NAMED)[case]
     words, places = build(tmp_path / "one")
+    composed = configure(f"scenario={scenario}", *words)
 
     def fingerprint(root: str) -> object:
-        cfg = configure(f"scenario={scenario}", f"data.root={tmp_path / root}", *words)
+        cfg = deepcopy(composed)
+        cfg.data.root = str(tmp_path / root)
         return make(cfg).facts["fingerprint"]
 
     first = fingerprint("one")
