@@ -118,7 +118,9 @@ SMALL = ["scenario.images=24", "scenario.probe_images=8", "scenario.clean_images
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [*TTA, *CL])
 def test_run_records_stability_plasticity_and_cost(configure, results, strategy, capsys):
-    small = [*SMALL, "scenario.images=12"] if strategy in TTA else []
+    small = ["scenario.increment=5", "scenario.embedded_images=[4,2]"]  # two tasks
+    if strategy in TTA:
+        small = [*SMALL, "scenario.images=12"]
     summary = run_experiment(configure(*settings(strategy), *small, f"root={results}"), [])
     folder = Path(summary["run"]["folder"])
     label = "imagenet_c[embedded]" if strategy in TTA else "split_cifar10[embedded]"
