@@ -155,7 +155,9 @@ CHECKS = {  # what a tutorial must leave behind
     "page",
     [
         pytest.param(
-            p, id=p.stem, marks=[pytest.mark.release] * (p.stem in ("own_data", "cluster"))
+            p,
+            id=p.stem,
+            marks=[pytest.mark.release] * (p.stem in ("own_data", "cluster", "sweeps")),
         )
         for p in TUTORIALS
     ],

@@ -165,8 +165,15 @@ def learned(case: Case, until: int) -> torch.Tensor:
     return torch.cat([p.flatten() for p in strategy.parameters()]).detach()
 
 
+WITH_OPTIM = [c for c in OF_FILES if "optim" in c.node]
+LEARNING = [  # by default every second one: the settings are of parts/optim.py
+    pytest.param(c, id=c.name, marks=[pytest.mark.release] * (i % 2))
+    for i, c in enumerate(WITH_OPTIM)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in OF_FILES if "optim" in c.node], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", LEARNING)
 def test_every_method_takes_every_setting(case):
     """Another kind, clipping and a second pass: it learns, and learns something else."""
     until, ends = 2 if case.adapts else 1, []
@@ -185,7 +192,7 @@ UNREAD = {"schedule": "cosine", "rise": 1, "milestones": [1], "decay": 0.5, "lat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in OF_FILES if "optim" in c.node], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", LEARNING)
 def test_a_setting_that_would_do_nothing_is_refused(case):
     """A stream has no epochs and no tasks; a task's own settings act, or there are none."""
     for key in UNREAD if case.adapts else ("later",):
