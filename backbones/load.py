@@ -45,6 +45,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 TIMEOUT = 10.0  # seconds without an answer after which a download is given up
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order timm looks for them
 
+# Of torchvision: their published weights want images rescaled inside the network, which the
+# constructor does only where it loads them itself.
+RESCALING = ("googlenet", "inception_v3")
+
 # What names without a tag meant elsewhere; shown when such a name is refused.
 MEANINGS = {
     "vit_base_patch16_224": {
@@ -404,12 +408,19 @@ def torchvision_backbone(
                     f"({reason_of(error)}); delete {file}"
                 ) from error
         else:
-            net = torchvision.models.get_model(arch, weights=None)
+            options: dict[str, Any] = {}
+            if arch in RESCALING:
+                # As with `weights`; else the constructor waits for weights that are replaced.
+                random = checkpoint == RANDOM
+                options = {"transform_input": not random, "init_weights": random}
+            net = torchvision.models.get_model(arch, weights=None, **options)
             if checkpoint != RANDOM:
                 tensors = load_tensors(checkpoint, checkpoint_key)
                 outputs = _outputs(net, tensors)
                 if outputs != Backbone(net).num_classes:
-                    net = torchvision.models.get_model(arch, weights=None, num_classes=outputs)
+                    net = torchvision.models.get_model(
+                        arch, weights=None, num_classes=outputs, **options
+                    )
                 load_strict(net, tensors, checkpoint)
     preset = chosen.transforms()
     full = f"torchvision/{arch}" if checkpoint == RANDOM else f"torchvision/{arch}.{weights}"

@@ -140,6 +140,7 @@ def run_job(cfg: DictConfig) -> float | None:
         cfg = _threads(cfg, folder, hydra.launcher)
         print(place_in_sweep(folder, number, overrides), flush=True)
         note(folder, number, state="running", overrides=overrides)
+        begun = time.monotonic()
         with warnings.catch_warnings():
             # Some library's idle thread lives here already; the child does not depend on it.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -156,8 +157,8 @@ def run_job(cfg: DictConfig) -> float | None:
     done = _noted(folder, number)
     if done["state"] == "running":  # it could not say anything itself
         done |= _sudden(child.exitcode, asked.number)
-        note(folder, number, **done)
         print(f"error: {done['error']}: {' '.join(overrides)}", file=sys.stderr)
+    note(folder, number, **done, seconds=time.monotonic() - begun)
     asked.pass_on()
     return done.get("value")
 
@@ -165,8 +166,8 @@ def run_job(cfg: DictConfig) -> float | None:
 def place_in_sweep(folder: Path, number: int, overrides: Sequence[str]) -> str:
     """A line on a run that begins: which one of how many, and how long the sweep may still take.
 
-    The time is what the runs took that have ended since the sweep began, so that it is right for
-    any number of runs at once.
+    A run takes what those took that this sweep has made, those taken over from before left out; how
+    many go on at once is seen from the time since the sweep began.
     """
     sweep = folder / "sweep.json"
     if not sweep.exists():  # a sweeper that chooses its runs as it goes
@@ -176,8 +177,10 @@ def place_in_sweep(folder: Path, number: int, overrides: Sequence[str]) -> str:
     fixed = set.intersection(*map(set, runs)) if len(runs) > 1 else set()
     what = " ".join(word for word in overrides if word not in fixed) or " ".join(overrides)
     line = f"sweep {number + 1}/{len(runs)}: {what}"
-    if made := sum(not one.get("before") for one in ended):
-        each = (time.time() - sweep.stat().st_mtime) / made
+    timed = [one for one in ended if "seconds" in one]
+    if made := [one["seconds"] for one in timed if not one.get("before")]:
+        together = (time.time() - sweep.stat().st_mtime) / sum(one["seconds"] for one in timed)
+        each = together * sum(made) / len(made)
         line += f", about {duration(each * (len(runs) - len(ended)))} left"
     return line
 

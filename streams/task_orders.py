@@ -21,6 +21,7 @@ draws come from the generator that is passed in.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -101,7 +102,8 @@ def cir(
 
     From then on it comes in every task with probability r^-zipf, r its place from 1 in a random
     ranking. Tasks without a class are left out. `task_images` are divided among the classes of a
-    task, whose images are drawn anew, without replacement within a task.
+    task, whose images are drawn anew, without replacement within a task. A warning says where the
+    classes have too few images for that, and how many tasks are left out.
     """
     geometric = (1 - options.first) ** np.arange(options.tasks)
     starts = rng.choice(options.tasks, classes, p=geometric / geometric.sum())
@@ -115,7 +117,22 @@ def cir(
         quota = np.diff(np.linspace(0, options.task_images, len(present) + 1).astype(np.int64))
         drawn = [rng.permutation(rows[c])[:n] for c, n in zip(present, quota, strict=True)]
         tasks.append(np.concatenate(drawn or [np.zeros(0, np.int64)]))
-    return [task for task in tasks if len(task)]
+    held = [task for task in tasks if len(task)]
+    short = [len(task) for task in held if len(task) < options.task_images]
+    notes = []
+    if short:
+        notes.append(
+            f"scenario.task_images={options.task_images}: {len(short)} of {len(held)} tasks hold "
+            f"fewer, {min(short)} at the least, as their classes have no more images"
+        )
+    if len(held) < options.tasks:
+        notes.append(
+            f"scenario.tasks={options.tasks}: {options.tasks - len(held)} of them have no class and "
+            "are left out"
+        )
+    for text in notes:
+        warnings.warn(f"{text} (scenario.order=cir)", stacklevel=2)
+    return held
 
 
 def si_blurry(

@@ -334,6 +334,27 @@ def test_torchvision_preset_and_file(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- CIFAR and embedded networks
 
 
+@pytest.mark.parametrize("arch", load.RESCALING)
+def test_a_file_of_a_network_that_rescales_its_images_answers_as_the_published_one(
+    arch: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    torch.manual_seed(0)
+    own = torchvision.models.get_model(
+        arch, weights=None, transform_input=True, init_weights=False, num_classes=7
+    ).eval()
+    path = tmp_path / "net.pth"
+    torch.save(own.state_dict(), path)
+    backbone = load.torchvision_backbone(
+        name="x", arch=arch, weights="IMAGENET1K_V1", checkpoint=str(path), checkpoint_key=None,
+        normalize="none",
+    )  # fmt: skip
+    x = torch.rand(2, 3, backbone.input_size, backbone.input_size)
+    with torch.no_grad():
+        assert torch.equal(backbone.logits(x), own(x))
+        assert isinstance(backbone.train()(x), torch.Tensor)  # no tuple
+    assert not [w for w in recwarn if "initialization" in str(w.message)]
+
+
 def test_cifar_networks_have_the_published_layout() -> None:
     with torch.device("meta"):
         wide = WideResNet(depth=28, widen=10, num_classes=10)

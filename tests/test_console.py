@@ -126,8 +126,22 @@ def test_a_sweep_says_which_run_of_how_many_and_what_is_left(tmp_path, monkeypat
     os.utime(tmp_path / "sweep.json", (1000, 1000))
     monkeypatch.setattr(sweep.time, "time", lambda: 1100.0)
     assert sweep.place_in_sweep(tmp_path, 0, runs[0]) == "sweep 1/4: seed=0"
-    sweep.note(tmp_path, 0, state="finished", before=True)  # says nothing of the time
+    sweep.note(tmp_path, 0, state="finished", before=True, seconds=10)  # says nothing of the time
     assert sweep.place_in_sweep(tmp_path, 1, runs[1]) == "sweep 2/4: seed=1"
-    sweep.note(tmp_path, 1, state="failed", error="x")
+    sweep.note(tmp_path, 1, state="failed", error="x", seconds=90)
     sweep.note(tmp_path, 2, state="running")
     assert sweep.place_in_sweep(tmp_path, 2, runs[2]) == "sweep 3/4: seed=2, about 3 min left"
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_runs_taken_over_do_not_spoil_what_a_sweep_says_is_left(tmp_path, monkeypatch, at_once):
+    """40 runs from before, of 3 s each, and 10 made here, of 60 s each; 10 are left."""
+    runs = [["strategy=tent", f"seed={i}"] for i in range(60)]
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+    os.utime(tmp_path / "sweep.json", (1000, 1000))
+    for number in range(50):
+        before = number < 40
+        sweep.note(tmp_path, number, state="finished", before=before, seconds=3 if before else 60)
+    monkeypatch.setattr(sweep.time, "time", lambda: 1000 + (40 * 3 + 10 * 60) / at_once)
+    line = sweep.place_in_sweep(tmp_path, 50, runs[50])
+    assert line == f"sweep 51/60: seed=50, about {sweep.duration(10 * 60 / at_once)} left"

@@ -77,6 +77,15 @@ def test_cir_has_early_first_occurrences_and_returns_by_a_power_law():
     assert all(np.ptp(n[n > 0]) <= 1 for n in sizes)  # shared evenly
 
 
+def test_cir_says_where_tasks_are_smaller_or_fewer_than_asked(recwarn):
+    draw("cir", task_images=10)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"scenario.task_images=999: 10 of 10 tasks hold fewer, "):
+        draw("cir", task_images=999)
+    with pytest.warns(UserWarning, match=r"scenario.tasks=400: \d+ of them have no class"):
+        draw("cir", task_images=10, tasks=400, first=0.01, zipf=20.0)
+
+
 def test_si_blurry_keeps_some_classes_apart_and_leads_images_of_the_others_astray():
     for seed in range(5):
         tasks = draw("si_blurry", seed, tasks=5)
