@@ -127,8 +127,8 @@ def cir(
         )
     if len(held) < options.tasks:
         notes.append(
-            f"scenario.tasks={options.tasks}: {options.tasks - len(held)} of them have no class and "
-            "are left out"
+            f"scenario.tasks={options.tasks}: {options.tasks - len(held)} of them have no class "
+            "and are left out"
         )
     for text in notes:
         warnings.warn(f"{text} (scenario.order=cir)", stacklevel=2)
