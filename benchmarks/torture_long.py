@@ -79,7 +79,7 @@ class Look(NamedTuple):
     resident: int  # bytes of the process
     tensors: int  # bytes of all tensors that are alive, each storage once
     objects: int  # that Python's collector knows
-    checkpoint: int  # bytes of last.pt
+    checkpoint: int  # bytes of last.pt and its packs
     rows: int  # bytes of batches.jsonl
 
 
@@ -91,12 +91,12 @@ def look(batches: int, folder: Path) -> Look:
         for t in known
         if type(t) in (Tensor, nn.Parameter)
     }
-    saved, rows = (p.stat().st_size if (p := folder / f).exists() else 0 for f in FILES)
+    saved, rows = (sum(p.stat().st_size for p in folder.glob(f)) for f in FILES)
     durations = 9 * min(batches // EVERY * EVERY, DURATIONS)  # see TEXT
     return Look(batches, resident(), sum(storages.values()), len(known), saved - durations, rows)
 
 
-FILES = ("last.pt", "batches.jsonl")
+FILES = ("last*.pt", "batches.jsonl")
 EVERY = 10  # batches between checkpoints
 KERNELS = 16  # convolutions that oneDNN keeps compiled, one for each batch size; else 1,024
 

@@ -12,13 +12,14 @@ import torch
 from driftline.core import distributed
 from driftline.core.errors import UserError
 from driftline.core.files import BadFile, Damaged, read_checked, write_checked
+from driftline.core.packs import Packs
 from driftline.core.record import RunLogger
 from driftline.core.seed import rng_state, set_rng_state
 from driftline.core.strategy import Strategy
 
 # 2: with the run's key and a checksum; 3: state of inner strategies; 4: with the guard;
-# 5: with the answers to probes; 6: with whether anything was drawn
-KIND = "checkpoint-6"
+# 5: with the answers to probes; 6: with whether anything was drawn; 7: what stays in packs
+KIND = "checkpoint-7"
 LAST = "last.pt"  # in a run folder, until the run is finished
 
 
@@ -86,6 +87,7 @@ class Checkpointer:
     ) -> None:
         self.log, self.signals, self.key, self.every, self.say = log, signals, key, every, say
         self.path = log.folder / LAST
+        self.packs = Packs(self.path, KIND, key)
         self._since = 0
 
     def load(self) -> dict[str, Any] | None:
@@ -105,7 +107,8 @@ class Checkpointer:
             return None
         try:
             with read_checked(self.path, KIND, self.key) as file:
-                state = torch.load(file, weights_only=True, map_location="cpu")
+                saved = torch.load(file, weights_only=True, map_location="cpu")
+            state = self.packs.read(saved)
             self.log.rewind(state["log"], state["sums"])
         except Damaged as error:
             self.say(f"{error}; this run begins again")
@@ -169,5 +172,7 @@ class Checkpointer:
             "log": self.log.offsets(),
             "sums": dict(self.log.sums),
         }
+        saved = self.packs.write(state)
         with write_checked(self.path, KIND, self.key) as file:
-            torch.save(state, file)
+            torch.save(saved, file)
+        self.packs.tidy()

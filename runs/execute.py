@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from driftline.core import distributed
+from driftline.core import distributed, packs
 from driftline.core.arrivals import Clock
 from driftline.core.build import build, nodes
 from driftline.core.checkpoint import LAST, Checkpointer, Signals, Stopped
@@ -297,7 +297,7 @@ def _execute(
         summary["rows"] = log.checksums()
         log.finish(summary)
         if distributed.rank0() and not cfg.checkpoint.keep:
-            (folder / LAST).unlink(missing_ok=True)
+            packs.remove(folder / LAST)
     finally:
         if use is not None:
             use.end()
