@@ -152,7 +152,7 @@ def _digest(tensor: Tensor) -> str:
     """Of type, shape and bytes."""
     values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     name = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    return hashlib.blake2b(values, digest_size=16, key=name[:64]).hexdigest()
+    return hashlib.blake2b(values.data, digest_size=16, key=name[:64]).hexdigest()
 
 
 def _each(value: Any, tensor: Callable[[Tensor], Any], mark: Callable[[Any], Any] = dict) -> Any:
