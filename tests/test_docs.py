@@ -324,7 +324,9 @@ def test_every_rule_is_described():
 def test_every_golden_case_of_a_method_counts_in_the_table():
     counted = [fact["golden"] for fact in papers.facts().values() if "golden" in fact]
     matched = {p for patterns in counted for g in patterns for p in methods_table.GOLDEN.glob(g)}
-    rest = {p.stem for p in methods_table.GOLDEN.rglob("*.json")} - {p.stem for p in matched}
+    of_rules = {*(methods_table.GOLDEN / "merging").glob("*.json")}  # docs/merging.md counts them
+    files = {*methods_table.GOLDEN.rglob("*.json")} - of_rules
+    rest = {p.stem for p in files} - {p.stem for p in matched}
     assert rest == {
         "cl_metrics",
         "lists",
