@@ -146,6 +146,7 @@ class AdaB2N(DERpp):
     """
 
     needs = frozenset({"features", "batch_norm", OWN_CLASSES})
+    unmergeable = "its norms have one more weight with each task"
     prefers = "cnn"
 
     def __init__(

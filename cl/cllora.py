@@ -121,6 +121,7 @@ class CLLoRA(CLStrategy):
     """
 
     needs = frozenset({"features", OWN_CLASSES})
+    unmergeable = "its task adapters score the classes of their own tasks"
     owner: Tensor  # int64 [C], task of each class; -1: no mean yet
 
     def __init__(

@@ -116,6 +116,7 @@ class NewRanks(Finetune):
     """
 
     needs = Finetune.needs | {BOUNDARIES}
+    unmergeable = "each task has ranks of its own, which add up"
 
     def __init__(
         self,

@@ -105,6 +105,7 @@ class Ease(CLStrategy):
     """
 
     needs = frozenset({"features", OWN_CLASSES})
+    unmergeable = "it scores an image in the subspace of the adapters of each task"
     means: Tensor  # float [S, C, D]
     owner: Tensor  # int64 [C], task of each class; -1: no means yet
     finished: Tensor  # int64 [], tasks whose means exist

@@ -79,6 +79,7 @@ class Finetune(CLStrategy):
 
     needs = frozenset({"features"})
     averageable = True
+    unmergeable = ""
 
     def __init__(
         self,
@@ -106,6 +107,8 @@ class Finetune(CLStrategy):
                 "use strategy=finetune adapter=..."
             )
         self.bank = None if adapter is None else adapter.bank(backbone)
+        if trains == "head":
+            self.unmergeable = "the head alone learns"
         if trains == "head" or adapter is not None:
             backbone.requires_grad_(False)
         if adapter is not None and self.bank is not None:

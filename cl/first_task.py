@@ -39,6 +39,7 @@ class FirstTask(CLStrategy):
     """
 
     needs = frozenset({"features"})
+    unmergeable = "it learns in the first task alone"
 
     def __init__(
         self,

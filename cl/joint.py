@@ -36,6 +36,7 @@ class Joint(Finetune):
 
     needs = Finetune.needs | {OWN_CLASSES}
     averageable = False
+    unmergeable = "it learns all tasks so far together"
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ class LAE(CLStrategy):
 
     needs = frozenset({"features", BOUNDARIES})
     averageable = True
+    unmergeable = ""
     outputs = "probabilities"
 
     def __init__(

@@ -113,6 +113,7 @@ class Mos(CLStrategy):
     """
 
     needs = frozenset({"features", OWN_CLASSES})
+    unmergeable = "it chooses the adapters of a task for each image"
     # float [T, P], sum of the stored sets 0..t as they were stored; the newest alone, [1, P], where
     # no earlier one is pulled any more
     prefix: Tensor

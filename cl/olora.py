@@ -180,6 +180,7 @@ class OLoRA(CLStrategy):
 
     needs = frozenset({"features", BOUNDARIES})
     averageable = True
+    unmergeable = "it adds up the updates of all tasks, each in tensors of its own"
 
     def __init__(
         self,

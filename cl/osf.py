@@ -131,6 +131,7 @@ class OSF(CLStrategy):
     """
 
     needs = frozenset({"features", BOUNDARIES})
+    unmergeable = "it splits the weights anew for each task"
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class Prompted(CLStrategy):
 
     needs = frozenset({"features"})
     averageable = True
+    unmergeable = "prompts of a pool are chosen for each image"
 
     def __init__(
         self, backbone: Backbone, *, seed: int, num_classes: int, epochs: Count, optim: Optim

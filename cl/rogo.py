@@ -115,6 +115,7 @@ class ROGO(Finetune):
 
     needs = Finetune.needs | {BOUNDARIES}
     averageable = False
+    unmergeable = "it confines each task to directions that the earlier ones left free"
     prefers = "vit"
 
     def __init__(

@@ -176,6 +176,7 @@ class SEMA(CLStrategy):
     """
 
     needs = frozenset({"features", BOUNDARIES})
+    unmergeable = "it mixes the adapters of several tasks for each image"
     phase: Phase
 
     def __init__(

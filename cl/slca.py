@@ -125,6 +125,7 @@ class SLCA(CLStrategy):
     """
 
     needs = frozenset({"features", OWN_CLASSES})
+    unmergeable = ""
     prefers = "vit"
     carried: Tensor  # float [P], the heads as the task has left them, without the alignment
 

@@ -110,6 +110,7 @@ class SSIAT(CLStrategy):
     """
 
     needs = frozenset({"features", OWN_CLASSES})
+    unmergeable = ""
     shift_images: Tensor  # float [], images behind a shift of the last task, mean over classes
 
     def __init__(

@@ -35,6 +35,7 @@ class Stacked(CLStrategy):
 
     needs = frozenset({"features", BOUNDARIES})
     averageable = True
+    unmergeable = "it adds up the updates of all tasks, each in tensors of its own"
     head: ExpandingLinear
 
     def __init__(

@@ -99,6 +99,9 @@ class Tuna(CLStrategy):
     """
 
     needs = frozenset({"features", OWN_CLASSES})
+    unmergeable = (
+        "it chooses the adapters of a task for each image and merges all of them by itself"
+    )
     owner: Tensor  # int64 [C], task of each class
     finished: Tensor  # int64 [], tasks that have ended
 

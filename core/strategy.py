@@ -309,6 +309,8 @@ class CLStrategy(Strategy):
     """A continual-learning method: `begin_task`, `observe` per batch, `end_task`, `predict`."""
 
     averageable: bool = False  # True: what optimisers move is all of the answer that ever changes
+    # Why the weights that tasks train cannot be merged (`around=merge`); empty: they can.
+    unmergeable: str = "no weights of it go on from task to task"
     epochs: int = 0  # passes over the training images of a task
 
     def __init__(self, backbone: nn.Module, *, seed: int = 0) -> None:
@@ -563,6 +565,7 @@ class TaskWrapper(Around, CLStrategy):
     """A rule around a method that learns tasks; a subclass changes what it is for."""
 
     inner: CLStrategy
+    unmergeable = "it is a rule itself, and this one goes around none"
 
     def __init__(self, inner: CLStrategy) -> None:
         super().__init__(inner)

@@ -241,6 +241,7 @@ QUICK_RULES: dict[str, dict[str, Any]] = {
     "reset_on_collapse": {"below": 2.0, "ema": 0.5},
     "window": {"length": 3},
     "weight_average": {"decay": 0.9, "every": 2},
+    "merge": {"rule": "dare_ties", "start": "last"},
     "rails": {"images": 4, "few": 3, "gate": 0.99},
 }
 # Kinds that a method refuses: O-LoRA sums the updates of all tasks.
@@ -343,6 +344,7 @@ PLAIN = strategies()
 OF_FILES = [c for c in PLAIN if c.name in {p.stem for p in CONF.glob("*")}]
 IN_RULES = [c for rule in RULES if rule != RULE for c in wrapped(OF_FILES, rule)]
 IN_RULES = [c for c in IN_RULES if c.name.split("-")[0] in INSIDE]
+IN_RULES = [c for c in IN_RULES if c.rule != "merge" or not c.kind.unmergeable]
 CASES = PLAIN + wrapped(OF_FILES) + IN_RULES
 
 
