@@ -98,6 +98,8 @@ class Ease(CLStrategy):
         reweight: `code`: alpha over the number of other subspaces; `paper`: alpha.
         recalc_sim: see `complete`.
         use_init_ptm: one more subspace, the pretrained network without adapter, weight `beta`.
+        sets: `each`: adapters of its own for each task. `one`: the same ones go on, and class means
+            stay as they were measured; for `around=merge`, which merges instead of growing.
 
     Raises:
         UserError: for a network that lacks the points of `adapter`.
@@ -105,7 +107,7 @@ class Ease(CLStrategy):
     """
 
     needs = frozenset({"features", OWN_CLASSES})
-    unmergeable = "it scores an image in the subspace of the adapters of each task"
+    unmergeable = "each task has a subspace of its own unless strategy.sets=one"
     means: Tensor  # float [S, C, D]
     owner: Tensor  # int64 [C], task of each class; -1: no means yet
     finished: Tensor  # int64 [], tasks whose means exist
@@ -124,6 +126,7 @@ class Ease(CLStrategy):
         recalc_sim: bool,
         use_init_ptm: bool,
         beta: NonNegative,
+        sets: Literal["each", "one"],
     ) -> None:
         super().__init__(backbone, seed=seed)
         backbone.eval().requires_grad_(False)
@@ -132,6 +135,9 @@ class Ease(CLStrategy):
         self.adapter, self.optim = adapter, optim
         self.alpha, self.beta, self.reweight = alpha, beta, reweight
         self.recalc_sim, self.use_init_ptm = recalc_sim, use_init_ptm
+        self.one = sets == "one"
+        if self.one:
+            self.unmergeable = ""
         self.bank = adapter.bank(backbone)
         self.head: CosineHead | None = None
         self.names: list[str] = []  # sets, one a task
@@ -145,19 +151,22 @@ class Ease(CLStrategy):
 
     def grow(self, task: Task) -> None:
         """A fresh adapter set and head; zero rows for the means that `end_task` will fill."""
-        for name in self.names:
-            self.bank.freeze(name)
-        name, draws = f"task{task.index}", self.rng("init")
-        learned = self.adapter.add(self.bank, name, draws)
-        self.names.append(name)
+        later, new = self.head is not None, not (self.one and self.names)
+        draws = self.rng("init")
+        if new:
+            for name in self.names:
+                self.bank.freeze(name)
+            self.names.append(f"task{task.index}")
+            self.adapter.add(self.bank, self.names[-1], draws)
+        name = self.names[-1]
+        learned = self.bank.parameters_of(name)
         width = self.means.shape[2]
         self.head = CosineHead(width, len(task.classes), draws).to(self.device)
         self.columns = task.classes
         added = max(0, task.classes.stop - len(self.owner))
-        self.means = F.pad(self.means, (0, 0, 0, added, 0, 1))
+        self.means = F.pad(self.means, (0, 0, 0, added, 0, int(new)))
         self.owner = F.pad(self.owner, (0, added), value=-1)
 
-        later = len(self.names) > 1
         self.epochs = self.all_epochs[later]
         self.task_optim = self.optim.of_task(int(later))
         self.optimizer = self.task_optim.optimizer(
@@ -195,7 +204,8 @@ class Ease(CLStrategy):
     @torch.no_grad()
     def end_task(self, task: Task) -> None:
         """Means of the classes of `task` in every subspace, then those that old classes lack."""
-        self.bank.freeze(self.names[-1])
+        if not self.one:
+            self.bank.freeze(self.names[-1])
         spaces, device = self._spaces(len(self.names)), self.device
         labels = torch.arange(task.classes.start, task.classes.stop, device=device)
         size = len(spaces), len(labels), self.means.shape[2]
@@ -235,10 +245,10 @@ class Ease(CLStrategy):
     # -------------------------------------------------------------- prediction
 
     def extractors(self) -> dict[str, str]:
-        """The finished sets (and the network without any), which never change again."""
+        """The finished sets (and the network without any), which change with `sets=one` alone."""
         names = self._spaces(int(self.finished))
         for name in names:
-            if name not in self._hashes:
+            if name not in self._hashes or self.one:
                 adapted = name != PRETRAINED
                 self._hashes[name] = (
                     weights_hash(self.bank.sets[name].state_dict()) if adapted else ""
@@ -273,11 +283,11 @@ class Ease(CLStrategy):
         """Scores [B, C_seen] for x float [B, 3, H, W] in [0, 1]; 0 until a task has ended."""
         if not int(self.finished):
             return x.new_zeros(len(x), len(self.owner))
-        names = list(self.extractors())
+        names = self._spaces(int(self.finished))
         return self.classify(dict(zip(names, self.embed(x, names), strict=True)))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
         self._hashes.clear()
-        for name in self.names[: int(self.finished)]:
+        for name in () if self.one else self.names[: int(self.finished)]:
             self.bank.freeze(name)

@@ -23,6 +23,7 @@ SINCE: dict[str, dict[str, Any]] = {
     "driftline.backbones.load.timm_backbone": {"checkpoint_key": None},
     "driftline.backbones.load.torchvision_backbone": {"checkpoint_key": None},
     "driftline.backbones.load.robustbench_backbone": {"checkpoint_key": None},
+    "driftline.cl.ease.Ease": {"sets": "each"},
     "driftline.cl.finetune.Finetune": {"adapter": None},
     "driftline.tta.tent.Tent": {"adapter": None},
     "driftline.streams.shifts.corruption_stream": {

@@ -173,6 +173,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"loss_scope": "seen", "pairs": "all", "capacity": 12, "replay_batch": 3},
         None,
     ),
+    "ease-one": ("ease", {"sets": "one", "rank": 4}, None),
     "ease-adam": ("ease", {"use_init_ptm": True, "optim": {"kind": "adam"}}, None),
     "tuna-merged": (
         "tuna",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from conftest import copied, equal, rule_node
-from test_contract import OF_FILES, Case, construct, drive, images, tasks, with_other_kinds
+from test_contract import OF_FILES, PLAIN, Case, construct, drive, images, tasks, with_other_kinds
 from torch import Tensor
 
 from driftline.core.build import build
@@ -19,6 +20,7 @@ from driftline.parts.rules.merge import Merge
 
 METHODS = [case for case in OF_FILES if not case.adapts]
 MERGEABLE = [case for case in METHODS if not construct(case).unmergeable]
+MERGEABLE += [case for case in PLAIN if case.name == "ease-one"]
 ids = dict(ids=lambda case: case.name)
 
 
@@ -64,7 +66,9 @@ def test_around_every_method_the_mean_of_two_tasks(case):
 @pytest.mark.parametrize("case", [c for c in METHODS if c not in MERGEABLE], **ids)
 def test_a_method_whose_tasks_share_no_weights_is_refused(case):
     why = construct(case).unmergeable
-    with pytest.raises(UserError, match=f"around=merge: {case.kind.__name__} has nothing.*{why};"):
+    with pytest.raises(
+        UserError, match=rf"around=merge: {case.kind.__name__} has nothing.*{re.escape(why)};"
+    ):
         around(construct(case))
 
 
@@ -155,3 +159,22 @@ def test_predictions_are_those_of_the_merged_weights():
     plain.load_state_dict(rule.inner.state_dict())
     (x,) = images(case, 4)
     torch.testing.assert_close(rule.predict(x), plain.predict(x))
+
+
+def test_ease_with_one_set_does_not_grow_and_answers_with_all_class_means():
+    case = next(c for c in PLAIN if c.name == "ease-one")
+    rule = around(construct(case), rule="opcm")
+    sizes, hashes = [], []
+    one: Any = rule.inner
+    for task in tasks(case.name)[:3]:
+        learn(rule, task)
+        hashes += one.extractors().values()
+        assert len(one.bank.sets) == 1 and one.means.shape[:2] == (1, task.classes.stop)
+        sizes.append(sum(p.numel() for n, p in one.named_parameters() if n.startswith("bank.")))
+    assert len(set(sizes)) == 1 and rule.report()["merge_sets"] == 2
+    (x,) = images(case, 4)
+    features = torch.nn.functional.normalize(one.bank.features(x, one.names[0]), dim=1)
+    want = features @ torch.nn.functional.normalize(one.means[0], dim=1).T
+    torch.testing.assert_close(rule.predict(x), want)
+    assert one.means[0].any(1).all()
+    assert len(set(hashes)) == 3, "kept features would be those of an older set"

@@ -122,7 +122,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "backbone": (["first", "network", "--rule", "ties"], "another backbone"),
     "shape": (["first", "rank", "--rule", "ties"], r"is \[4, .* in set 1 and \[8, .* in set 0"),
     "names": (["first", "kind", "--rule", "ties"], "do not hold the same tensors: 'bank"),
-    "grows": (["first", "ease", "--rule", "ties"], "strategy=ease cannot be merged: it scores"),
+    "grows": (["first", "ease", "--rule", "ties"], "strategy=ease cannot be merged: each task has"),
     "head": (["probe", "first", "--rule", "ties"], "strategy=linear_probe .* the head alone"),
     "adapts": (["first", "tent", "--rule", "ties"], "strategy=tent adapts at test time"),
     "rule around": (["first", "averaged", "--rule", "ties"], "around=weight_average answers"),
