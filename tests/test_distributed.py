@@ -123,14 +123,14 @@ def tensors(folder: str | Path) -> dict[str, Tensor]:
     return state["strategy"]["tensors"] | {"draws": state["rng"]["torch"]}
 
 
-MORE = [
+RELEASE = [
     pytest.param(name, marks=pytest.mark.release)
     for name in ("finetune", "olora", "mos", "coda", "inflora")
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["lae", "ease", "dualprompt", *MORE])
+@pytest.mark.parametrize("strategy", ["lae", "ease", "dualprompt", *RELEASE])
 def test_two_processes_give_the_run_of_one(configure, tmp_path, strategy):
     words = [*settings(strategy), "checkpoint.keep=true"]
     one = run_experiment(configure(*words), [])
