@@ -56,6 +56,11 @@ class Metric:
     def arrow(self) -> str:
         return {"lower": " ↓", "higher": " ↑", "": ""}[self.better]
 
+    @property
+    def called(self) -> str:
+        """How its column is headed, where a reader could not tell the name from that."""
+        return f", in tables {self.head}" if self.head and "<" not in self.name else ""
+
 
 GEM = "Lopez-Paz and Ranzato, NeurIPS 2017"
 WALK = "Chaudhry et al., ECCV 2018"
@@ -133,7 +138,7 @@ METRICS = [
            "Error on clean images after the stream, adapting to them."),
     Metric("source_forgetting_adapting", "memory", "lower", 2, "points",
            "As source_forgetting, while a copy of the method adapts to the clean images.",
-           EATA, still=0),
+           EATA, head="sf_adapting", still=0),
     Metric("nfa", "task", "higher", 2, "%",
            "Near-future accuracy: on a batch that comes so much later that recent labels no longer "
            "help, before it is learned.", "Hammoud et al., ICCV 2023"),
@@ -287,7 +292,7 @@ def of_group(group: Group) -> list[str]:
 
 
 def sentences(names: Iterable[str]) -> list[tuple[str, str, str]]:
-    """For each metric: its name with the arrow, the definition with the unit, and the source.
+    """For each metric: its name with arrow and heading, the definition with unit, the source.
 
     Metrics of one family, such as the errors of all domains, are told once.
     """
@@ -295,6 +300,6 @@ def sentences(names: Iterable[str]) -> list[tuple[str, str, str]]:
     for metric in map(define, names):
         unit = f" In {metric.unit}." if metric.unit not in ("", "%") else ""
         percent = " Percent." if metric.unit == "%" else ""
-        head = f"{metric.name}{metric.arrow}"
+        head = f"{metric.name}{metric.arrow}{metric.called}"
         told.setdefault(metric.name, (head, f"{metric.text}{unit}{percent}", metric.source))
     return list(told.values())

@@ -11,9 +11,12 @@ from driftline.analysis.tables import Table, anchor, as_html, definitions
 
 CSS = """
 :root { color-scheme: light dark; --text: #1d1d1b; --back: #fff; --line: #dcdcd8; --soft: #f5f5f2;
-  --faint: #5a5a57; --link: #00548a; --warn: #fff4d8; --edge: #e69f00; }
+  --faint: #5a5a57; --link: #00548a; --warn: #fff4d8; --edge: #e69f00;
+  --worse: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --text: #e8e8e6; --back: #161616; --line: #3c3c3c;
-  --soft: #212121; --faint: #a8a8a8; --link: #7cc4f5; --warn: #33290f; } }
+  --soft: #212121; --faint: #a8a8a8; --link: #7cc4f5; --warn: #33290f;
+  --worse: #ff8a80; }
+  img { filter: brightness(.88); } figure .scroll { background: #e0e0e0; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; padding: 1.2rem 1.2rem 4rem; max-width: 1240px; color: var(--text);
@@ -41,10 +44,9 @@ tr > th:first-child { background: var(--soft); }
 .words td, .words th { text-align: left; }
 th a { color: inherit; text-underline-offset: 3px; text-decoration-style: dotted; }
 u { text-underline-offset: 3px; }
-.worse { color: #b3261e; font-weight: 700; }
+.worse { color: var(--worse); font-weight: 700; }
 dt { font-weight: 600; margin-top: .6rem; }
 dd { margin: 0 0 0 1rem; }
-@media (prefers-color-scheme: dark) { .worse { color: #ff8a80; } }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr));
   gap: 1rem; align-items: start; margin-top: 1.6rem; }
 figure { margin: 0; min-width: 0; }

@@ -333,10 +333,10 @@ def _about_marks(runs: pd.DataFrame, used: pd.DataFrame, marks: dict[Any, int]) 
     if STILL in marks.values():
         fixed = used.loc[used["rank"] == STILL]
         names = [m for m in methods_in_order(runs) if m in set(fixed["method"])]
-        what = list(dict.fromkeys(define(m).name for m in fixed["metric"]))
+        what = list(dict.fromkeys(define(m).head or define(m).name for m in fixed["metric"]))
         why = (
             "time is counted in units of the source's own"
-            if all(m.startswith("time/") for m in what)
+            if fixed["metric"].str.startswith("time/").all()
             else "answers to held-out images never changed, so that nothing could be lost"
         )
         said.append(f"Not ranked in {_in_words(what)}: {_in_words(names)} ({why}).")
@@ -372,7 +372,7 @@ def grid(runs: pd.DataFrame, metrics: Sequence[str], what: str = "") -> Table:
             f["published"] if f is not None and f["comparable"] is True else None for f in here
         ]
         if any(value is not None for value in theirs):
-            head.append(f"{metric}, published")
+            head.append(f"{name}, published")
             of_column.append(metric)
             for row, value in zip(rows, theirs, strict=True):
                 row.append("" if value is None else number(value, metric))
@@ -507,7 +507,7 @@ def tables_of(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> list[Table]:
 
 
 def definitions(tables: Sequence[Table]) -> list[tuple[str, str, str]]:
-    """Name with arrow, definition and source of every metric that the tables show."""
+    """Name with arrow and heading, definition and source of every metric in the tables."""
     shown = dict.fromkeys(m for table in tables for m in table.metrics if m)
     return sentences(shown)
 

@@ -48,6 +48,7 @@ def make(
     seed: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    input_size: int | None = None,
     **options: Any,
 ) -> Strategy:
     """A strategy with the settings of conf/strategy/NAME.yaml around a network.
@@ -63,6 +64,9 @@ def make(
         num_classes: of the whole stream; None: the outputs of the network.
         seed: of everything the method draws.
         mean, std: per channel, of images in [0, 1]; None: the network normalises by itself.
+        input_size: side in pixels of the images that the network is for; None: what it says of
+            itself (networks of timm, transformers of torchvision and of transformers, Inception),
+            else 224. Prompts on images and auxiliary networks are made for it.
         options: settings of the strategy or of a node in it, by name (`lr=1e-3`, `rank=4`) or
             dotted where two have one name (`**{"warmup.optim.lr": 1e-4}`); `adapter` names a file
             of conf/adapter, `around` one or several rules of conf/around, from the inside out.
@@ -81,7 +85,7 @@ def make(
     node = settings(strategy, **options)
     words = [f"strategy={strategy}", f"around=[{','.join(names)}]"]
     around = composed(words).around if names else OmegaConf.create({})
-    backbone = net if isinstance(net, Backbone) else wrap(net, mean, std)
+    backbone = net if isinstance(net, Backbone) else wrap(net, mean, std, input_size)
     kind = locate(node._target_)
     classes = num_classes or backbone.num_classes
     if issubclass(kind, CLStrategy) and not classes:
@@ -96,6 +100,7 @@ def make(
         "num_classes": classes,
         "mean": None if mean is None else list(mean),
         "std": None if std is None else list(std),
+        "input_size": input_size,
     }
     prepares = issubclass(kind, TTAStrategy) and kind.uses_source(node)
     before = deepcopy(backbone) if prepares else None

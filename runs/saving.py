@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import driftline.core.vision  # noqa: F401  # isort: skip
+from torchvision.models import Inception3
 
 from driftline.backbones.backbone import Backbone, weights_hash
 from driftline.core.build import build
@@ -182,11 +183,19 @@ def _network(path: Path, net: nn.Module | None, made_of: Mapping[str, Any]) -> B
         return backbone
     if isinstance(net, Backbone):
         return net
-    return wrap(net, made_of["mean"], made_of["std"])
+    return wrap(net, made_of["mean"], made_of["std"], made_of.get("input_size"))
 
 
-def wrap(net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> Backbone:
+def wrap(
+    net: nn.Module,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    input_size: int | None = None,
+) -> Backbone:
     """A network of somebody else as a backbone, on its device.
+
+    Args:
+        mean, std, input_size: as in `driftline.make`.
 
     Raises:
         UserError: for what is no network.
@@ -196,16 +205,30 @@ def wrap(net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | No
             f"the network must be a torch.nn.Module, an object and not its class or name, got "
             f"{net if isinstance(net, str | type) else type(net).__name__!s}"
         )
-    published: Any = getattr(net, "pretrained_cfg", {})
-    sizes = [  # of timm: of its transformers, then of its published weights
-        getattr(getattr(net, "patch_embed", None), "img_size", None),
-        published.get("input_size"),
-    ]
-    known = next((int(size[-1]) for size in sizes if size), 224)
-    backbone = Backbone(net.eval(), mean=mean, std=std, input_size=known)
+    if input_size is not None and (not isinstance(input_size, int) or input_size < 1):
+        raise UserError(f"input_size must be a number of pixels above 0, got {input_size!r}")
+    side = input_size or _own_size(net) or 224
+    backbone = Backbone(net.eval(), mean=mean, std=std, input_size=side)
     backbone.checks_images = True
     first = next(net.parameters(), torch.empty(0))
     return backbone.to(first.device)  # its mean and std were made on the CPU
+
+
+def _own_size(net: nn.Module) -> int | None:
+    """The side in pixels that a network says it is for, or None."""
+    published: Any = getattr(net, "pretrained_cfg", None) or {}
+    sizes: list[Any] = [
+        getattr(getattr(net, "patch_embed", None), "img_size", None),  # transformers of timm
+        published.get("input_size"),  # weights of timm
+        getattr(net, "image_size", None),  # transformers of torchvision
+        getattr(getattr(net, "config", None), "image_size", None),  # networks of transformers
+        299 if isinstance(net, Inception3) else None,
+    ]
+    for size in sizes:
+        last = size[-1] if isinstance(size, tuple | list) and size else size
+        if isinstance(last, int) and last > 0:
+            return last
+    return None
 
 
 def _check_targets(node: Any, path: Path) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +14,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 import driftline
 from driftline.backbones.backbone import Backbone, scores_of
@@ -172,10 +177,59 @@ def test_learning_in_inference_mode_says_why_it_cannot() -> None:
         assert tent.adapt(IMAGES).shape == (4, 5)
 
 
-def test_the_size_of_a_timm_network_is_known() -> None:
-    sized = timm.create_model("test_vit", img_size=64, num_classes=2)
-    for net, size in ((sized, 64), (timm.create_model("test_resnet", num_classes=2), 160)):
-        assert driftline.make("source", net).backbone.input_size == size
+class Configured(Net):
+    """Says its size as networks of transformers do."""
+
+    def __init__(self, image_size: Any) -> None:
+        super().__init__(lambda s: s)
+        self.config = SimpleNamespace(image_size=image_size)
+
+
+SIZED: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "timm, transformer": (lambda: timm.create_model("test_vit", img_size=64, num_classes=2), 64),
+    "timm, weights": (lambda: timm.create_model("test_resnet", num_classes=2), 160),
+    "torchvision, transformer": (
+        lambda: VisionTransformer(32, 16, 1, 2, 8, 8, num_classes=2),
+        32,
+    ),
+    "torchvision, Inception": (
+        lambda: torchvision.models.inception_v3(weights=None, num_classes=2, init_weights=False),
+        299,
+    ),
+    "transformers": (lambda: Configured(48), 48),
+    "transformers, two": (lambda: Configured([48, 48]), 48),
+    "transformers, none": (lambda: Configured(None), 224),
+    "own": (lambda: Net(lambda s: s), 224),
+}
+
+
+@pytest.mark.parametrize("kind", SIZED)
+def test_the_size_that_a_network_says_of_itself_is_taken(kind: str) -> None:
+    net, size = SIZED[kind][0](), SIZED[kind][1]
+    method: Any = driftline.make("source", net)
+    assert method.backbone.input_size == size
+    with pytest.raises(UserError, match=f"Its input_size is {size}: give it images of that size"):
+        method.backbone.net.forward = unhappy
+        method.predict(torch.rand(2, 3, 20, 20))
+    assert driftline.make("source", net, input_size=20).backbone.input_size == 20
+
+
+def unhappy(x: Tensor) -> Tensor:
+    raise RuntimeError("the size does not match")
+
+
+def test_a_size_that_is_given_reaches_prompts_and_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="input_size= of driftline.make"):
+        driftline.make("vdp", Net(lambda s: s)).adapt(IMAGES)
+    method = driftline.make("vdp", Net(lambda s: s), input_size=16)
+    before = deepcopy(method.backbone.net)
+    scores = method.adapt(IMAGES)
+    driftline.save(method, tmp_path / "one.safetensors")
+    loaded = driftline.load(tmp_path / "one.safetensors", before)
+    assert scores.shape == (4, 5) and loaded.adapt(IMAGES).equal(method.adapt(IMAGES))
+    for wrong in (0, -1, 16.0, "16"):
+        with pytest.raises(UserError, match="input_size must be a number of pixels above 0"):
+            driftline.make("source", Net(lambda s: s), input_size=wrong)
 
 
 def test_other_faults_stay_what_they_are() -> None:

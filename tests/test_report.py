@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import sys
 
@@ -13,9 +14,11 @@ from test_analysis import write_run
 
 from driftline.analysis import load_runs, select
 from driftline.analysis.metrics import METRICS, define, sentences
+from driftline.analysis.page import CSS
 from driftline.analysis.plots import COLOURS, domains, looks
 from driftline.analysis.tables import (
     WORSE,
+    as_html,
     by_place,
     domain_table,
     grid,
@@ -147,6 +150,57 @@ def test_every_column_of_a_report_is_defined_on_its_page(tmp_path, kind):
         assert [head for head, metric in columns.items() if not metric] == ["strategy", "runs"]
         for metric in filter(None, columns.values()):
             assert all(define(metric).text in text for text in [page, *texts]), metric
+
+
+def test_headings_are_narrow_and_lead_to_a_definition_that_says_them(tmp_path):
+    for name in ("tent", "cotta"):
+        cost = {"seconds_total": 2.0, "state_bytes": 2**21}
+        write_run(tmp_path / "runs", name, metrics=MOVED | {"source_forgetting_adapting": 2.0},
+                  summary={"cost": cost})  # fmt: skip
+    report([tmp_path / "runs"], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    heads = re.findall(r'<th><a href="#([^"]+)">([^<]+)</a></th>', page)
+    assert "sf_adapting ↓" in {head for _, head in heads}
+    for target, head in heads:
+        assert len(head) <= 24, head
+        (meaning,) = re.findall(rf'<dt id="{target}">([^<]+)</dt>', page)
+        name = head.removesuffix(" ↓").removesuffix(" ↑")
+        plain = html.unescape(meaning)
+        assert plain.startswith(("err/<", "method/<")) or name in plain, head
+        assert plain.replace("<", "&lt;") in tables, head
+
+
+@pytest.mark.parametrize("table", ["linked", "plain"])
+def test_each_table_scrolls_in_a_box_of_its_own(tmp_path, table):
+    write_run(tmp_path, "tent", metrics=MOVED)
+    shown = as_html(main_table(runs_of(tmp_path)), linked=table == "linked")
+    assert re.match(r'<div class="scroll" tabindex="0"><table>.*</table></div>', shown, re.S)
+    (box,) = re.findall(r"^\.scroll \{([^}]*)\}", CSS, re.M)
+    assert "overflow-x: auto" in box
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rgb or #rrggbb as WCAG 2 defines it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_can_be_read_on_its_ground_in_both_colour_schemes(scheme):
+    schemes = re.findall(r":root \{([^}]*)\}", CSS)
+    assert len(schemes) == 2
+    light, dark = (dict(re.findall(r"--([a-z]+): (#[0-9a-f]+)", one)) for one in schemes)
+    assert set(light) - set(dark) <= {"edge"}
+    colours = (light, light | dark)[scheme]
+    grounds = {"text": ("back", "soft", "warn"), "faint": ("back", "soft"), "link": ("back",)}
+    for ink, on in (grounds | {"worse": ("back", "soft")}).items():
+        for ground in on:
+            two = sorted((luminance(colours[ink]), luminance(colours[ground])))
+            assert (two[1] + 0.05) / (two[0] + 0.05) >= 4.5, (ink, ground)
+    assert not re.findall(r"[^-]color: #", CSS)  # each is one of those above
 
 
 # ------------------------------------------------------------------------------ what proves nothing

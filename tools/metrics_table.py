@@ -20,7 +20,8 @@ END = "<!-- end of definitions -->"
 
 
 def row(metric: Metric) -> str:
-    cells = (f"`{metric.name}`{metric.arrow}", metric.unit, metric.text, metric.source)
+    name = f"`{metric.name}`{metric.arrow}{metric.called}"
+    cells = (name, metric.unit, metric.text, metric.source)
     return f"| {' | '.join(cells)} |"
 
 

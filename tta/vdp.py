@@ -116,8 +116,8 @@ class VDP(TTAStrategy):
         if x.shape[-2:] != (self.side, self.side):
             raise UserError(
                 f"strategy=vdp has prompts for images of {self.side} pixels a side (input_size of "
-                f"the backbone), and these are {tuple(x.shape[-2:])}: set backbone.input_size, or "
-                "resize the images"
+                f"the backbone), and these are {tuple(x.shape[-2:])}: set backbone.input_size, in "
+                "the library input_size= of driftline.make, or resize the images"
             )
         after = self.side - self.first - prompts["specific"].shape[-1]
         margins = (self.first, after, self.first, after)
