@@ -26,6 +26,7 @@ import yaml
 from driftline.core.errors import UserError
 from driftline.core.files import Damaged, checksum, read_record
 from driftline.core.identity import VOLATILE, VOLATILE_DATA, typed_rules
+from driftline.core.paths import run_line
 
 MARKERS = {"summary.json", "config.yaml", "environment.json", "failure.txt"}
 IDENTITY = ("scenario", "strategy", "backbone", "seed")
@@ -67,7 +68,7 @@ def load_runs(*roots: str | Path) -> pd.DataFrame:
     files_of = {place: files for root in roots for place, files in _folders(Path(root))}
     if not files_of:
         places = " or ".join(map(str, roots))
-        raise UserError(f"no run under {places}; make one with python run.py root={roots[0]}")
+        raise UserError(f"no run under {places}; make one with {run_line(f'root={roots[0]}')}")
     rows = [_row(place, files) for place, files in files_of.items()]
     settings = [{k: row.pop(k) for k in list(row) if k.startswith("config.")} for row in rows]
     # As objects, so that an integer beside a missing value stays an integer.

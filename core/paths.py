@@ -19,6 +19,17 @@ CHECKOUT = (CONF.parent / "run.py").is_file()  # an installed package has `drift
 PAPERS = CONF.parent / "papers"  # core/papers.py
 
 
+def run_line(words: str = "") -> str:
+    """A run as it is typed: by run.py in a checkout, by the command of an installed package."""
+    return f"{'python run.py' if CHECKOUT else 'driftline'} {words}".rstrip()
+
+
+def script_line(name: str, words: str = "") -> str:
+    """A program of scripts/ as it is typed, and where it is, since a wheel does not hold it."""
+    typed = f"`{' '.join(filter(None, [f'python scripts/{name}.py', words]))}`"
+    return typed if CHECKOUT else f"{typed} in a checkout (the installed package has it not)"
+
+
 def expand_paths(node: DictConfig | ListConfig) -> None:
     """Replace a leading `~` or `~user` in every text below `node`, in place.
 

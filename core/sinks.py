@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from driftline.core.errors import UserError
+from driftline.core.paths import script_line
 from driftline.core.ranges import Count
 
 TABLES = ("batches", "experiences", "matrix")  # of a run folder, each a file of JSON lines
@@ -203,7 +204,7 @@ class WandbSink(Mirror):
         if settings["mode"] == "online" and not os.environ.get("WANDB_API_KEY"):
             raise UserError(
                 "logger.wandb.mode=online needs a key: set WANDB_API_KEY, or stay offline and "
-                "upload later with `python scripts/sync_wandb.py`"
+                f"upload later with {script_line('sync_wandb')}"
             )
         import wandb
 

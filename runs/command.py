@@ -31,7 +31,7 @@ from driftline.core import papers
 from driftline.core.comments import settings
 from driftline.core.console import program
 from driftline.core.errors import UserError, shortage, suggest
-from driftline.core.paths import CHECKOUT, CONF, add_resolver
+from driftline.core.paths import CONF, add_resolver, run_line, script_line
 from driftline.core.torchrun import requested, speaks
 from driftline.runs import help
 
@@ -237,8 +237,7 @@ def _no_setting(word: str, before: str) -> str:
     """A word without `key=`, which may be the rest of a value with a blank."""
     text = f"{word!r} is no setting: a setting is typed key=value"
     if word in PROGRAMS:
-        where = "" if CHECKOUT else " in a checkout; an installed package has it not"
-        return f"{text}; {word} is a program: python scripts/{word}.py ...{where}"
+        return f"{text}; {word} is a program: {script_line(word, '...')}"
     key, sign, value = before.partition("=")
     if not sign or before.startswith("-"):
         return text
@@ -460,8 +459,8 @@ def check_launcher(words: list[str]) -> str | None:
     if {"-m", "--multirun"} & set(words) and requested() > 1:
         return (
             "torchrun takes one run, not a sweep (-m): leave -m out, or sweep without torchrun, "
-            "a process a run (python run.py -m ..., or python scripts/gpu_pool.py ... with a GPU "
-            "each)"
+            f"a process a run: `{run_line('-m ...')}`, or, with a GPU each, "
+            f"{script_line('gpu_pool', '...')}"
         )
     asked = [w.split("=")[1] for w in words if w.lstrip("+").startswith("hydra/launcher=")]
     if not asked:

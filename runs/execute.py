@@ -21,6 +21,7 @@ from driftline.core.console import Console
 from driftline.core.errors import UserError, shortage
 from driftline.core.estimates import Estimates
 from driftline.core.identity import VOLATILE, identity, method_folder, method_name
+from driftline.core.paths import run_line, script_line
 from driftline.core.provenance import Code, code_of, git_state
 from driftline.core.record import NoRecords, RunLogger, environment
 from driftline.core.runner import Context, reference, run_shifts, run_tasks
@@ -186,12 +187,12 @@ def _find_or_run(
 
 def _one_process(strategy: str) -> str:
     """Why an adaptation stream does not run under torchrun, and what to do instead."""
+    words = f"strategy={strategy} seed=0,1,2 'scenario.corruptions=[fog],[snow]'"
     return (
         f"strategy={strategy} adapts to a stream in which every batch depends on the one before: "
         "such a run takes one process. Several GPUs serve several runs, by seed or by domain: "
-        f"python scripts/gpu_pool.py strategy={strategy} seed=0,1,2 "
-        "'scenario.corruptions=[fog],[snow]' (a GPU each; on a cluster with --slurm, or python "
-        "run.py -m hydra/launcher=slurm ...)"
+        f"{script_line('gpu_pool', words)} (a GPU each; on a cluster with --slurm, or "
+        f"`{run_line('-m hydra/launcher=slurm ...')}`)"
     )
 
 

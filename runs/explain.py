@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from driftline.core import papers
 from driftline.core.comments import as_typed, comments, head
 from driftline.core.errors import UserError, suggest
-from driftline.core.paths import CONF
+from driftline.core.paths import CONF, run_line
 from driftline.runs import command, help
 
 WIDTH = 98
@@ -117,7 +117,8 @@ def _wanted(key: str, chosen: set[str], asked: list[str]) -> bool:
 
 
 def _overview() -> Iterator[str]:
-    yield "Groups of options (python run.py explain GROUP lists one, GROUP=OPTION its settings):"
+    listing = f"{run_line('explain GROUP')} lists one, GROUP=OPTION its settings"
+    yield f"Groups of options ({listing}):"
     for group, title in help.GROUPS.items():
         yield f"  {title if title.startswith(group) else group}"
     yield "\nSettings of any run:\n"

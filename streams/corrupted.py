@@ -16,6 +16,7 @@ from annotated_types import Ge, Le, MinLen, Predicate
 from torch import Tensor
 
 from driftline.core.errors import UserError, suggest
+from driftline.core.paths import script_line
 from driftline.core.ranges import Seed, distinct
 from driftline.core.seed import derive
 from driftline.streams import corruptions as C
@@ -347,5 +348,5 @@ def generated(root: Path, folders: Sequence[str]) -> Manifest | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / MANIFEST} is damaged: what these files are cannot be told. Generate them "
-            "again into another folder (scripts/generate_corruptions.py)"
+            f"again into another folder with {script_line('generate_corruptions')}"
         ) from error

@@ -23,6 +23,7 @@ from annotated_types import MinLen, Predicate
 
 from driftline.core.build import locate
 from driftline.core.errors import UserError
+from driftline.core.paths import script_line
 from driftline.core.ranges import Count, CountOrZero, Flat, Seed, distinct
 from driftline.core.seed import derive
 from driftline.streams.downloads import Download
@@ -55,7 +56,7 @@ class About:
         if self.download is None or not self.name:
             return ""
         what = "loads it" if self.download.by_program else "says how to get it"
-        return f"`python scripts/get_data.py {self.name} --to <data.root>` {what}. "
+        return f"{script_line('get_data', f'{self.name} --to <data.root>')} {what}. "
 
     @property
     def expected(self) -> str:

@@ -34,6 +34,7 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from driftline.core.errors import UserError, suggest
+from driftline.core.paths import script_line
 from driftline.core.ranges import (
     Count,
     CountOrZero,
@@ -125,15 +126,15 @@ def read_calibration(path: Path, names: Sequence[str]) -> Calibration:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{at} cannot be read as a calibration ({type(error).__name__}: {error}); make one "
-            "with scripts/calibrate_ccc.py"
+            f"with {script_line('calibrate_ccc')}"
         ) from error
     wanted = [(a, b) for a in names for b in names if a != b]
     missing = [pair for pair in wanted if pair not in found]
     if missing:
         raise UserError(
             f"{at} lacks {len(missing)} of {len(wanted)} pairs of corruptions (first: "
-            f"{' then '.join(missing[0])}); complete it with scripts/calibrate_ccc.py, or name "
-            "fewer in scenario.corruptions"
+            f"{' then '.join(missing[0])}); complete it with {script_line('calibrate_ccc')}, or "
+            "name fewer in scenario.corruptions"
         )
     grids = {pair: found[pair] for pair in wanted}
     quarters = round(HIGHEST / STEP)
@@ -374,7 +375,7 @@ def pair_stream(
     if walks.calibration is None and real:
         raise UserError(
             "scenario.calibration is needed with real images: a grid of accuracies. Measure one "
-            "with `python scripts/calibrate_ccc.py scenario=ccc data.root=... --out ccc.json`, or "
+            f"with {script_line('calibrate_ccc', 'scenario=ccc data.root=... --out ccc.json')}, or "
             "give the official ccc_accuracy_matrix.pickle, which says how it is converted"
         )
     path = EMBEDDED if walks.calibration is None else Path(walks.calibration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from conftest import HANG, ROOT
 
 import driftline
-from driftline.core import console, papers
+from driftline.core import console, papers, paths
 from driftline.core.comments import comments, head, summary
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF
@@ -55,8 +56,27 @@ def test_programs_typed_as_words_of_the_command_are_pointed_to(monkeypatch):
     assert set(command.PROGRAMS) == {path.stem for path in (ROOT / "scripts").glob("*.py")}
     for name in command.PROGRAMS:
         assert f"python scripts/{name}.py" in str(command.check_words([name, "results"]))
-    monkeypatch.setattr(command, "CHECKOUT", False)
-    assert "an installed package has it not" in str(command.check_words(["report"]))
+    monkeypatch.setattr(paths, "CHECKOUT", False)
+    assert "in a checkout (the installed package has it not)" in str(
+        command.check_words(["report"])
+    )
+
+
+def test_errors_name_programs_by_the_function_that_knows_where_they_are(monkeypatch):
+    assert paths.script_line("report", "results") == "`python scripts/report.py results`"
+    assert paths.run_line("-m") == "python run.py -m"
+    monkeypatch.setattr(paths, "CHECKOUT", False)
+    assert paths.script_line("report").startswith("`python scripts/report.py` in a checkout")
+    assert paths.run_line("-m") == "driftline -m"
+    by_hand = []
+    for package in ("analysis", "backbones", "cl", "core", "parts", "runs", "streams", "tta"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Raise):
+                    text = ast.unparse(node)
+                    if "scripts/" in text or "run.py" in text:
+                        by_hand.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not by_hand, "errors in a wheel would name what it has not"
 
 
 def test_the_version_is_that_of_this_project(monkeypatch, capsys):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
+from driftline.core.paths import run_line
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Positive, Size, Unit
 from driftline.core.strategy import Progress, TTAStrategy
 from driftline.core.stream import Batch, SourceImages
@@ -116,7 +117,7 @@ class Contrast(nn.Module):
         if self.prototypes is None:
             raise UserError(
                 "the method needs class means of the source: give it what its prepare returns, "
-                "with use_prepared, before adapt (`python run.py` does both)"
+                f"with use_prepared, before adapt (`{run_line()}` does both)"
             )
         cosines = features @ F.normalize(self.prototypes, dim=1).T  # times the features' lengths
         return self.prototypes[cosines.argmax(1)]

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.oracle import Oracle
+from driftline.core.paths import run_line
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Size
 from driftline.core.strategy import TTAStrategy
 from driftline.parts.heads import linear_head
@@ -53,7 +54,7 @@ COLD_SHARE = 0.2  # weight of bought images during the cold start
 NO_ORACLE = (
     "strategy=simatta learns from labels that it buys, and has no oracle: call use_oracle(oracle) "
     "with oracle = Oracle(budget) of driftline.core.oracle, and adapt inside `with "
-    "oracle.batch(labels)` (`python run.py` does both)"
+    f"oracle.batch(labels)` (`{run_line()}` does both)"
 )
 PATIENCE = 5  # windows without a lower loss, after which one more ends the training
 
