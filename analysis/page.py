@@ -12,11 +12,10 @@ from driftline.analysis.tables import Table, anchor, as_html, definitions
 CSS = """
 :root { color-scheme: light dark; --text: #1d1d1b; --back: #fff; --line: #dcdcd8; --soft: #f5f5f2;
   --faint: #5a5a57; --link: #00548a; --warn: #fff4d8; --edge: #e69f00;
-  --worse: #b3261e; }
+  --worse: #b3261e; --paper: #fff; --dim: 1; }
 @media (prefers-color-scheme: dark) { :root { --text: #e8e8e6; --back: #161616; --line: #3c3c3c;
   --soft: #212121; --faint: #a8a8a8; --link: #7cc4f5; --warn: #33290f;
-  --worse: #ff8a80; }
-  img { filter: brightness(.88); } figure .scroll { background: #e0e0e0; } }
+  --worse: #ff8a80; --paper: #e0e0e0; --dim: .88; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; padding: 1.2rem 1.2rem 4rem; max-width: 1240px; color: var(--text);
@@ -51,8 +50,9 @@ dd { margin: 0 0 0 1rem; }
   gap: 1rem; align-items: start; margin-top: 1.6rem; }
 figure { margin: 0; min-width: 0; }
 figure.large { grid-column: 1 / -1; }
-figure .scroll { background: #fff; padding: .5rem; text-align: center; }
-img { display: inline-block; width: 100%; max-width: var(--wide); height: auto; }
+figure .scroll { background: var(--paper); padding: .5rem; text-align: center; }
+img { display: inline-block; filter: brightness(var(--dim)); width: 100%;
+  max-width: var(--wide); height: auto; }
 figure.large img { min-width: 540px; }
 summary { cursor: pointer; padding: .4rem 0; }
 @media (max-width: 600px) { body { padding: .7rem .8rem 3rem; } h1 { font-size: 1.35rem; }

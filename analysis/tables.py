@@ -430,8 +430,10 @@ def group_table(runs: pd.DataFrame, group: Group) -> Table | None:
     """The numbers of one kind that some run has; None if none has any."""
     columns = _columns(runs)
     names = [m for m in of_group(group) if m in columns.values()]
+    seen = {m for k, m in columns.items() if (runs[k].fillna(0) != 0).any()}
+    if group == "cost":  # ends of tasks only where there are tasks
+        names = [m for m in names if m in seen or m != "cost/end_of_task_seconds"]
     if group == "count":  # NaN, collapse and the guard's only where there is something to tell
-        seen = {m for k, m in columns.items() if (runs[k].fillna(0) != 0).any()}
         names = [m for m in names if m.startswith("method/") or m in seen]
         own = {m for m in columns.values() if m.startswith("method/")} - {m.name for m in METRICS}
         names += sorted(own)

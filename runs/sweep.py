@@ -209,9 +209,8 @@ def _child(
     Console.bars = alone
     try:
         summary = run_experiment(cfg, overrides, wait=True)
-    except (Stopped, KeyboardInterrupt) as stop:
-        name = str(stop) or "SIGINT"
-        note(folder, number, **outcome, state="stopped", error=f"stopped by {name}, state saved")
+    except (Stopped, KeyboardInterrupt):  # not by which signal: Ctrl-C comes as SIGTERM
+        note(folder, number, **outcome, state="stopped", error="stopped, state saved")
         return
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_left():

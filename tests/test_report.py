@@ -200,7 +200,11 @@ def test_text_can_be_read_on_its_ground_in_both_colour_schemes(scheme):
         for ground in on:
             two = sorted((luminance(colours[ink]), luminance(colours[ground])))
             assert (two[1] + 0.05) / (two[0] + 0.05) >= 4.5, (ink, ground)
-    assert not re.findall(r"[^-]color: #", CSS)  # each is one of those above
+    rules = CSS.partition("* {")[2]
+    assert not re.findall(r"#[0-9a-f]{3,6}\b", rules)  # each is one of those above
+    dims = re.findall(r"--dim: ([.\d]+)", CSS)
+    white = round(255 * float(dims[scheme]))  # of figures: as dark as the box around them
+    assert colours["paper"] in (f"#{white:02x}{white:02x}{white:02x}", "#fff")
 
 
 # ------------------------------------------------------------------------------ what proves nothing
@@ -351,6 +355,15 @@ def test_special_columns_stand_where_runs_have_them_and_only_there(tmp_path, col
     assert has and all(name == "special" and title in t for name, t in has)
     usual = ["", ": error per domain", ": cost"]
     assert list(heads["plain"]) == usual
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.5])
+def test_ends_of_tasks_cost_something_or_have_no_column(tmp_path, seconds):
+    write_run(tmp_path, summary={"cost": {"end_of_task_seconds": seconds, "seconds_total": 0.0}})
+    table = group_table(runs_of(tmp_path), "cost")
+    assert table is not None
+    assert ("end of task s ↓" in table.head or "end of task s" in table.head) == bool(seconds)
+    assert any(head.startswith("steps s") for head in table.head)
 
 
 # ------------------------------------------------------------------------------ own methods
