@@ -162,7 +162,13 @@ def test_a_run_gives_its_summary_and_is_found_again(tmp_path):
         driftline.run(["strategy=tent", "strategy.lrr=1"])
 
 
-@pytest.mark.parametrize("place", [ROOT, ROOT / "driftline"], ids=["checkout", "folder"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(ROOT, id="checkout"),
+        pytest.param(ROOT / "driftline", id="folder", marks=pytest.mark.release),
+    ],
+)
 def test_a_link_on_pythonpath_is_the_package(tmp_path, place):
     (tmp_path / "driftline").symlink_to(place)
     code = """

@@ -45,6 +45,7 @@ def test_labels_of_the_pack_are_canonical(realdata):
     assert [wnids()[label] for label in images.labels] == [r["wnid"] for r in rows]
 
 
+@pytest.mark.release
 def test_adaptation_beats_source_on_real_images(configure, realdata, tmp_path):
     """Contrast at severity 5, 50 images: source fails nearly always, batch statistics help."""
     words = imagenet(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import HANG, ROOT, equal, plain_yaml, python, strategy_node
 from omegaconf import OmegaConf
+from test_contract import KILLED
 
 from driftline.core import checkpoint
 from driftline.core.build import locate
@@ -112,11 +113,15 @@ def results(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("results")
 
 
+RECORDED = [  # by default those that no other test kills, and so runs
+    pytest.param(name, marks=[pytest.mark.release] * (name in KILLED - {"source", "ease"}))
+    for name in (*TTA, *CL)
+]
 SMALL = ["scenario.images=24", "scenario.probe_images=8", "scenario.clean_images=8"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [*TTA, *CL])
+@pytest.mark.parametrize("strategy", RECORDED)
 def test_run_records_stability_plasticity_and_cost(configure, results, strategy, capsys):
     small = ["scenario.increment=5", "scenario.embedded_images=[4,2]"]  # two tasks
     if strategy in TTA:
