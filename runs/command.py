@@ -45,7 +45,7 @@ HYDRAS_OWN = ("hydra.run.", "hydra.job.chdir", "hydra.output_subdir")
 FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(")  # of Hydra's grammar
 PROGRAMS = (  # of scripts/, which a wheel does not hold
     "calibrate_ccc", "doctor", "export_images", "generate_corruptions", "get_data", "gpu_pool",
-    "make_tables", "paper", "report", "sync_wandb", "tune",
+    "make_tables", "merge", "paper", "report", "sync_wandb", "tune",
 )  # fmt: skip
 MOST_RUNS = 10_000  # of one word of a sweep
 PLUGINS = {  # launcher -> the package that it needs, all in the extra `sweep`
