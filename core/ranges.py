@@ -199,9 +199,9 @@ def _words(plain: Any, rules: Sequence[Any]) -> str:
         return "true or false"
     if plain is float:
         noun = "a number" if any(isinstance(r, Le | Lt) for r in rules) else "a finite number"
-        return noun + limits
+        return ", ".join([noun + limits, *tests])
     if plain is int:
-        return "a whole number" + limits
+        return ", ".join(["a whole number" + limits, *tests])
     if plain is str:
         return tests[0] if tests else "text that is not empty"
     target = origin or plain

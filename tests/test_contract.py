@@ -263,7 +263,10 @@ DERIVED = (
     "ssiat",
     "tuna",
 )
-REFUSED = {("olora", kind) for kind in ("dora", "prefix", "prompt", "scale_shift")}
+REFUSED = {
+    ("olora", kind)
+    for kind in ("dora", "hra", "hydra", "moslora", "paca", "prefix", "prompt", "scale_shift")
+}
 if find_spec("peft"):
     REFUSED.add(("olora", "peft/vera"))
 

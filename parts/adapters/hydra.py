@@ -1,0 +1,48 @@
+"""A low-rank branch beside a layer and one behind it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from driftline.core.ranges import NonNegative, Size
+from driftline.kernels import adapter
+from driftline.parts.adapters.adapter import Adapter, kaiming
+
+
+class Hydra(Adapter):
+    """`y + s (B A x + D C y)` for the output y of a layer: a parallel and a sequential branch.
+
+    Merged into a linear layer: `W + s (B A + D C W)`, and `bias + s D C bias`.
+
+    Source: Kim et al., "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning",
+    Neural Networks 2024, arXiv 2309.06922, section 3. Checked against the formula in float64.
+
+    Args:
+        dim, out: input and output width of the layer.
+        rank: of each branch; the paper halves that of LoRA for the same number of parameters.
+        scale: s.
+        generator: of the initial A and C; B and D start at 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out: int,
+        rank: Size,
+        *,
+        scale: NonNegative = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, dim))
+        self.b = nn.Parameter(torch.zeros(out, rank))
+        self.c = nn.Parameter(torch.empty(rank, out))
+        self.d = nn.Parameter(torch.zeros(out, rank))
+        kaiming(self.a, generator)
+        kaiming(self.c, generator)
+        self.scale = scale
+
+    def after(self, inp: Tensor, out: Tensor) -> Tensor:
+        behind = adapter(out, self.c, self.d, scale=self.scale, base=out)
+        return adapter(inp, self.a, self.b, scale=self.scale, base=behind, in_place=True)
