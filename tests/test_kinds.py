@@ -65,6 +65,15 @@ def layer_with(name: str) -> tuple[nn.Linear, Adapter]:
     return layer, adapter
 
 
+def moved(name: str) -> tuple[nn.Linear, Adapter]:
+    """As `layer_with`, away from the identity."""
+    layer, adapter = layer_with(name)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return layer, adapter
+
+
 def output(adapter: Adapter, layer: nn.Linear, x: Tensor) -> Tensor:
     if isinstance(adapter, HRA):
         return layer(adapter.before(x))
@@ -88,10 +97,7 @@ def test_a_kind_is_the_identity_at_first(name):
 
 @pytest.mark.parametrize("name", OWN)
 def test_the_output_is_that_of_the_merged_weight(name):
-    layer, adapter = layer_with(name)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
+    layer, adapter = moved(name)
     x = tokens()
     merged = F.linear(x, *KINDS[name][1](adapter, layer.weight, layer.bias))
     for mode in (torch.no_grad, torch.enable_grad):
@@ -103,10 +109,7 @@ def test_the_output_is_that_of_the_merged_weight(name):
 
 @pytest.mark.parametrize("name", OWN)
 def test_gradients_are_those_of_the_merged_weight(name):
-    layer, adapter = layer_with(name)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
+    layer, adapter = moved(name)
     x, aim = tokens().requires_grad_(), tokens(7)[..., :1]
     ours, want = (
         torch.autograd.grad((out * aim).square().sum(), [x, *adapter.parameters()])

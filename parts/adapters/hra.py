@@ -27,8 +27,8 @@ class HRA(Product):
     rank r costs.
 
     At first each vector stands twice, so that two reflections undo each other: the identity up to
-    rounding. The penalty on vectors that are not orthogonal (lambda, 0 in most of the paper's runs)
-    and its limit of infinity, Gram-Schmidt, are left out.
+    rounding. This is the paper's lambda = 0: the penalty on vectors that are not orthogonal and
+    Gram-Schmidt, its limit, are left out.
 
     Source: Yuan et al., "Bridging The Gap between Low-rank and Orthogonal Adaptation via
     Householder Reflection Adaptation", NeurIPS 2024, arXiv 2405.17484, section 3. Checked against
