@@ -135,16 +135,21 @@ def _named(held: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _look(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Place, version and sum of the bits: a tenth of the time of a digest; None for small ones.
+    """Place, version and a sum of the bits: a sixth of a digest's time; None for small ones.
 
-    Torch counts in the version what changes a tensor, but for changes through `.data` or NumPy: the
-    sum is for those.
+    Torch counts in the version what changes a tensor, but not changes through `.data` or NumPy, nor
+    another tensor in the same place: the sum, in which each place has its own weight, is for those.
     """
     if tensor.layout != torch.strided or tensor.nbytes < SMALLEST:
         return None
     size = tensor.element_size()
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size)
-    total = None if bits is None else int(tensor.detach().view(bits).sum())
+    if bits is None or tensor.is_conj() or tensor.is_neg():
+        return None
+    values = tensor.detach().contiguous().flatten().view(bits)
+    values = values.to(torch.int64) if tensor.nbytes % 8 else values.view(torch.int64)
+    weights = torch.arange(1, 2 * len(values), 2, device=values.device)
+    total = int((values.bitwise_xor(values >> 29) * weights).sum())
     return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride(), total
 
 
