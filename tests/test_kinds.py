@@ -33,6 +33,10 @@ def reflections(a: HRA) -> Tensor:
     return whole
 
 
+def product(a: LoRA) -> Tensor:
+    return a.scale * a.b[0] @ a.a[0]
+
+
 def columns(a: PaCA, weight: Tensor) -> Tensor:
     return torch.zeros_like(weight).index_copy(1, a.chosen, a.p)
 
@@ -44,11 +48,11 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "hra": (lambda g, m: HRA(DIM, 4, generator=g), lambda a, w, b: (w @ reflections(a), b)),
     "moslora": (
         lambda g, m: MoSLoRA(DIM, OUT, 4, scale=0.5, generator=g),
-        lambda a, w, b: (w + 0.5 * a.b @ a.mixer @ a.a, b),
+        lambda a, w, b: (w + 0.5 * a.b[0] @ a.mixer @ a.a[0], b),
     ),
     "hydra": (
         lambda g, m: Hydra(DIM, OUT, 4, scale=0.5, generator=g),
-        lambda a, w, b: (w + 0.5 * (a.b @ a.a + a.d @ a.c @ w), b + 0.5 * a.d @ a.c @ b),
+        lambda a, w, b: (w + product(a.beside) + product(a.behind) @ w, b + product(a.behind) @ b),
     ),
     "paca": (
         lambda g, m: PaCA(DIM, OUT, 4, generator=g),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from driftline.core.ranges import NonNegative, Size
-from driftline.kernels import adapter
-from driftline.parts.adapters.adapter import Adapter, kaiming
+from driftline.parts.adapters.adapter import Adapter
+from driftline.parts.adapters.lora import LoRA
 
 
 class Hydra(Adapter):
@@ -35,14 +35,8 @@ class Hydra(Adapter):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, dim))
-        self.b = nn.Parameter(torch.zeros(out, rank))
-        self.c = nn.Parameter(torch.empty(rank, out))
-        self.d = nn.Parameter(torch.zeros(out, rank))
-        kaiming(self.a, generator)
-        kaiming(self.c, generator)
-        self.scale = scale
+        self.beside = LoRA(dim, out, rank, scale=scale, generator=generator)
+        self.behind = LoRA(out, out, rank, scale=scale, generator=generator)
 
     def after(self, inp: Tensor, out: Tensor) -> Tensor:
-        behind = adapter(out, self.c, self.d, scale=self.scale, base=out)
-        return adapter(inp, self.a, self.b, scale=self.scale, base=behind, in_place=True)
+        return self.beside.add(inp, out + self.behind(out))

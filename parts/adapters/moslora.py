@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from driftline.core.ranges import NonNegative, Size
-from driftline.kernels import adapter
-from driftline.parts.adapters.adapter import Product, kaiming
+from driftline.parts.adapters.adapter import kaiming
+from driftline.parts.adapters.lora import LoRA
 
 
-class MoSLoRA(Product):
+class MoSLoRA(LoRA):
     """`s * B M A x` with a learned mixer M of the r subspaces; LoRA is M = I, which stays.
 
     Source: Wu et al., "Mixture-of-Subspaces in Low-Rank Adaptation", EMNLP 2024, arXiv 2406.11909,
@@ -36,17 +36,17 @@ class MoSLoRA(Product):
         mixer: Literal["orthogonal", "kaiming"] = "orthogonal",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, dim))
+        super().__init__(dim, out, rank, scale=scale, generator=generator)
         self.mixer = nn.Parameter(torch.empty(rank, rank))
-        self.b = nn.Parameter(torch.zeros(out, rank))
-        kaiming(self.a, generator)
         if mixer == "kaiming":
             kaiming(self.mixer, generator)
         else:
             nn.init.orthogonal_(self.mixer, generator=generator)
-        self.scale = scale
 
-    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
-        down = self.mixer @ self.a
-        return adapter(x, down, self.b, scale=weight * self.scale, **residual)
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        down, up, scales = super()._factors()
+        return self.mixer @ down, up, scales
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """None: what is read is a product of two parameters."""
+        return []
