@@ -37,17 +37,17 @@ check: $(READY)
 
 # Known vulnerabilities of the installed packages, by the databases that pip-audit asks.
 audit: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python tools/install.py pip-audit
 	$(BIN)/python -m pip_audit --skip-editable
 
 docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python tools/install.py -e ".[docs]"
 	$(BIN)/python -m mkdocs build --strict
 	@echo "open site/index.html"
 
 # Wheel and sdist in dist/, and what has to hold before they are published: see CONTRIBUTING.md.
 release-check: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	$(BIN)/python tools/install.py build twine
 	rm -rf build dist
 	$(BIN)/python -m build --outdir dist . > /dev/null
 	$(BIN)/python -m twine check --strict dist/*

@@ -135,7 +135,7 @@ def _named(held: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _look(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Place, version and a sum of the bits: a sixth of a digest's time; None for small ones.
+    """Place, version and a sum of the bits, which is quicker than a digest; None for small ones.
 
     Torch counts in the version what changes a tensor, but not changes through `.data` or NumPy, nor
     another tensor in the same place: the sum, in which each place has its own weight, is for those.
