@@ -56,11 +56,17 @@ def name_of(method: Strategy) -> str:
     return f"strategy={made_of['strategy']['name']}" if made_of else type(method).__name__
 
 
-def begun(method: Strategy) -> list[Task]:
-    """The tasks that a continual method has begun so far."""
+def innermost(method: Strategy) -> Strategy:
+    """The method without rules around it, of either sort."""
     one: Any = method
     while hasattr(one, "inner"):
         one = one.inner
+    return one
+
+
+def begun(method: Strategy) -> list[Task]:
+    """The tasks that a continual method has begun so far."""
+    one = innermost(method)
     return one.tasks_begun if isinstance(one, CLStrategy) else []
 
 

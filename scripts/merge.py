@@ -37,7 +37,7 @@ from driftline.core.stream import Task
 from driftline.parts import merging
 from driftline.runs.compose import make_stream
 from driftline.runs.execute import MODEL
-from driftline.runs.saving import begun, construct, load, write_method
+from driftline.runs.saving import begun, construct, innermost, load, write_method
 from driftline.streams.pipelines import Geometry
 
 BODY = ("bank.", "backbone.")  # where a method keeps what is merged
@@ -73,12 +73,10 @@ def read(folder: Path) -> Run:
         )
     method: Strategy = load(folder / MODEL)
     made_of, tasks = dict(method.made_of or {}), list(begun(method))
-    one: Any = method
     name = made_of["strategy"]["name"]
     if others := [rule for rule in made_of["around"] if rule != "merge"]:
         raise UserError(f"{folder}: around={others[0]} answers with other weights than it trains")
-    while hasattr(one, "inner"):
-        one = one.inner
+    one = innermost(method)
     if not isinstance(one, CLStrategy):
         raise UserError(
             f"{folder}: strategy={name} adapts at test time; merge runs that learn tasks"
