@@ -138,7 +138,7 @@ class Ease(CLStrategy):
         self.one = sets == "one"
         if self.one:
             self.unmergeable = ""
-        self.bank = adapter.bank(backbone)
+        self.bank = adapter.bank(backbone, calibrates=True)
         self.head: CosineHead | None = None
         self.names: list[str] = []  # sets, one a task
         self.columns = range(0)
@@ -174,7 +174,10 @@ class Ease(CLStrategy):
         )
 
     def begin_task(self, task: Task) -> None:
+        sets = len(self.names)
         super().begin_task(task)
+        if len(self.names) > sets:
+            self.adapter.calibrate(self.bank, self.names[-1], task, lambda b: self.loss(b)[1])
         if len(task.classes) == 1:
             self.warn_once(
                 "one class",
@@ -188,11 +191,15 @@ class Ease(CLStrategy):
     def observe(self, batch: Batch) -> dict[str, Tensor]:
         """One step on the classes of the task; returns the loss and the accuracy in percent."""
         self.bank.train()
-        y = batch.y - self.columns.start
+        scores, loss = self.loss(batch)
+        self.task_optim.step(self.optimizer, loss, lambda: self.loss(batch)[1])
+        right = scores.detach().argmax(1) == batch.y - self.columns.start
+        return {"loss": loss.detach(), "acc": 100 * right.float().mean()}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores [B, C] of the classes of the task, and the loss []."""
         scores = self.scores(batch.x)
-        loss = F.cross_entropy(scores, y)
-        self.task_optim.step(self.optimizer, loss, lambda: F.cross_entropy(self.scores(batch.x), y))
-        return {"loss": loss.detach(), "acc": 100 * (scores.detach().argmax(1) == y).float().mean()}
+        return scores, F.cross_entropy(scores, batch.y - self.columns.start)
 
     def scores(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> scores [B, C] of the head that learns."""

@@ -106,7 +106,8 @@ class Finetune(CLStrategy):
                 "strategy.trains=head learns the head alone, and an adapter would learn beside it; "
                 "use strategy=finetune adapter=..."
             )
-        self.bank = None if adapter is None else adapter.bank(backbone)
+        self.adapter = adapter
+        self.bank = None if adapter is None else adapter.bank(backbone, calibrates=True)
         if trains == "head":
             self.unmergeable = "the head alone learns"
         if trains == "head" or adapter is not None:
@@ -149,6 +150,8 @@ class Finetune(CLStrategy):
                 f"task {task.index} has one class in its softmax{under}: the loss is 0 and nothing "
                 "is learned; take larger tasks (scenario.increment)",
             )
+        if self.adapter is not None and self.bank is not None and not known:
+            self.adapter.calibrate(self.bank, NAME, task, lambda batch: self._loss(batch)[1])
         if self.penalty is not None:
             self.penalty.begin_task(self, task, known)
 
@@ -198,10 +201,14 @@ class Finetune(CLStrategy):
         right = scores[:, : self.seen].argmax(1) == batch.y
         return {"loss": loss, "acc": 100 * right.float().mean(), **penalties}
 
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Scores [B, C] and the loss [] without the penalty."""
+        scores = self.head(self.features(batch.x))
+        return scores, scoped_cross_entropy(scores, batch.y, self.columns)
+
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Backward pass; scores [B, C], loss [] and what the penalty logs."""
-        scores = self.head(self.features(batch.x))
-        loss = scoped_cross_entropy(scores, batch.y, self.columns)
+        scores, loss = self._loss(batch)
         if self.penalty is not None:
             loss = loss + self.penalty.loss(scores, batch)
         self.task_optim.backward(self.optimizer, loss)

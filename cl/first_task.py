@@ -63,7 +63,7 @@ class FirstTask(CLStrategy):
             self.copy = deepcopy(backbone).requires_grad_(True)
             freeze_pretrained_head(self.copy)
         elif epochs and adapter is not None:
-            self.bank = adapter.bank(backbone)
+            self.bank = adapter.bank(backbone, calibrates=True)
         self._extractors: dict[str, str] = {}
 
     # ------------------------------------------------------------------ tasks
@@ -95,6 +95,8 @@ class FirstTask(CLStrategy):
                 "task have more (scenario.base)",
                 stacklevel=2,
             )
+        if self.adapter is not None and self.bank is not None and self.optimizer is not None:
+            self.adapter.calibrate(self.bank, TUNED, task, lambda batch: self._loss(batch)[0])
 
     def begin_epoch(self, task: Task, epoch: int) -> None:
         if self.optimizer is not None:

@@ -95,7 +95,7 @@ class LAE(CLStrategy):
         self.drop_last = drop_last
 
         backbone.eval().requires_grad_(False)
-        self.bank = adapter.bank(backbone)
+        self.adapter, self.bank = adapter, adapter.bank(backbone, calibrates=True)
         adapter.add(self.bank, "online", self.rng("init"))
         self.head = NearZeroLinear(backbone.dim)
         self.seen = 0
@@ -120,6 +120,10 @@ class LAE(CLStrategy):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
+        if self.begun == 1:
+            self.adapter.calibrate(self.bank, "online", task, lambda b: self.loss(b)[1])
+            if "offline" in self.bank.sets:
+                self.bank.sets["offline"].load_state_dict(self.bank.sets["online"].state_dict())
         if len(self.columns) == 1:
             self.warn_once(
                 "one class",
@@ -150,18 +154,20 @@ class LAE(CLStrategy):
         self.train()
         self.backbone.eval()
 
-        def pass_through() -> tuple[Tensor, Tensor]:
-            with torch.set_grad_enabled(not modules[FROZEN]):
-                features = self.bank.features(batch.x, "online")
-            scores = self.head(features)
-            return scores, scoped_cross_entropy(scores, batch.y, self.columns)
-
-        scores, loss = pass_through()
+        learns = not modules[FROZEN]
+        scores, loss = self.loss(batch, learns)
         # The optimiser passes over parameters without gradient.
-        self.optim.step(self.optimizer, loss, lambda: pass_through()[1])
+        self.optim.step(self.optimizer, loss, lambda: self.loss(batch, learns)[1])
         self._average()
         right = scores.detach()[:, : self.seen].argmax(1) == batch.y
         return {"loss": loss.detach(), "acc": 100 * right.float().mean()}
+
+    def loss(self, batch: Batch, learns: bool = True) -> tuple[Tensor, Tensor]:
+        """Scores [B, C] of the online copy, which `learns` or is frozen, and the loss []."""
+        with torch.set_grad_enabled(learns):
+            features = self.bank.features(batch.x, "online")
+        scores = self.head(features)
+        return scores, scoped_cross_entropy(scores, batch.y, self.columns)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -258,17 +258,21 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     Called before every step by itself; a method calls it where it needs the gradients earlier,
     as for clipping. Averages are equal everywhere, so a second call changes nothing.
     """
-    if _world is None:
+    if _world is not None:
+        groups = optimizer.param_groups
+        average([p.grad for g in groups for p in g["params"] if p.grad is not None])
+
+
+def average(gradients: list[Tensor]) -> None:
+    """As `average_gradients`, of gradients that belong to no optimiser."""
+    if _world is None or not gradients:
         return
     import torch.distributed as dist
 
-    groups = optimizer.param_groups
-    grads = [p.grad for g in groups for p in g["params"] if p.grad is not None]
     with _together():
-        for work in [dist.all_reduce(g, async_op=True) for g in grads]:
+        for work in [dist.all_reduce(g, async_op=True) for g in gradients]:
             work.wait()
-    if grads:
-        torch._foreach_div_(grads, _world.size)
+    torch._foreach_div_(gradients, _world.size)
 
 
 def shared(dim: int = 0) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:

@@ -25,6 +25,7 @@ SINCE: dict[str, dict[str, Any]] = {
     "driftline.backbones.load.robustbench_backbone": {"checkpoint_key": None},
     "driftline.cl.ease.Ease": {"sets": "each"},
     "driftline.cl.finetune.Finetune": {"adapter": None},
+    "driftline.parts.adapters.plan.Plan": {"start": None, "start_batches": 8},
     "driftline.tta.tent.Tent": {"adapter": None},
     "driftline.streams.shifts.corruption_stream": {
         "probe_cells": "metrics",  # the cells of earlier runs are all there are

@@ -185,7 +185,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "ssiat-unpaired": ("ssiat", {"shift_pairing": "unpaired", "statistics": "variance"}, None),
     "lae-lora": (
         "lae",
-        {"adapter": "lae_lora", "freeze_epochs": 1, "ema_start": "init"},
+        {"adapter": "lae_lora", "freeze_epochs": 1, "ema_start": "init", "start": "lora_ga"},
         None,
     ),
     "lae-prefix": ("lae", {"adapter": "lae_prefix", "freeze_epochs": 1, "length": 3}, None),

@@ -27,6 +27,9 @@ class LoRA(Product):
         generator: of the initial A; B starts at 0.
     """
 
+    start_down: Tensor | None  # [R, dim], A0 of all blocks; None: nothing is taken off
+    start_up: Tensor | None  # [out, R], B0
+
     def __init__(
         self,
         dim: int,
@@ -50,16 +53,42 @@ class LoRA(Product):
         learned = [nn.Parameter(torch.ones(())) for _ in rows] if scale is None else []
         self.scales = nn.ParameterList(learned)
         self.scale = scale
+        self.register_buffer("start_down", None)
+        self.register_buffer("start_up", None)
 
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """All blocks as one pair of rank R: [R, dim], [out, R]; learned scales by column [R]."""
+    @torch.no_grad()
+    def begin(self, pairs: Sequence[tuple[Tensor, Tensor]], *, kept: bool) -> None:
+        """Go on from these factors (`parts/adapters/starts.py`).
+
+        Args:
+            pairs: A [rank, dim] and B [rows of the block, rank], one pair a block.
+            kept: their product is taken off again, so that nothing is added: `s (B A - B0 A0) x`.
+        """
+        for a, b, (down, up) in zip(self.a, self.b, pairs, strict=True):
+            a.copy_(down)
+            b.copy_(up)
+        if kept:
+            self.start_down, self.start_up = (t.clone() for t in self._stacked())
+
+    def _stacked(self) -> tuple[Tensor, Tensor]:
+        """A and B of all blocks as one pair of rank R: [R, dim], [out, R]."""
         rows = zip(self.rows, self.b, strict=True)
         up = [F.pad(b, (0, 0, start, self.out - stop)) for (start, stop), b in rows]
+        return torch.cat(list(self.a)), torch.cat(up, 1)
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is added as one pair, [R, dim], [out, R]; learned scales by column [R]."""
+        down, up = self._stacked()
         scales = None
         if self.scale is None:
             ranks = zip(self.scales, self.a, strict=True)
             scales = torch.cat([s.expand(len(a)) for s, a in ranks])
-        return torch.cat(list(self.a)), torch.cat(up, 1), scales
+        if self.start_down is None or self.start_up is None:
+            return down, up, scales
+        # B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly 0 at the start.
+        down = torch.cat([down, down - self.start_down])
+        up = torch.cat([up - self.start_up, self.start_up], 1)
+        return down, up, scales if scales is None else scales.repeat(2)
 
     def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
         down, up, columns = self._factors()
@@ -67,7 +96,8 @@ class LoRA(Product):
         return adapter(x, down, up, scale=scale, rank_scale=columns, **residual)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.a, self.b, strict=True))
+        """Empty where a start is taken off: what is added is no product of two parameters."""
+        return [] if self.start_down is not None else list(zip(self.a, self.b, strict=True))
 
     @staticmethod
     def add_grouped(  # type: ignore[override]

@@ -204,8 +204,8 @@ def _config(modules: Mapping[str, nn.Module], peft_type: str, options: dict[str,
     start = options.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CALIBRATED):
         raise UserError(
-            f"init_lora_weights={start} computes the start from images in a calibration pass, "
-            "which no method here makes. Choose another one, for example gaussian or orthogonal"
+            f"init_lora_weights={start} computes the start from images in a calibration pass: use "
+            "adapter=lora with strategy.adapter.start, or for example gaussian or orthogonal"
         )
     for point, module in modules.items():
         single = point.endswith(":out") and not isinstance(module, nn.MultiheadAttention)

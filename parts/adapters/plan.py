@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Annotated, Any, cast
 
 import torch
 from annotated_types import MinLen
-from torch import nn
+from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, Later
+from driftline.core.stream import Batch, Task
+from driftline.parts.adapters import starts
 from driftline.parts.adapters.adapter import Adapter, AdapterSet
 from driftline.parts.adapters.bank import AdapterBank, no_place
+from driftline.parts.adapters.starts import CALIBRATED, Start
 
 # Known at a point: input and output width, the module itself; of a set: its modules by point, and
 # what initial values are drawn from.
@@ -48,19 +52,33 @@ class Plan:
         blocks: that carry one: so many from the first on (fewer if the network has fewer), or
             their numbers; None: all.
         kind: makes one adapter (or a set) from those arguments of `POINT` that it has.
+        start: where LoRA begins, see `parts/adapters/starts.py`; None: at a random A and B = 0.
+        start_batches: training batches that a start reads which is computed from images.
     """
 
     at: Annotated[list[str], MinLen(1)]
     blocks: Count | Annotated[list[CountOrZero], MinLen(1)] | None
     kind: Kind
+    start: Start | None = None
+    start_batches: Count = 8
 
-    def bank(self, backbone: Backbone) -> AdapterBank:
+    def bank(self, backbone: Backbone, *, calibrates: bool = False) -> AdapterBank:
         """An empty bank on `backbone`; of named `blocks`, those of a deeper network are left out
         with a warning.
 
+        Args:
+            calibrates: the method calls `calibrate`.
+
         Raises:
-            UserError: for a network that lacks one of the points, or all of the named blocks.
+            UserError: for a network that lacks one of the points, or all of the named blocks, or a
+                start that is computed from images in a method that does not calibrate.
         """
+        if self.start in CALIBRATED and not calibrates:
+            raise UserError(
+                f"strategy.adapter.start={self.start} is computed from images before the training, "
+                "which this method does not do: use start=pissa or orthonormal, or one of "
+                "strategy=finetune, ease, lae, aper"
+            )
         bank = AdapterBank(backbone)
         points = self.points(backbone)
         for point, _ in points:
@@ -88,6 +106,7 @@ class Plan:
         if "modules" in wanted:
             facts = {"modules": dict(self.points(backbone)), "generator": generator}
             new |= cast(AdapterSet, self.kind(**{k: v for k, v in facts.items() if k in wanted}))
+            self._prepare(new, facts["modules"])
             return new
         for point, module in self.points(backbone):
             linear = isinstance(module, nn.Linear)
@@ -98,7 +117,30 @@ class Plan:
                 "generator": generator,
             }
             new[point] = self.kind(**{k: v for k, v in facts.items() if k in wanted})
+        self._prepare(new, dict(self.points(backbone)))
         return new
+
+    def _prepare(self, adapters: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+        """New adapters by point, before a set is made of them."""
+        if self.start is not None:
+            for point, adapter in adapters.items():
+                starts.prepare(self.start, point, adapter, modules[point])
+
+    def calibrate(
+        self, bank: AdapterBank, name: str, task: Task, loss: Callable[[Batch], Tensor]
+    ) -> None:
+        """Compute the start of a new set from the first training batches of `task`, where it is
+        one that needs them; to be called once, before the set is trained.
+
+        Args:
+            loss: of a batch through this set, 0-dim.
+
+        Raises:
+            UserError: as `starts.calibrate`.
+        """
+        if self.start in CALIBRATED:
+            batches = (batch for batch in task.train(0) if batch is not None)
+            starts.calibrate(bank, name, self.start, islice(batches, self.start_batches), loss)
 
     def points(self, backbone: Backbone) -> list[tuple[str, nn.Module]]:
         """Points with their modules: those outside the blocks, then block by block.
