@@ -265,7 +265,10 @@ DERIVED = (
 )
 REFUSED = {
     ("olora", kind)
-    for kind in ("dora", "hra", "hydra", "moslora", "paca", "prefix", "prompt", "scale_shift")
+    for kind in (
+        *("dora", "dylora", "hra", "hydra", "moslora", "neuroada", "paca", "prefix", "prompt"),
+        *("rank_budget", "scale_shift", "sora"),
+    )
 }
 if find_spec("peft"):
     REFUSED.add(("olora", "peft/vera"))

@@ -109,7 +109,7 @@ class LoRA(Product):
             torch.stack(down),
             torch.stack(up),
             scale=1.0 if adapters[0].scale is None else adapters[0].scale,
-            rank_scale=None if adapters[0].scale is not None else torch.stack(columns),
+            rank_scale=None if columns[0] is None else torch.stack(columns),
             base=base,
             in_place=True,
         )
