@@ -240,6 +240,10 @@ METRICS = [
            "Seconds of what comes after the last epoch of each task.", head="end of task s"),
     Metric("cost/evaluation_seconds", "cost", "lower", 1, "s",
            "Seconds of scoring test images, loading included.", head="test s"),
+    Metric("cost/test_ms", "cost", "lower", 2, "ms",
+           "Milliseconds to answer a test image, loading included; not of runs that kept features "
+           "from one evaluation to the next (runtime.feature_cache_mb=0 keeps none).",
+           head="ms/test image"),
     Metric("cost/peak_memory_mb", "cost", "lower", 0, "MiB",
            "Peak memory: of the device on a GPU, of the process on a CPU.", head="peak MiB"),
     Metric("cost/forward_per_image", "cost", "lower", 1, "",
@@ -253,6 +257,9 @@ METRICS = [
     Metric("cost/state_mib", "cost", "lower", 2, "MiB",
            "What the method keeps beside the network: copies, moments, statistics, adapters.",
            head="state MiB"),
+    Metric("cost/task_mib", "cost", "lower", 3, "MiB",
+           "What a task adds to that, moments of optimisers left out; mean over all tasks but the "
+           "first.", head="MiB a task"),
     Metric("method/memory_images", "cost", "lower", 0, "images",
            "Training images that the method keeps to see them again.", head="buffer images"),
     Metric("method/memory_mib", "cost", "lower", 2, "MiB",

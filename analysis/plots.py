@@ -24,11 +24,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from driftline.analysis.metrics import define
-from driftline.analysis.runs import load_batches, load_experiences, load_matrix, origin
+from driftline.analysis.runs import (
+    by_kind,
+    load_batches,
+    load_experiences,
+    load_matrix,
+    origin,
+)
 from driftline.analysis.tables import (
+    Refusals,
+    about_kinds,
     domains_in_order,
     headline,
     is_shift,
+    kind_cell,
+    kinds_and_bases,
     methods_in_order,
     number,
 )
@@ -57,6 +67,7 @@ COLOURS = {  # of strategies that are often drawn; see `looks` for others
 OTHERS = ("#AA4499", "#117733", "#DDCC77", "#88CCEE", "#661100", "#6699CC")
 MARKERS = "osD^vPX<>dph"
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+MOST = 40  # methods with kinds of adapters; see `figures`
 CROWD = 8  # methods; more than that are drawn without bands
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -416,11 +427,117 @@ def pareto(runs: pd.DataFrame, metric: str | None = None) -> Figure | None:
     return figure
 
 
+# ------------------------------------------------------------------------------ kinds of adapters
+
+
+@styled
+def kind_map(
+    runs: pd.DataFrame, metric: str | None = None, refusals: Refusals | None = None
+) -> Figure | None:
+    """Heat map of kinds of adapters by methods; None where no method was run with several.
+
+    Args:
+        metric, refusals: as for `tables.kind_table`.
+    """
+    metric = metric or headline(runs)
+    rows = by_kind(runs, metric)
+    if rows is None:
+        return None
+    bases, kinds = kinds_and_bases(rows, refusals)
+    means = rows.pivot(index="kind", columns="base", values="mean").reindex(kinds, columns=bases)
+    at = {(row["base"], row["kind"]): row for _, row in rows.iterrows()}
+    figure = Shown((2.6 + 1.15 * len(bases), 1.7 + 0.3 * len(kinds)), layout="constrained")
+    axes = figure.add_subplot()
+    lower = define(metric).better == "lower"
+    image = axes.imshow(means, cmap="viridis_r" if lower else "viridis", aspect="auto")
+    axes.set_facecolor("#e4e4e4")
+    axes.grid(False)
+    axes.set_xticks(range(len(bases)), [textwrap.fill(base, 16) for base in bases], fontsize=9)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    low, high = image.get_clim()
+    for (r, c), value in np.ndenumerate(means):
+        text = kind_cell(at, bases[c], kinds[r], metric, refusals)
+        share = (value - low) / (high - low) if high > low else 0.5
+        ink = "white" if (share > 0.4 if lower else share < 0.6) else "black"
+        ink = "#666666" if math.isnan(value) else ink
+        axes.text(c, r, text, ha="center", va="center", fontsize=7, color=ink)
+    unit = define(metric).unit
+    figure.colorbar(image, ax=axes, label=f"{metric}{f', {unit}' if unit else ''}", aspect=30)
+    _head(figure, runs, f"{metric} of kinds of adapters\n{about_kinds(runs, rows)}")
+    return figure
+
+
+@styled
+def kind_costs(runs: pd.DataFrame, metric: str | None = None) -> Figure | None:
+    """`metric` of methods and kinds of adapters against what they cost, a panel a cost.
+
+    Costs that no run has are left out. Staircases are the Pareto fronts of the means, and the kinds
+    on them are named.
+    """
+    metric = metric or headline(runs)
+    if not {"cost.seconds_total", "cost.images"} <= set(runs):
+        return None
+    rows = by_kind(runs.assign(**{"cost.time": with_time(runs)["time"]}), metric)
+    if rows is None:
+        return None
+    learning = "milliseconds an image" if is_shift(runs) else "seconds of learning"
+    costs = {
+        "cost.parameters_updated": "trained parameters",
+        "cost.task_mib": "MiB a task",
+        "cost.time": learning,
+        "cost.test_ms": "milliseconds a test image",
+    }
+    known = {k: text for k, text in costs.items() if k in rows and rows[k].notna().any()}
+    looks_of = looks(sorted(rows["base"].unique()))
+    sign = -1 if define(metric).better == "lower" else 1
+    down = math.ceil(len(known) / 2)
+    figure = _figure(8.6, 0.8 + 3.4 * down, len(looks_of))
+    grid = figure.subplots(down, 2, squeeze=False, sharey=True)
+    for axes, (cost, text) in zip(grid.flat, known.items(), strict=False):
+        some = rows.dropna(subset=[cost, "mean"])
+        for base, look in looks_of.items():
+            own = some[some["base"] == base]
+            axes.errorbar(own[cost], own["mean"], own["error"].fillna(0), elinewidth=0.6,
+                          markersize=5, alpha=0.8, **look | {"linestyle": ""})  # fmt: skip
+        best = pareto_front((-x, sign * y) for x, y in some[[cost, "mean"]].to_numpy())
+        front = np.array(best).reshape(-1, 2) * (-1, sign)
+        line = {"color": "#000000", "alpha": 0.35, "linewidth": 1, "drawstyle": "steps-pre"}
+        axes.plot(front[:, 0], front[:, 1], zorder=1, label="Pareto front", **line)
+        for x, y in front:
+            at = some[(some[cost] == x) & (some["mean"] == y)].iloc[0]
+            where: dict[str, Any] = {"xytext": (3, 4), "textcoords": "offset points"}
+            axes.annotate(at["kind"], (x, y), fontsize=7, **where)
+        if cost == "cost.parameters_updated" and (some[cost] > 0).all():
+            axes.set_xscale("log")
+        axes.set_xlabel(text)
+        axes.margins(0.1)
+    for i, axes in enumerate(grid.flat):
+        axes.set_visible(i < len(known))
+    unit, better = define(metric).unit, "down" if sign < 0 else "up"
+    figure.supylabel(f"{metric}{f', {unit}' if unit else ''}  (better: {better})", fontsize=9)
+    machines = runs["device"].nunique()
+    warn = f"; from {machines} machines" if machines > 1 else ""
+    _head(figure, runs, f"{metric} of kinds of adapters against cost (better: left{warn})")
+    _legend(figure, grid.flat[0])
+    return figure
+
+
 # ------------------------------------------------------------------------------ all of them
 
 
-def figures(runs: pd.DataFrame, metric: str | None = None) -> dict[str, Figure]:
-    """Every figure that these runs have, by name."""
+def figures(
+    runs: pd.DataFrame, metric: str | None = None, refusals: Refusals | None = None
+) -> dict[str, Figure]:
+    """Every figure that these runs have, by name; those of kinds of adapters alone where more than
+    `MOST` methods, which no other one could show, are a grid of such kinds."""
+    kinds = {"kinds": kind_map(runs, metric, refusals), "kind-costs": kind_costs(runs, metric)}
+    kinds = {name: figure for name, figure in kinds.items() if figure is not None}
+    if kinds and runs["method"].nunique() > MOST:
+        return kinds
+    return _figures_of_methods(runs, metric) | kinds
+
+
+def _figures_of_methods(runs: pd.DataFrame, metric: str | None) -> dict[str, Figure]:
     if is_shift(runs):
         drawings = {f"stream-{i}": stream(some) for i, some in enumerate(streams_of(runs), 1)}
         drawings["domains"] = domains(runs)
@@ -453,6 +570,8 @@ def describe(name: str, runs: pd.DataFrame) -> str:
         "tradeoff": "stability against plasticity",
         "pareto": "quality against time and memory",
         "matrix": "accuracy matrices, one heat map per method",
+        "kinds": "heat map of kinds of adapters by methods",
+        "kind-costs": "kinds of adapters, quality against cost",
     }.get(name, "running error along the stream")
     metric = headline(runs)
     means = runs.groupby("method")[f"metrics.{metric}"].mean()

@@ -45,6 +45,7 @@ NOTHING_DRAWN = (
 DERIVED = (  # column, the one that it comes from, and the factor
     ("metrics.gain", "source.gain.err_mean", 1.0),
     ("cost.state_mib", "cost.state_bytes", 2.0**-20),
+    ("cost.task_mib", "cost.state_bytes_per_task", 2.0**-20),
 )
 STAND_IN = {  # label in the name of a scenario -> what it says about the images
     "[embedded]": "embedded stand-in images, not the data set of that name",
@@ -236,8 +237,8 @@ def json_lines(path: Path, expected: str | None = None) -> list[dict[str, Any]]:
 def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame:
     """Finished runs with `stream`, `method` and `order`; of runs made twice only the newest.
 
-    Beside what they wrote they have `metrics.gain` (error of the source minus that of the method)
-    and `cost.state_mib`.
+    Beside what they wrote they have `metrics.gain` (error of the source minus that of the method),
+    `cost.state_mib`, `cost.task_mib` and `cost.test_ms`.
 
     Runs that agree in scenario, backbone, stream and method differ in nothing but the seed and the
     keys of `average`, whose values `order` holds. `stream` names the scenario's settings that some
@@ -263,6 +264,10 @@ def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame
     for name, origin, factor in DERIVED:
         if origin in done:
             done[name] = done[origin].astype(float) * factor
+    if {"cost.evaluation_seconds", "cost.evaluation_images"} <= set(done):
+        each = 1000 * done["cost.evaluation_seconds"] / done["cost.evaluation_images"]
+        reused = done.get("cost.features_reused", pd.Series(0, done.index))
+        done["cost.test_ms"] = each.where(reused.fillna(0) == 0)
     for _, group in done.groupby(["scenario", "backbone"]):
         of_stream = [k for k in settings if k.startswith(("config.scenario.", "config.time."))]
         varied = [
@@ -318,6 +323,56 @@ def _label(columns: pd.DataFrame) -> pd.Series:
         text = f", {name.removeprefix('config.')}=" + columns[name]
         said += text.where(columns[name] != "unset", "")
     return said.str.removeprefix(", ")
+
+
+# ------------------------------------------------------------------------------ kinds of adapters
+
+
+def by_kind(runs: pd.DataFrame, metric: str) -> pd.DataFrame | None:
+    """Methods with several kinds of adapters, one row a method and kind; None without any.
+
+    Columns: `base`, the method without its adapters; `kind`; `n`, how many orders (of one order:
+    seeds); `mean` of `metric` over them and `error`, its standard error (NaN for one); then the
+    means of the costs.
+
+    Args:
+        runs: of one scenario, backbone and stream, as `select` returns them.
+    """
+    kind, value = "config.strategy.adapter.name", f"metrics.{metric}"
+    if not {kind, value} <= set(runs):
+        return None
+    some = runs[runs[kind].notna() & runs[value].notna() & ~origin(runs).duplicated()]
+    some = some.assign(base=some["method"].map(_without_adapter), kind=some[kind])
+    kinds = some.groupby("base")["kind"].nunique()
+    if kinds.empty or kinds.max() < 2:
+        return None
+    rows = []
+    for (base, name), group in some.groupby(["base", "kind"]):
+        each = group.groupby("order")[value].mean()
+        each = each if len(each) > 1 else group[value]
+        row = {"base": base, "kind": name, "n": len(each), "mean": each.mean(), "error": each.sem()}
+        rows.append({**row, **group[named(group.select_dtypes("number"), "cost.")].mean()})
+    return pd.DataFrame(rows)
+
+
+def _without_adapter(method: str) -> str:
+    """`ease (adapter=lora, alpha=1)` -> `ease (alpha=1)`."""
+    name, _, settings = method.partition(" (")
+    parts = [p for p in settings.removesuffix(")").split(", ") if not p.startswith("adapter=")]
+    return f"{name} ({', '.join(parts)})" if any(parts) else name
+
+
+def refused(*roots: str | Path) -> dict[tuple[str, str], str]:
+    """Why a strategy did not take a kind of adapters, as the sweeps in these folders noted it."""
+    reasons = {}
+    for path in (note for root in roots for note in Path(root).glob(".sweeps/*/*.json")):
+        with contextlib.suppress(Damaged, OSError):
+            note = read_record(path)
+            words = dict(word.split("=", 1) for word in note.get("overrides", ()) if "=" in word)
+            strategy, kind = words.get("strategy"), words.get("adapter@strategy.adapter")
+            if note.get("wrong_settings") and strategy and kind:
+                reasons[strategy, kind.replace("/", "_")] = str(note["error"]).split("\n")[0]
+    return reasons
 
 
 # ------------------------------------------------------------------------------ what to tell

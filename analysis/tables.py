@@ -15,7 +15,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ import numpy as np
 import pandas as pd
 
 from driftline.analysis.metrics import GROUPS, METRICS, Group, define, of_group, sentences
-from driftline.analysis.runs import PLACE, json_lines, named, origin, seeds_agree, stand_in, title
+from driftline.analysis.runs import (
+    PLACE,
+    by_kind,
+    json_lines,
+    named,
+    origin,
+    seeds_agree,
+    stand_in,
+    title,
+)
 from driftline.core.console import table as aligned
 from driftline.core.errors import UserError, suggest
 
@@ -35,6 +44,7 @@ TASK += ("intransigence",)
 UNRANKED = "joint"  # an upper bound that sees all data
 STILL = -1  # the mark of a cell that its method cannot lose
 WORSE = " †"  # behind an error that is worse than not adapting
+Refusals = Mapping[tuple[str, str], str]  # (strategy, kind of adapters) -> why
 ERRORS = 2.0  # standard errors that a difference must exceed
 
 
@@ -460,6 +470,72 @@ def cost_table(runs: pd.DataFrame) -> Table | None:
     return group_table(runs, "cost")
 
 
+def kind_table(
+    runs: pd.DataFrame, metric: str | None = None, refusals: Refusals | None = None
+) -> Table | None:
+    """Kinds of adapters by methods; None where no method was run with several.
+
+    Args:
+        metric: by default the mean error of streams, the average incremental accuracy of tasks.
+        refusals: why a strategy did not take a kind, from `analysis.runs.refused`.
+    """
+    metric = metric or headline(runs)
+    rows = by_kind(runs, metric)
+    if rows is None:
+        return None
+    at = {(row["base"], row["kind"]): row for _, row in rows.iterrows()}
+    bases, kinds = kinds_and_bases(rows, refusals)
+    cells = [
+        [kind, *(kind_cell(at, base, kind, metric, refusals) for base in bases)] for kind in kinds
+    ]
+    return Table(
+        f"{_place(runs)}: {metric} of kinds of adapters",
+        ["adapter", *bases],
+        cells,
+        f"{about_kinds(runs, rows)} {_label(runs)}".strip(),
+        metrics=["", *(metric for _ in bases)],
+    )
+
+
+def kinds_and_bases(
+    rows: pd.DataFrame, refusals: Refusals | None = None
+) -> tuple[list[str], list[str]]:
+    """The methods and the kinds of a grid by name, kinds that some of its methods refused too."""
+    bases = sorted(rows["base"].unique())
+    asked = {kind for strategy, kind in refusals or () if strategy in bases}
+    return bases, sorted({*rows["kind"]} | asked)
+
+
+def kind_cell(
+    at: Mapping[tuple[str, str], pd.Series],
+    base: str,
+    kind: str,
+    metric: str,
+    refusals: Refusals | None = None,
+) -> str:
+    """`mean ± standard error`; `refused`, or `-` where it was not run."""
+    if (base, kind) not in at:
+        return "refused" if (base.split(" ")[0], kind) in (refusals or ()) else "-"
+    row = at[base, kind]
+    spread = "" if math.isnan(row["error"]) else f" ± {number(row['error'], metric)}"
+    return number(row["mean"], metric) + spread
+
+
+def about_kinds(runs: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """What a caption says of a grid: runs, what they were repeated over, images, and seeds."""
+    orders = int(runs["order"].nunique())
+    over = (
+        "class orders" if orders > 1 and not is_shift(runs) else "orders" if orders > 1 else "seeds"
+    )
+    few, most = int(rows["n"].min()), int(rows["n"].max())
+    count = f"{few}" if few == most else f"{few} to {most}"
+    said = f"Mean ± standard error over {count} {over}." if most > 1 else "One run each."
+    images = [f"{int(runs[k].iloc[0]):,} {k.removeprefix('data.').replace('_', ' ')}"
+              for k in ("data.train_images", "data.test_images") if k in runs]  # fmt: skip
+    seeds = ", ".join(map(str, sorted(runs["seed"].unique())))
+    return " ".join([said, *([f"{', '.join(images)}."] if images else []), f"Seeds: {seeds}."])
+
+
 def published_table(runs: pd.DataFrame) -> Table | None:
     """Our mean beside each published figure, and whether the two can be compared."""
     figures = published(runs)
@@ -495,14 +571,17 @@ def state_table(runs: pd.DataFrame) -> Table:
     return Table("All runs", head, shown.to_numpy().tolist())
 
 
-def tables_of(runs: pd.DataFrame, metrics: Sequence[str] = ()) -> list[Table]:
-    """All tables of one scenario, backbone and stream."""
+def tables_of(
+    runs: pd.DataFrame, metrics: Sequence[str] = (), refusals: Refusals | None = None
+) -> list[Table]:
+    """All tables of one scenario, backbone and stream; `refusals` as for `kind_table`."""
     special: list[Group] = ["open", "time", "estimate", "count"]
     tables = [
         main_table(runs, metrics),
         domain_table(runs),
         *(group_table(runs, group) for group in special),
         published_table(runs),
+        kind_table(runs, metrics[0] if metrics else None, refusals),
         cost_table(runs),
     ]
     return [t for t in tables if t is not None]

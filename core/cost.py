@@ -16,7 +16,7 @@ from driftline.core.strategy import Strategy, optimizers
 KEPT = (
     "forward", "backward", "images", "steps", "evaluated", "evaluated_forward",
     "evaluated_backward", "evaluated_seconds", "end_seconds", "step_seconds", "durations",
-    "estimated_forward", "estimated_seconds",
+    "estimated_forward", "estimated_seconds", "bytes_after_task",
 )  # fmt: skip
 DURATIONS = 4096  # for the median; a long run shall not make every checkpoint longer
 
@@ -35,6 +35,7 @@ class Costs:
         self.seconds = 0.0  # of the last step
         self.step_seconds = 0.0  # of all steps
         self.durations: list[float] = []  # of steps, of all or of as many drawn at random
+        self.bytes_after_task: list[int] = []  # kept for good, without moments of an optimiser
 
     @contextmanager
     def step(self, images: int) -> Iterator[None]:
@@ -83,6 +84,11 @@ class Costs:
         yield
         self._synchronize()
         self.end_seconds += time.perf_counter() - start
+
+    def task_ended(self, strategy: Strategy) -> None:
+        """Note what a method keeps for good after a task."""
+        size = state_bytes(strategy, moments=False)
+        self.bytes_after_task = [*self.bytes_after_task, size]
 
     def _synchronize(self) -> None:
         synchronize(self.device)
@@ -139,7 +145,15 @@ class Costs:
             "parameters_updated": sum(p.numel() for p in strategy.updated_parameters()),
             "parameters_total": sum(p.numel() for p in strategy.parameters()),
             "state_bytes": state_bytes(strategy),
+            **self._growth(),
         }
+
+    def _growth(self) -> dict[str, float]:
+        """Bytes that a task adds to what is kept for good, mean over all tasks but the first."""
+        sizes = self.bytes_after_task
+        if len(sizes) < 2:
+            return {}
+        return {"state_bytes_per_task": (sizes[-1] - sizes[0]) / (len(sizes) - 1)}
 
 
 def synchronize(device: torch.device) -> None:
@@ -195,15 +209,19 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(v)
 
 
-def state_bytes(strategy: Strategy) -> int:
+def state_bytes(strategy: Strategy, *, moments: bool = True) -> int:
     """Bytes a method, with all strategies inside it, keeps beside the backbone.
 
     Copies, moments, prototypes, statistics.
 
     Storage shared between tensors counts once.
+
+    Args:
+        moments: those of the optimisers, which last as long as a task, among them.
     """
     storages: dict[int, int] = {}
-    held = [strategy.state_dict(), *(dict(o.state) for o in optimizers(strategy))]
+    held: list[Any] = [strategy.state_dict()]
+    held += [dict(o.state) for o in optimizers(strategy)] if moments else []
     for tensor in _tensors(held):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()

@@ -250,6 +250,7 @@ def run_tasks(strategy: CLStrategy, stream: TaskStream, run: Context) -> dict[st
             at["step"] = 0
         with costs.end_of_task(), guard.end_of_task(f"the end of task {task.name}"):
             strategy.end_task(task)
+        costs.task_ended(strategy)
         distributed.require_equal(
             strategy.parameters(), f"of {type(strategy).__name__} after task {task.index}"
         )

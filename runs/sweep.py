@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -376,12 +377,11 @@ def report(folder: Path) -> tuple[str, int]:
     lines = [f"sweep of {len(runs)} runs: {', '.join(counts)} ({folder})"]
     fixed = _common(runs)
     for state in ("failed", "killed", "stopped"):
-        reasons: dict[str, list[str]] = defaultdict(list)
+        reasons: dict[str, list[list[str]]] = defaultdict(list)
         for run in states.get(state, []):
-            name = " ".join(o for o in run["overrides"] if o not in fixed) or "(no setting)"
-            reasons[str(run["error"])].append(name)
-        for reason, names in reasons.items():
-            lines += [f"{state}: {name}" for name in names]
+            reasons[str(run["error"])].append([o for o in run["overrides"] if o not in fixed])
+        for reason, those in reasons.items():
+            lines += [f"{state}: {name or '(no setting)'}" for name in _together(those)]
             lines.append(f"    because: {reason.splitlines()[0] if reason else 'no message'}")
     lines += _seeds_agree(finished, fixed)
     failed = states.get("failed", [])
@@ -415,6 +415,19 @@ def _seeds_agree(finished: Sequence[Outcome], fixed: set[str]) -> list[str]:
         f"the seed changed nothing in: {', '.join(same)}. The order of classes and images comes "
         "from scenario.order_seed; 'scenario.order_seed=${seed}' makes it follow the seed"
     ]
+
+
+def _together(runs: list[list[str]]) -> list[str]:
+    """Runs in words: on one line, as typed, where they are all combinations of their values."""
+    if len(runs) < 2:
+        return [" ".join(run) for run in runs]
+    values: dict[str, list[str]] = defaultdict(list)
+    for key, _, value in (word.partition("=") for run in runs for word in run):
+        values[key] += [value] if value not in values[key] else []
+    combinations = math.prod(map(len, values.values()))
+    if len(runs) == combinations and len({tuple(run) for run in runs}) == combinations:
+        return [" ".join(f"{key}={','.join(some)}" for key, some in values.items())]
+    return [" ".join(run) for run in runs]
 
 
 def _common(runs: Sequence[Outcome]) -> set[str]:

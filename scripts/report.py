@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
     sys.exit(f'error: this needs {error.name}: pip install -e ".[analysis]"')
 from driftline.analysis import tables as tab
 from driftline.analysis.page import Picture, Section, page
-from driftline.analysis.runs import AVERAGE, named
+from driftline.analysis.runs import AVERAGE, named, refused
 from driftline.core.console import program
 from driftline.core.errors import UserError, suggest
 from driftline.core.files import write_bytes, write_text
@@ -64,10 +64,10 @@ def report(
     for metric in metrics:
         if metric not in known:
             raise UserError(f"no run has the metric {metric!r}{suggest(metric, known)}")
-    places = []
+    places, refusals = [], refused(*roots)
     for title, some in tab.by_place(runs):
         wanted = [m for m in metrics if f"metrics.{m}" in some]
-        places.append((title, some, wanted, tab.tables_of(some, wanted)))
+        places.append((title, some, wanted, tab.tables_of(some, wanted, refusals)))
     tables = [table for *_, some in places for table in some]
     out.mkdir(parents=True, exist_ok=True)
     if "md" in formats:
@@ -84,7 +84,8 @@ def report(
     sections = []
     for title, some, wanted, drawing in places if figures or "html" in formats else []:
         section = Section(title, drawing, [])
-        for name, figure in plots.figures(some, wanted[0] if wanted else None).items():
+        drawn = plots.figures(some, wanted[0] if wanted else None, refusals)
+        for name, figure in drawn.items():
             png = plots.encode(figure, "png", some)
             width = round(96 * figure.get_figwidth())
             section.pictures.append(Picture(png, plots.describe(name, some), width))
