@@ -45,6 +45,8 @@ def test_the_grid_is_methods_by_kinds_by_three_orders():
     runs = sweep.expand([f"{key}={value}" for key, value in GRID.items()])
     assert len(runs) == 6 * len(GRID[ADAPTER].split(",")) * 3
     assert len({tuple(run) for run in runs}) == len(runs)
+    words = [f"{key}={value}" for key, value in GRID.items()]
+    assert len(sweep.expand([*words, "strategy=ease,mos", f"{ADAPTER}=lora,hra"])) == 2 * 2 * 3
 
 
 @pytest.mark.parametrize("strategy", GRID["strategy"].split(","))
