@@ -29,6 +29,7 @@ FILES = {
 }
 STRATEGIES = {p.stem for p in (CONF / "strategy").glob("*.yaml")}
 GRID = plain_yaml(CONF / "experiment" / "grid" / "adapters.yaml")["hydra"]["sweeper"]["params"]
+KINDS = GRID[ADAPTER].split(", ")
 
 
 # ------------------------------------------------------------------------------ the sweep
@@ -36,14 +37,14 @@ GRID = plain_yaml(CONF / "experiment" / "grid" / "adapters.yaml")["hydra"]["swee
 
 def test_every_kind_that_is_not_named_after_a_method_stands_in_the_grid():
     general = [name for name in FILES if name.split("_")[0] not in STRATEGIES]
-    assert sorted(GRID[ADAPTER].split(",")) == sorted(general)
+    assert sorted(KINDS) == sorted(general)
     for name, node in FILES.items():  # by which a report knows a kind
         assert "name" not in node or node["name"] == name.replace("/", "_")
 
 
 def test_the_grid_is_methods_by_kinds_by_three_orders():
     runs = sweep.expand([f"{key}={value}" for key, value in GRID.items()])
-    assert len(runs) == 6 * len(GRID[ADAPTER].split(",")) * 3
+    assert len(runs) == 6 * len(KINDS) * 3
     assert len({tuple(run) for run in runs}) == len(runs)
     words = [f"{key}={value}" for key, value in GRID.items()]
     assert len(sweep.expand([*words, "strategy=ease,mos", f"{ADAPTER}=lora,hra"])) == 2 * 2 * 3
