@@ -216,7 +216,8 @@ class OLoRA(CLStrategy):
                 raise UserError(
                     f"strategy=olora: {type(one).__name__} at {point} adds no low-rank product, "
                     "but O-LoRA sums those of all tasks and keeps their inputs apart. Use "
-                    "adapter=olora, lora, dual_rank, bottleneck or peft/lora"
+                    "adapter=olora, lora (without a start that is taken off), dual_rank, "
+                    "bottleneck or peft/lora"
                 )
         self.head = NearZeroLinear(backbone.dim)
         self.seen = 0

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import strategy_node
 from test_bank import X, backbone, wake
+from test_distributed import together
 from test_ease import task, tiny
 from torch import Tensor, nn
 
+from driftline.core import distributed
 from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.core.stream import Batch
@@ -227,6 +229,35 @@ def test_a_method_calibrates_before_a_task_and_a_resumed_one_does_not(name):
     assert len(factors(method)) == len(before) * (2 if name in ("ease", "lae") else 1)
     state = method.backbone.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in plain.items())
+
+
+def calibrated() -> list[Tensor]:
+    """What every start that reads images makes of one batch: A^T A and B A of each layer."""
+    net, rows = tiny().requires_grad_(False), []
+    draws = torch.Generator().manual_seed(0)
+    x, head = torch.rand(7, 3, 16, 16, generator=draws), torch.randn(16, 3, generator=draws)
+    batch = Batch(x, torch.tensor([0, 1, 2, 1, 0, 2, 2]), torch.arange(7), torch.zeros(7))
+    for start in CALIBRATED:
+        plan = Plan(at=QKV, blocks=None, kind=partial(LoRA, rank=2), start=start)
+        bank = plan.bank(net, calibrates=True)
+        plan.add(bank, "a", torch.Generator().manual_seed(1))
+        loss = lambda b, bank=bank: F.cross_entropy(bank.features(b.x, "a") @ head, b.y)  # noqa: E731
+        starts.calibrate(bank, "a", start, [batch], loss)
+        for lora in bank.adapters("a").values():
+            rows += [lora.a[0].T @ lora.a[0], lora.b[0] @ lora.a[0]]
+    return [row.detach() for row in rows]
+
+
+def test_two_processes_calibrate_as_one(tmp_path):
+    want = calibrated()
+
+    def work(rank: int) -> None:
+        distributed.join(torch.device("cpu"))
+        for ours, theirs in zip(calibrated(), want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    results = together(tmp_path, work)
+    assert [status for status, _ in results] == [0, 0], results
 
 
 # ------------------------------------------------------------------------------ refusals
