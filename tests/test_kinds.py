@@ -15,12 +15,18 @@ from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.bank import AdapterBank
+from driftline.parts.adapters.block_expansion import BlockExpansion
 from driftline.parts.adapters.dora import DoRA
+from driftline.parts.adapters.ether import EtherPlus
 from driftline.parts.adapters.hra import HRA
 from driftline.parts.adapters.hydra import Hydra
 from driftline.parts.adapters.lora import LoRA
+from driftline.parts.adapters.lori import LoRI, keep_largest
 from driftline.parts.adapters.moslora import MoSLoRA
+from driftline.parts.adapters.nola import NOLA
+from driftline.parts.adapters.oft import OFT
 from driftline.parts.adapters.paca import PaCA
+from driftline.parts.adapters.shared_lora import VeRA, tied_lora
 
 DIM, OUT = 12, 15
 
@@ -41,6 +47,36 @@ def columns(a: PaCA, weight: Tensor) -> Tensor:
     return torch.zeros_like(weight).index_copy(1, a.chosen, a.p)
 
 
+def rotation(a: OFT) -> Tensor:
+    """The truncated Cayley transform of every block, as in the paper."""
+    blocks = []
+    for numbers in a.q:
+        q = torch.zeros(a.block, a.block, dtype=torch.float64)
+        for value, i, j in zip(numbers, a.rows, a.columns, strict=True):
+            q = q.index_put((i, j), value).index_put((j, i), -value)
+        powers = [torch.matrix_power(q, k) for k in range(a.terms + 1)]
+        blocks.append((powers[0] + q) @ torch.stack(powers).sum(0))
+    return torch.block_diag(*blocks)
+
+
+def relaxed(u: Tensor, v: Tensor) -> Tensor:
+    """ETHER+'s H of one side."""
+    eye = torch.eye(u.shape[1], dtype=torch.float64)
+    pairs = [(a / a.norm(), b / b.norm()) for a, b in zip(u, v, strict=True)]
+    return torch.block_diag(*(eye - torch.outer(a, a) + torch.outer(b, b) for a, b in pairs))
+
+
+def between_vectors(a: VeRA) -> Tensor:
+    down, up = a.factors()
+    return a.outer.diag() @ up @ a.inner.diag() @ down
+
+
+def of_bases(a: NOLA) -> Tensor:
+    first, of_a, of_b = a._drawn.like(a.alpha)
+    down = first + sum(x * m for x, m in zip(a.alpha, of_a, strict=True))
+    return a.scale * sum(x * m for x, m in zip(a.beta, of_b, strict=True)) @ down
+
+
 # kind -> how it is made, and the weight and bias that it stands for
 KINDS: dict[str, tuple[Any, Any]] = {
     "lora": (lambda g, m: LoRA(DIM, OUT, 4, scale=0.5, generator=g), None),
@@ -58,8 +94,30 @@ KINDS: dict[str, tuple[Any, Any]] = {
         lambda g, m: PaCA(DIM, OUT, 4, generator=g),
         lambda a, w, b: (w + columns(a, w), b),
     ),
+    "oft": (lambda g, m: OFT(DIM, 4), lambda a, w, b: (w @ rotation(a).T, b)),
+    "ether_plus": (
+        lambda g, m: EtherPlus(m, 3, generator=g),
+        lambda a, w, b: (relaxed(a.u[1], a.v[1]) @ w @ relaxed(a.u[0], a.v[0]), b),
+    ),
+    "lori": (
+        lambda g, m: LoRI(DIM, OUT, 4, scale=0.5, generator=g),
+        lambda a, w, b: (w + product(a), b),
+    ),
+    "vera": (
+        lambda g, m: VeRA(DIM, OUT, 6, seed=1),
+        lambda a, w, b: (w + between_vectors(a), b),
+    ),
+    "tied_lora": (
+        lambda g, m: tied_lora({"fc:out": m}, 4, generator=g)["fc:out"],
+        lambda a, w, b: (w + between_vectors(a), b),
+    ),
+    "nola": (
+        lambda g, m: NOLA(DIM, OUT, 4, 5, scale=0.5, seed=1),
+        lambda a, w, b: (w + of_bases(a), b),
+    ),
 }
 OWN = [name for name, (_, weight) in KINDS.items() if weight is not None]
+DEPTHS = {"block_expansion": 4}  # of the network for a file that names blocks
 
 
 def layer_with(name: str) -> tuple[nn.Linear, Adapter]:
@@ -79,7 +137,7 @@ def moved(name: str) -> tuple[nn.Linear, Adapter]:
 
 
 def output(adapter: Adapter, layer: nn.Linear, x: Tensor) -> Tensor:
-    if isinstance(adapter, HRA):
+    if isinstance(adapter, HRA | OFT):
         return layer(adapter.before(x))
     return adapter.after(x, layer(x))
 
@@ -94,7 +152,7 @@ def test_a_kind_is_the_identity_at_first(name):
     layer, adapter = layer_with(name)
     x = tokens()
     before = x.clone()
-    rounding = 1e-14 if name in ("hra", "dora") else 0.0
+    rounding = 1e-14 if name in ("hra", "dora", "ether_plus") else 0.0
     torch.testing.assert_close(output(adapter, layer, x), layer(x), rtol=rounding, atol=rounding)
     assert torch.equal(x, before)
 
@@ -115,8 +173,9 @@ def test_the_output_is_that_of_the_merged_weight(name):
 def test_gradients_are_those_of_the_merged_weight(name):
     layer, adapter = moved(name)
     x, aim = tokens().requires_grad_(), tokens(7)[..., :1]
+    learned = [p for p in adapter.parameters() if p.requires_grad]
     ours, want = (
-        torch.autograd.grad((out * aim).square().sum(), [x, *adapter.parameters()])
+        torch.autograd.grad((out * aim).square().sum(), [x, *learned])
         for out in (
             output(adapter, layer, x),
             F.linear(x, *KINDS[name][1](adapter, layer.weight, layer.bias)),
@@ -126,10 +185,11 @@ def test_gradients_are_those_of_the_merged_weight(name):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", [*OWN, "film", "block_expansion"])
+@pytest.mark.filterwarnings("ignore:strategy.adapter.blocks=:UserWarning")
 def test_the_file_of_a_kind_attaches_learns_and_groups(name):
     node = plain_yaml(ROOT / "conf" / "adapter" / f"{name}.yaml")
-    net = backbone()
+    net = backbone(depth=DEPTHS.get(name, 3))
     net.requires_grad_(False)
     plan = build({k: v for k, v in node.items() if k != "name"}, at="adapter")
     bank, want = plan.bank(net), net.features(X)
@@ -174,3 +234,131 @@ def test_an_odd_number_of_reflections_is_refused(rank):
 def test_more_columns_than_a_layer_has_are_refused():
     with pytest.raises(UserError, match=r"columns=13: the layer has 12 columns; name fewer"):
         PaCA(DIM, OUT, 13)
+
+
+def test_rotations_are_those_of_the_peft_library():
+    peft = pytest.importorskip("peft", reason='peft is missing: pip install -e ".[peft]"')
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(DIM, OUT)).double()
+    config = peft.OFTConfig(
+        oft_block_size=4,
+        r=0,
+        use_cayley_neumann=True,
+        num_cayley_neumann_terms=5,
+        target_modules=["0"],
+    )
+    theirs = peft.get_peft_model(net, config)
+    layer = theirs.base_model.model[0]
+    q = layer.oft_R["default"].weight  # [blocks, numbers above the diagonal]
+    ours = OFT(DIM, 4, terms=3).double()
+    with torch.no_grad():
+        q.add_(torch.randn_like(q) * 0.3)
+        ours.q.copy_(q)
+    x = tokens()
+    torch.testing.assert_close(layer.base_layer(ours.before(x)), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_vera_is_that_of_the_peft_library_with_the_same_seed():
+    peft = pytest.importorskip("peft", reason='peft is missing: pip install -e ".[peft]"')
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(DIM, OUT))
+    config = peft.VeraConfig(r=6, projection_prng_key=7, target_modules=["0"])
+    theirs = peft.get_peft_model(net, config)
+    layer, ours = theirs.base_model.model[0], VeRA(DIM, OUT, 6, seed=7)
+    pairs = (layer.vera_lambda_d, ours.inner), (layer.vera_lambda_b, ours.outer)
+    for name, own in pairs:
+        assert torch.equal(name["default"], own)
+        with torch.no_grad():
+            own.add_(torch.randn_like(own) * 0.3)
+            name["default"].copy_(own)
+    x = tokens().float()
+    torch.testing.assert_close(ours.after(x, layer.base_layer(x)), theirs(x))
+
+
+def test_lori_s_learns_the_largest_numbers_of_lori_d():
+    torch.manual_seed(4)
+    members = [LoRI(DIM, OUT, 4), LoRI(DIM, 9, 2)]
+    with torch.no_grad():
+        for a in members:
+            a.b[0].normal_()
+    sizes = torch.cat([a.b[0].detach().abs().flatten() for a in members])
+    least = sizes.sort(descending=True).values[7]
+    before = [a.b[0].detach().abs() >= least for a in members]
+    keep_largest(members, 8 / len(sizes))
+    for a, kept in zip(members, before, strict=True):
+        assert torch.equal(a.mask, kept)
+        assert not a.b[0].any()
+        a.add(tokens().float(), torch.ones(2, 3, len(a.mask))).square().sum().backward()
+        assert torch.equal(a.b[0].grad != 0, kept)
+        assert a.a[0].grad is None
+    assert sum(a.mask.sum() for a in members) == 8
+
+
+def test_random_matrices_of_a_seed_exist_once_and_are_not_saved():
+    for name in ("vera", "nola"):
+        node = plain_yaml(ROOT / "conf" / "adapter" / f"{name}.yaml")
+        net = backbone()
+        plan = build({k: v for k, v in node.items() if k != "name"}, at="adapter")
+        bank = plan.bank(net)
+        for i in range(2):
+            plan.add(bank, f"t{i}", torch.Generator().manual_seed(i))
+        bank.copy("t0", "copy")
+        drawn = [
+            id(t)
+            for n in ("t0", "t1", "copy")
+            for a in bank.adapters(n).values()
+            for t in a._drawn.like(next(a.parameters()))
+        ]
+        assert len(set(drawn)) == len(drawn) // (3 * len(bank.adapters("t0")))
+        learned = sum(p.numel() for n in ("t0", "t1", "copy") for p in bank.parameters_of(n))
+        assert sum(t.numel() for t in bank.state_dict().values()) == learned
+
+
+def test_tied_factors_are_saved_once_and_shared_by_a_copy_within_itself():
+    node = plain_yaml(ROOT / "conf" / "adapter" / "tied_lora.yaml")
+    net = backbone()
+    plan = build({k: v for k, v in node.items() if k != "name"}, at="adapter")
+    bank = plan.bank(net)
+    plan.add(bank, "old", torch.Generator().manual_seed(0))
+    wake(bank, "old")
+    bank.copy("old", "new")
+    assert len({id(a.factors()[0]) for a in bank.adapters("new").values()}) == 1
+    wake(bank, "new", seed=2)
+    assert not torch.equal(bank.features(X, "old"), bank.features(X, "new"))
+    saved = {k: v.clone() for k, v in bank.sets["old"].state_dict().items()}
+    assert len(saved) == len({*bank.parameters_of("old")})
+    bank.sets["new"].load_state_dict(saved)
+    assert torch.equal(bank.features(X, "old"), bank.features(X, "new"))
+
+
+def test_block_expansion_is_the_network_with_blocks_put_in():
+    net, longer = backbone(depth=2), backbone(depth=2)
+    net.requires_grad_(False)
+    point = {"blocks.0:out": BlockExpansion(net.net.blocks[0])}
+    bank = AdapterBank(net)
+    bank.add("a", point)
+    torch.testing.assert_close(bank.features(X, "a"), net.features(X), rtol=0, atol=0)
+    wake(bank, "a")
+    inside = point["blocks.0:out"].block
+    longer.net.blocks.insert(1, inside)
+    assert torch.equal(bank.features(X, "a"), longer.features(X))
+    frozen = {id(p) for p in net.parameters()}
+    assert not frozen & {id(p) for p in bank.parameters()}
+
+
+WRONG = {
+    "oft": (lambda: OFT(DIM, 5), "block=5: the layer reads 12 channels"),
+    "ether_plus": (lambda: EtherPlus(nn.Linear(DIM, OUT), 4), "blocks=4: the layer has a width"),
+    "tied_lora": (
+        lambda: tied_lora({"a:out": nn.Linear(2, 3), "b:out": nn.Linear(3, 2)}, 2),
+        "linear layers of the same widths",
+    ),
+    "block_expansion": (lambda: BlockExpansion(nn.Linear(2, 2)), "copies a Block of timm's"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_layer_that_a_kind_cannot_serve_is_refused(name):
+    make, message = WRONG[name]
+    with pytest.raises(UserError, match=message):
+        make()

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,16 @@ def kaiming(weight: Tensor, generator: torch.Generator | None) -> None:
     with torch.no_grad():
         bound = 1 / math.sqrt(weight.shape[1])
         weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module of the network without what the bank hung into it."""
+    copied = deepcopy(module)
+    for part in copied.modules():
+        part.__dict__.pop("forward", None)
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            hooks.clear()
+    return copied
 
 
 class Adapter(nn.Module):

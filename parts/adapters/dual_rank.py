@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from driftline.core.ranges import Size
-from driftline.kernels import adapter
-from driftline.parts.adapters.adapter import Product
+from driftline.parts.adapters.lora import Factored
 
 
-class DualRank(Product):
+class DualRank(Factored):
     """`s1 * up1 down1 x + s2 * up2 down2 x`, a pair of very different rank (ViDA).
 
     Computed as one product of rank r1 + r2. The scales are a buffer that a method sets.
@@ -23,6 +20,7 @@ class DualRank(Product):
         generator: of both `down`, N(0, 1/rank^4); both `up` start at 0.
     """
 
+    scale = None  # one for each of the two
     scales: Tensor  # [2]
 
     def __init__(
@@ -40,11 +38,10 @@ class DualRank(Product):
         self.up = nn.ParameterList(nn.Parameter(torch.zeros(out, r)) for r in (low, high))
         self.register_buffer("scales", torch.ones(2))
 
-    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = zip(self.scales.unbind(), self.down, strict=True)
         columns = torch.cat([scale.expand(len(down)) for scale, down in rows])
-        pair = torch.cat(list(self.down)), torch.cat(list(self.up), 1)
-        return adapter(x, *pair, scale=weight, rank_scale=columns, **residual)
+        return torch.cat(list(self.down)), torch.cat(list(self.up), 1), columns
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.down, self.up, strict=True))

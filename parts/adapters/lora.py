@@ -15,7 +15,43 @@ from driftline.kernels import adapter
 from driftline.parts.adapters.adapter import Product, kaiming
 
 
-class LoRA(Product):
+class Factored(Product):
+    """Adds one low-rank product `scale * up down x`; a subclass says what its factors are."""
+
+    scale: float | None  # None: 1, the factors have what scales them
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Down [R, dim] and up [out, R]; scales of the R columns of `up`, [R], or None."""
+        raise NotImplementedError
+
+    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
+        down, up, columns = self._factors()
+        scale = weight * (1.0 if self.scale is None else self.scale)
+        return adapter(x, down, up, scale=scale, rank_scale=columns, **residual)
+
+    @staticmethod
+    def add_grouped(  # type: ignore[override]
+        adapters: Sequence[Factored], x: Tensor, base: Tensor
+    ) -> Tensor:
+        down, up, columns = zip(*(a._factors() for a in adapters), strict=True)
+        return adapter(
+            x,
+            torch.stack(down),
+            torch.stack(up),
+            scale=1.0 if adapters[0].scale is None else adapters[0].scale,
+            rank_scale=None if columns[0] is None else torch.stack(columns),
+            base=base,
+            in_place=True,
+        )
+
+    @staticmethod
+    def after_grouped(  # type: ignore[override]
+        adapters: Sequence[Factored], inp: Tensor, out: Tensor
+    ) -> Tensor:
+        return Factored.add_grouped(adapters, inp, out)
+
+
+class LoRA(Factored):
     """Low-rank update of some row blocks of a linear layer: `sum over blocks of s * B A x`.
 
     Args:
@@ -90,32 +126,6 @@ class LoRA(Product):
         up = torch.cat([up - self.start_up, self.start_up], 1)
         return down, up, scales if scales is None else scales.repeat(2)
 
-    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
-        down, up, columns = self._factors()
-        scale = weight * (1.0 if self.scale is None else self.scale)
-        return adapter(x, down, up, scale=scale, rank_scale=columns, **residual)
-
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Empty where a start is taken off: what is added is no product of two parameters."""
         return [] if self.start_down is not None else list(zip(self.a, self.b, strict=True))
-
-    @staticmethod
-    def add_grouped(  # type: ignore[override]
-        adapters: Sequence[LoRA], x: Tensor, base: Tensor
-    ) -> Tensor:
-        down, up, columns = zip(*(a._factors() for a in adapters), strict=True)
-        return adapter(
-            x,
-            torch.stack(down),
-            torch.stack(up),
-            scale=1.0 if adapters[0].scale is None else adapters[0].scale,
-            rank_scale=None if columns[0] is None else torch.stack(columns),
-            base=base,
-            in_place=True,
-        )
-
-    @staticmethod
-    def after_grouped(  # type: ignore[override]
-        adapters: Sequence[LoRA], inp: Tensor, out: Tensor
-    ) -> Tensor:
-        return LoRA.add_grouped(adapters, inp, out)

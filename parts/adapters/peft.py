@@ -16,14 +16,13 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from driftline.core.errors import UserError, suggest
-from driftline.parts.adapters.adapter import Adapter, AdapterSet
+from driftline.parts.adapters.adapter import Adapter, AdapterSet, bare_copy
 
 NAME = "default"  # the library's own name for adapters, one a set here
 ROUTED = "it mixes adapters by inputs that a language model has and a network of images has not"
@@ -236,12 +235,5 @@ def _copies(modules: Mapping[str, nn.Module]) -> nn.Module:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        parent.add_module(name, _without_hooks(deepcopy(module)))
+        parent.add_module(name, bare_copy(module))
     return root
-
-
-def _without_hooks(module: nn.Module) -> nn.Module:
-    for part in module.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks):
-            hooks.clear()
-    return module
