@@ -117,7 +117,6 @@ KINDS: dict[str, tuple[Any, Any]] = {
     ),
 }
 OWN = [name for name, (_, weight) in KINDS.items() if weight is not None]
-DEPTHS = {"block_expansion": 4}  # of the network for a file that names blocks
 
 
 def layer_with(name: str) -> tuple[nn.Linear, Adapter]:
@@ -189,7 +188,7 @@ def test_gradients_are_those_of_the_merged_weight(name):
 @pytest.mark.filterwarnings("ignore:strategy.adapter.blocks=:UserWarning")
 def test_the_file_of_a_kind_attaches_learns_and_groups(name):
     node = plain_yaml(ROOT / "conf" / "adapter" / f"{name}.yaml")
-    net = backbone(depth=DEPTHS.get(name, 3))
+    net = backbone()
     net.requires_grad_(False)
     plan = build({k: v for k, v in node.items() if k != "name"}, at="adapter")
     bank, want = plan.bank(net), net.features(X)
