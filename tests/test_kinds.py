@@ -26,7 +26,7 @@ from driftline.parts.adapters.moslora import MoSLoRA
 from driftline.parts.adapters.nola import NOLA
 from driftline.parts.adapters.oft import OFT
 from driftline.parts.adapters.paca import PaCA
-from driftline.parts.adapters.shared_lora import VeRA, tied_lora
+from driftline.parts.adapters.shared_lora import Shared, VeRA, tied_lora
 
 DIM, OUT = 12, 15
 
@@ -66,8 +66,8 @@ def relaxed(u: Tensor, v: Tensor) -> Tensor:
     return torch.block_diag(*(eye - torch.outer(a, a) + torch.outer(b, b) for a, b in pairs))
 
 
-def between_vectors(a: VeRA) -> Tensor:
-    down, up = a.factors()
+def between_vectors(a: Shared) -> Tensor:
+    down, up = a.pair()
     return a.outer.diag() @ up @ a.inner.diag() @ down
 
 
@@ -321,7 +321,7 @@ def test_tied_factors_are_saved_once_and_shared_by_a_copy_within_itself():
     plan.add(bank, "old", torch.Generator().manual_seed(0))
     wake(bank, "old")
     bank.copy("old", "new")
-    assert len({id(a.factors()[0]) for a in bank.adapters("new").values()}) == 1
+    assert len({id(a.pair()[0]) for a in bank.adapters("new").values()}) == 1
     wake(bank, "new", seed=2)
     assert not torch.equal(bank.features(X, "old"), bank.features(X, "new"))
     saved = {k: v.clone() for k, v in bank.sets["old"].state_dict().items()}

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.core.errors import UserError
 from driftline.core.ranges import Seed, Size
-from driftline.kernels import adapter
-from driftline.parts.adapters.adapter import Adapter, AdapterSet, kaiming
+from driftline.parts.adapters.adapter import AdapterSet, kaiming
+from driftline.parts.adapters.lora import Factored
 from driftline.parts.adapters.seeded import seeded
 
 
-class VeRA(Adapter):
-    """`b * B (d * A x)`: the vectors b and d (`outer` and `inner`) learn.
+class Shared(Factored):
+    """`b * B (d * A x)` with vectors b and d of each layer; a subclass says what A and B are.
+
+    Args:
+        inner, outer: initial d [rank] and b [out].
+    """
+
+    scale = None  # the vectors are the scales
+
+    def __init__(self, inner: Tensor, outer: Tensor) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Parameter(inner), nn.Parameter(outer)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A [rank, dim] and B [out, rank]."""
+        raise NotImplementedError
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        down, up = self.pair()
+        return down, self.outer[:, None] * up, self.inner
+
+
+class VeRA(Shared):
+    """`b * B (d * A x)`: the vectors b and d learn.
 
     A and B are random and the same for all layers of the same widths, in every set: they follow
     from `seed`, take memory once and are in no saved file.
@@ -34,41 +57,23 @@ class VeRA(Adapter):
     def __init__(
         self, dim: int, out: int, rank: Size, *, start: float = 0.1, seed: Seed = 0
     ) -> None:
-        super().__init__()
+        super().__init__(torch.full((rank,), start), torch.zeros(out))
         bounds = (6 / dim) ** 0.5, (6 / rank) ** 0.5
         self._drawn = seeded(seed, ((rank, dim), bounds[0]), ((out, rank), bounds[1]))
-        self.inner = nn.Parameter(torch.full((rank,), start))
-        self.outer = nn.Parameter(torch.zeros(out))
 
-    def factors(self) -> Sequence[Tensor]:
-        """A [rank, dim] and B [out, rank]."""
-        return self._drawn.like(self.inner)
+    def pair(self) -> tuple[Tensor, Tensor]:
+        down, up = self._drawn.like(self.inner)
+        return down, up
 
-    def forward(self, x: Tensor) -> Tensor:
-        # outside the product, which would otherwise compute the gradient of a whole B
-        return adapter(x, *self.factors(), rank_scale=self.inner) * self.outer
-
-    @staticmethod
-    def add_grouped(  # type: ignore[override]
-        adapters: Sequence[VeRA], x: Tensor, base: Tensor
-    ) -> Tensor:
-        pairs = [a.factors() for a in adapters]
-        down, up = pairs[0]
-        if any(pair[0] is not down for pair in pairs):
-            down, up = (torch.stack(row) for row in zip(*pairs, strict=True))
-        inner = torch.stack([a.inner for a in adapters])
-        outer = torch.stack([a.outer for a in adapters])
-        return base + adapter(x, down, up, rank_scale=inner) * outer[:, None, None]
-
-    @staticmethod
-    def after_grouped(  # type: ignore[override]
-        adapters: Sequence[VeRA], inp: Tensor, out: Tensor
-    ) -> Tensor:
-        return VeRA.add_grouped(adapters, inp, out)
+    def add(self, x: Tensor, base: Tensor, weight: float = 1.0) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().add(x, base, weight)
+        down, up = self.pair()  # one product `b * B` would need the gradient of a whole B
+        return base + weight * self.outer * F.linear(self.inner * F.linear(x, down), up)
 
 
-class Factors(nn.Module):
-    """A and B of a set whose layers learn them together."""
+class Pair(nn.Module):
+    """A and B of a set whose layers learn them together; B starts at 0."""
 
     def __init__(self, dim: int, out: int, rank: int, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -77,8 +82,8 @@ class Factors(nn.Module):
         kaiming(self.a, generator)
 
 
-class TiedLoRA(VeRA):
-    """As VeRA, with factors A and B that learn, one pair in each set.
+class TiedLoRA(Shared):
+    """`b * B (d * A x)`, everything of which learns: A and B for a whole set, b and d for a layer.
 
     Source: Renduchintala et al., "Tied-LoRA: Enhancing Parameter Efficiency of LoRA with Weight
     Tying", NAACL 2024, arXiv 2311.09578, the configuration in which everything learns. Checked
@@ -86,20 +91,18 @@ class TiedLoRA(VeRA):
     was not looked up.
 
     Args:
-        dim, out: input and output width.
-        factors: of the set.
-        owner: whether they are a submodule here, once in a set, so that they are saved once.
+        out: output width.
+        tied: of the set.
+        owner: whether `tied` is a submodule here, once in a set, so that it is saved once.
     """
 
-    def __init__(self, dim: int, out: int, factors: Factors, *, owner: bool) -> None:
-        Adapter.__init__(self)
-        self._tied = [factors]
+    def __init__(self, out: int, tied: Pair, *, owner: bool) -> None:
+        super().__init__(torch.ones(len(tied.a)), torch.ones(out))
+        self._tied = [tied]
         if owner:
-            self.factors_of_all = factors
-        self.inner = nn.Parameter(torch.ones(len(factors.a)))
-        self.outer = nn.Parameter(torch.ones(out))
+            self.tied = tied
 
-    def factors(self) -> Sequence[Tensor]:
+    def pair(self) -> tuple[Tensor, Tensor]:
         return self._tied[0].a, self._tied[0].b
 
 
@@ -124,6 +127,6 @@ def tied_lora(
             "points (strategy.adapter.at), for example ['blocks.*.attn.qkv:out']"
         )
     ((dim, out),) = widths
-    factors = Factors(dim, out, rank, generator)
+    tied = Pair(dim, out, rank, generator)
     rows = enumerate(modules)
-    return AdapterSet({p: TiedLoRA(dim, out, factors, owner=i == 0) for i, p in rows})
+    return AdapterSet({point: TiedLoRA(out, tied, owner=i == 0) for i, point in rows})
