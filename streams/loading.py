@@ -21,7 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from driftline.core.errors import UserError, shortage
 from driftline.core.exact import divide_
-from driftline.core.processes import end_with_parent, obey_parent, signals_wait
+from driftline.core.processes import (
+    end_with_parent,
+    obey_parent,
+    return_freed_memory,
+    signals_wait,
+)
 from driftline.core.seed import derive
 from driftline.core.stream import Batch, Skipped
 from driftline.streams.images import (
@@ -309,6 +314,8 @@ class Reader:
             worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # keeps the loader away from the global generator
         )
+        if loader.num_workers:
+            return_freed_memory()
         with signals_wait():  # stopping is up to the main process, which saves first
             arriving = iter(loader)
         for found in arriving:

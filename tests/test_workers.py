@@ -5,7 +5,11 @@ Python 3.14 starts them by `forkserver`; macOS by `spawn`. Only a fork would inh
 
 from __future__ import annotations
 
+import mmap
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +17,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HANG, ROOT, python
+from hydra import compose, initialize_config_dir
 from split_layouts import LAYOUTS
 from test_content import CASES, any_cifar  # noqa: F401
 from test_shift_sets import LAYOUTS as SHIFT_SETS
@@ -21,6 +26,8 @@ from test_streams import make
 from torch.utils.data import DataLoader
 
 from driftline.core.stream import Batch, TaskStream
+from driftline.runs.compose import complete
+from driftline.runs.machine import set_up
 from driftline.streams import loading
 from driftline.streams.pipelines import Name
 
@@ -130,3 +137,33 @@ def test_a_worker_process_gives_the_same_batches(configure, monkeypatch, scenari
     started = partial(DataLoader, multiprocessing_context=method)
     monkeypatch.setattr(loading, "DataLoader", started)
     assert same(iter(here), first(1))
+
+
+def resident() -> int:
+    """Bytes of memory of this process that are its own."""
+    _, pages, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
+    return (pages - shared) * mmap.PAGESIZE
+
+
+def start_after_a_large_method(words: list[str]) -> None:
+    """What the other process of the next test does."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        cfg = compose("config", words)
+    set_up(complete(cfg.copy()))  # from here on freed memory is not given back by itself
+    stream = make(cfg, workers=1)
+    blocks = [torch.ones(2**20) for _ in range(100)]  # 4 MiB each, too small for maps of their own
+    full = resident()
+    last = blocks.pop()
+    del blocks
+    assert resident() > full - 2**25
+    next(iter(stream.segments[0].batches()))
+    assert resident() < full - 300 * 2**20, "a worker was forked with 400 MiB that nobody uses"
+    assert last.sum() == 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_workers_do_not_inherit_freed_memory():
+    words = ["strategy=source", "scenario=imagenet_c", *CORRUPTED, "runtime.threads=1"]
+    code = f"import test_workers; test_workers.start_after_a_large_method({words!r})"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *map(str, sys.path)])}
+    subprocess.run([python(), "-c", code], cwd=ROOT, env=env, check=True, timeout=HANG)
