@@ -139,6 +139,8 @@ def own_data(runs: Runs) -> None:
     read_images(runs)
 
 
+# Pages of minutes, whose commands other tests have at work, too.
+LONG = ("adapters", "cluster", "merging", "own_data", "rules", "sweeps")
 CHECKS = {  # what a tutorial must leave behind
     "adapters": tuned,
     "rules": ruled,
@@ -157,7 +159,7 @@ CHECKS = {  # what a tutorial must leave behind
         pytest.param(
             p,
             id=p.stem,
-            marks=[pytest.mark.release] * (p.stem in ("own_data", "cluster", "sweeps")),
+            marks=[pytest.mark.release] * (p.stem in LONG),
         )
         for p in TUTORIALS
     ],

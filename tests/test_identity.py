@@ -286,7 +286,7 @@ WITHIN_TASKS = ("finetune", "ease", "lae", "er", "icarl", "ranpac")
 
 # A method for each kind of state: weights, copies, sets of adapters, prompts, images, statistics,
 # prototypes. The contract kills the others too, without folders.
-RESUMED = (*WITHIN_TASKS, "ssiat", "l2p", "simplecil")
+RESUMED = ("finetune", "ease", "lae", "icarl", "ranpac", "l2p", "simplecil")
 
 
 @pytest.mark.slow

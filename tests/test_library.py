@@ -166,9 +166,10 @@ def test_a_run_gives_its_summary_and_is_found_again(tmp_path):
     "place",
     [
         pytest.param(ROOT, id="checkout"),
-        pytest.param(ROOT / "driftline", id="folder", marks=pytest.mark.release),
+        pytest.param(ROOT / "driftline", id="folder"),
     ],
 )
+@pytest.mark.release
 def test_a_link_on_pythonpath_is_the_package(tmp_path, place):
     (tmp_path / "driftline").symlink_to(place)
     code = """

@@ -182,9 +182,10 @@ def test_ctrl_c_saves_the_run_and_reports(tmp_path):
     "launcher",
     [
         ["joblib", "hydra.launcher.n_jobs=2"],
-        pytest.param(["submitit_local"], marks=pytest.mark.release),
+        ["submitit_local"],
     ],
 )
+@pytest.mark.release
 def test_other_launchers_report_the_same_way(tmp_path, launcher):
     plugin = command.PLUGINS[launcher[0]]
     pytest.importorskip(f"hydra_plugins.{plugin}")

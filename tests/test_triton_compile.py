@@ -35,7 +35,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from driftline.kernels import triton_adapter, tuning  # noqa: E402
 
-pytestmark = pytest.mark.slow  # a dozen kernels are compiled
+pytestmark = [pytest.mark.slow, pytest.mark.release]  # a dozen kernels are compiled
 
 FORWARD, ROWS, WEIGHTS, SUM = (
     "adapter_forward",
