@@ -53,6 +53,7 @@ from driftline.parts.heads import PrototypeHead
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.objectives import scoped_cross_entropy
 from driftline.parts.optim import SameOptim
+from driftline.parts.routing import by_distance, by_entropy, scores_of
 from driftline.parts.statistics import check_finite
 
 CURRENT = "current"  # the working set; stored ones are task0, task1, ...
@@ -106,6 +107,9 @@ class Mos(CLStrategy):
         align_samples: features drawn a class and epoch, and those in a step; officially five
             training batches.
         ensemble: add the softmax of the prototype scores to that of the head's.
+        router: the set for an image: `refined`, as published; `entropy`, that whose scores have the
+            lowest; `distance`, that under which the image is nearest to a class mean of its task.
+            The last two ask all sets.
 
     Raises:
         UserError: for a network that lacks the points of `adapter`.
@@ -138,6 +142,7 @@ class Mos(CLStrategy):
         align_lr: NonNegative,
         align_samples: Annotated[int, Ge(1), Le(10**5)],
         ensemble: bool,
+        router: Literal["refined", "entropy", "distance"],
     ) -> None:
         super().__init__(backbone, seed=seed)
         backbone.eval().requires_grad_(False)
@@ -146,7 +151,7 @@ class Mos(CLStrategy):
         self.batch_dependent = mode == "official"  # type: ignore[misc]
         self.statistics_batch = statistics_batch
         self.align_epochs, self.align_lr = align_epochs, align_lr
-        self.align_samples, self.ensemble = align_samples, ensemble
+        self.align_samples, self.ensemble, self.router = align_samples, ensemble, router
         self.bank = adapter.bank(backbone)
         if mode == "official" and len(adapter.at) > 1:
             raise UserError(
@@ -363,14 +368,20 @@ class Mos(CLStrategy):
         seen = self.stops[tasks - 1]
         stacked = torch.stack([features[n] for n in self.names[:tasks]])
         similar = self.prototypes(stacked[0])[:, :seen]
-        return self.answer(self.head(stacked)[..., :seen], similar)
+        scores, owner = self.head(stacked)[..., :seen], self.owner[:seen]
+        if self.router == "entropy":
+            chosen = by_entropy(scores)
+        elif self.router == "distance":
+            chosen = by_distance(stacked, self.gaussians.means[:seen], owner)
+        else:
+            return self.answer(scores, similar)
+        return self._joined(scores_of(scores, chosen), similar, tasks)
 
     def answer(self, scores: Tensor, similar: Tensor) -> Tensor:
         """Scores [B, C] from those of the head, [T, B, C], and of the prototypes, [B, C]."""
         owner = self.owner[: similar.shape[1]]
         chosen = retrieve(scores, owner[similar.argmax(1)], owner)
-        refined = scores[chosen, torch.arange(len(chosen), device=chosen.device)]
-        return self._joined(refined, similar, len(scores))
+        return self._joined(scores_of(scores, chosen), similar, len(scores))
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -382,7 +393,7 @@ class Mos(CLStrategy):
         if not names:
             return x.new_zeros(len(x), len(self.owner))
         several = self.mode == "functional" and len(names) > EVALUATIONS + 1
-        if several and self.bank.indexable(names[0]):
+        if several and self.router == "refined" and self.bank.indexable(names[0]):
             return self._follow(x, names)
         with ExitStack() as stack:
             for task, name in enumerate(names):

@@ -47,6 +47,7 @@ from driftline.parts.adapters.plan import Plan
 from driftline.parts.alignment import ClassGaussians, Statistics, collect
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.optim import SameOptim
+from driftline.parts.routing import by_distance, by_entropy, scores_of
 
 CURRENT, UNIVERSAL = "current", "universal"  # the working and the merged set
 RIDGE = 1e-4  # added to every variance
@@ -67,13 +68,6 @@ def overlap(new: Tensor, old: Tensor) -> Tensor:
     return (F.normalize(new, dim=1).mean(0) @ F.normalize(old, dim=1).mean(0)).abs()
 
 
-def surest(scores: Tensor) -> Tensor:
-    """Of scores [T, B, C], those with the lowest entropy for each image, [B, C]."""
-    p = scores.softmax(2)
-    entropy = -(p * (p + 1e-10).log()).sum(2)
-    return scores[entropy.argmin(0), torch.arange(scores.shape[1], device=scores.device)]
-
-
 class Tuna(CLStrategy):
     """Working and stored adapter sets, a growing cosine head, Gaussians of the classes.
 
@@ -86,6 +80,8 @@ class Tuna(CLStrategy):
         orthogonality: weight of the overlap of the up-projections with those of each stored set,
             which counts exp(-t) times as much in task t (from 1); 0: none.
         stored_learn, universal, shrink: see the top of the file; `shrink=none` leaves means alone.
+        router: the task's set for an image: that of the lowest `entropy`, as published, or that
+            under which it is nearest to a class mean of its task (`distance`).
         statistics: of the features of a class: `covariance` or `variance` (its diagonal).
         align_epochs, align_lr: of the head on Gaussian features, from the second task on.
         align_period: epochs in which its rate falls to 0 along a cosine, to rise again after them.
@@ -119,6 +115,7 @@ class Tuna(CLStrategy):
         stored_learn: bool,
         universal: Literal["newest", "merged"],
         shrink: Literal["none", "code", "by_task"],
+        router: Literal["entropy", "distance"],
         statistics: Statistics,
         align_epochs: CountOrZero,
         align_lr: NonNegative,
@@ -130,7 +127,7 @@ class Tuna(CLStrategy):
         self.epochs, self.optim = epochs, optim
         self.scale, self.margin = scale, margin
         self.orthogonality, self.stored_learn = orthogonality, stored_learn
-        self.universal, self.shrink = universal, shrink
+        self.universal, self.shrink, self.router = universal, shrink, router
         self.align_epochs, self.align_lr = align_epochs, align_lr
         self.align_period, self.align_samples = align_period, align_samples
         self.bank = adapter.bank(backbone)
@@ -304,7 +301,12 @@ class Tuna(CLStrategy):
         universal = UNIVERSAL if self.universal == "merged" else names[-1]
         stacked = torch.stack([features[n] for n in (*names, universal)])
         scores = self.scale * self.cosines(stacked)[..., : self.stops[tasks - 1]]
-        return surest(scores[:-1]).softmax(1) + scores[-1].softmax(1)
+        seen = scores.shape[2]
+        if self.router == "entropy":
+            chosen = by_entropy(scores[:-1])
+        else:
+            chosen = by_distance(stacked[:-1], self.gaussians.means[:seen], self.owner[:seen])
+        return scores_of(scores[:-1], chosen).softmax(1) + scores[-1].softmax(1)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

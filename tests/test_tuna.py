@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import strategy_node
 from test_ease import learn, stream, task, tiny
 
-from driftline.cl.tuna import CURRENT, UNIVERSAL, Tuna, fuse, overlap, surest
+from driftline.cl.tuna import CURRENT, UNIVERSAL, Tuna, fuse, overlap
 from driftline.core.build import build
 from driftline.core.errors import UserError
 
@@ -69,11 +69,6 @@ def test_the_merged_set_answers_and_the_newest_one_as_released():
         scores.append(want)
     assert torch.equal(strategy.head, released.head)  # the universal set has no part in training
     assert not torch.allclose(*scores)
-
-
-def test_the_least_uncertain_scores_are_taken_image_by_image():
-    scores = torch.tensor([[[5.0, 0.0], [0.1, 0.0]], [[1.0, 0.0], [0.0, 9.0]]])
-    assert surest(scores).tolist() == [[5.0, 0.0], [0.0, 9.0]]
 
 
 def test_loss_with_margin_and_overlap():
