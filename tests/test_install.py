@@ -89,3 +89,11 @@ def test_the_makefile_installs_the_project_with_it():
         x for x in (ROOT / "Makefile").read_text().splitlines() if "-e " in x and "[docs]" not in x
     ]
     assert len(rules) == 2 and all("tools/install.py" in rule for rule in rules)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_where_python_writes_no_bytecode_it_comes_with_the_packages(script, monkeypatch, written):
+    monkeypatch.setattr(sys, "dont_write_bytecode", not written)
+    lines = answers(monkeypatch, LISTING)
+    assert script["main"](["timm"]) == 0
+    assert ("--compile-bytecode" in lines[-1]) is not written

@@ -70,6 +70,8 @@ def with_uv(packages: list[str]) -> bool:
         return False
     options, variables = translated
     program = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", sys.executable]
+    if sys.dont_write_bytecode:  # else the first import does, of what is imported
+        program.append("--compile-bytecode")
     return not subprocess.run(
         [*program, *options, *packages], env=os.environ | variables
     ).returncode
