@@ -245,7 +245,8 @@ QUICK_RULES: dict[str, dict[str, Any]] = {
     "merge": {"rule": "dare_ties", "start": "last"},
     "rails": {"images": 4, "few": 3, "gate": 0.99},
 }
-# Kinds that a method refuses: O-LoRA sums the updates of all tasks.
+# Kinds that a method refuses: O-LoRA sums the updates of all tasks; SAFT reads images before the
+# training.
 HEAD_ALONE = "linear_probe"
 # On finetune, Tent and RanPAC, which are tried with every kind; or with one set, as LAE's.
 DERIVED = (
@@ -264,7 +265,7 @@ DERIVED = (
     "tuna",
 )
 REFUSED = {
-    ("olora", kind)
+    ("olora", kind): "adds no low-rank product"
     for kind in (
         *("block_expansion", "dora", "dylora", "ether_plus", "film", "hra", "hydra", "lori"),
         *("moslora", "neuroada", "nola", "oft", "paca", "prefix", "prompt", "rank_budget"),
@@ -272,7 +273,8 @@ REFUSED = {
     )
 }
 if find_spec("peft"):
-    REFUSED.add(("olora", "peft/vera"))
+    REFUSED["olora", "peft/vera"] = "adds no low-rank product"
+REFUSED |= {(name, "saft"): "use start=null, or one" for name in ("mos", "olora", "tent")}
 
 
 @dataclass(frozen=True)
@@ -1060,7 +1062,7 @@ def test_an_adapter_learns_in_place_of_the_network(name):
 
 @pytest.mark.parametrize(("name", "kind"), sorted(REFUSED))
 def test_a_kind_that_makes_no_sense_is_refused_with_the_reason(name, kind):
-    with pytest.raises(UserError, match="adds no low-rank product"):
+    with pytest.raises(UserError, match=REFUSED[name, kind]):
         construct(case_of(name, settings(name, {"adapter": kind})))
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from driftline.core.build import build
 from driftline.core.errors import UserError
+from driftline.core.stream import Batch
+from driftline.parts.adapters import starts
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.gated_lora import GatedLoRA
-from driftline.parts.adapters.sparse import SparseRows
+from driftline.parts.adapters.sparse import SparseWeight
 
 DIM, OUT = 12, 18
-PRESETS = ("sora", "rank_budget", "dylora", "neuroada")
+PRESETS = ("sora", "rank_budget", "dylora", "neuroada", "saft")
 
 
 def layer() -> nn.Linear:
@@ -46,13 +48,33 @@ def low_rank(a: GatedLoRA, gates: list[float]) -> Tensor:
     return torch.cat([q, torch.zeros_like(q), v])
 
 
-def sparse() -> SparseRows:
-    adapter = SparseRows(layer(), 2).double()
+def sparse() -> SparseWeight:
+    adapter = SparseWeight(layer(), 2).double()
     nn.init.normal_(adapter.values)
     return adapter
 
 
-def scattered(a: SparseRows) -> Tensor:
+def by_gradient() -> SparseWeight:
+    adapter = sparse()
+    adapter.choose(slope())
+    return adapter
+
+
+def slope() -> Tensor:
+    """A gradient of the layer's weight whose largest entries lie in few rows."""
+    rows = torch.randn(OUT, DIM, generator=torch.Generator().manual_seed(6))
+    return rows.double() * 0.7 ** torch.arange(OUT)[:, None]
+
+
+def scattered_by_gradient(a: SparseWeight) -> Tensor:
+    places = sorted(slope().abs().flatten().argsort(descending=True)[: 2 * OUT].tolist())
+    change = torch.zeros(OUT * DIM, dtype=torch.float64)
+    for place, value in zip(places, a.values.flatten(), strict=True):
+        change[place] = value
+    return change.view(OUT, DIM)
+
+
+def scattered(a: SparseWeight) -> Tensor:
     weight, change = layer().weight, torch.zeros(OUT, DIM, dtype=torch.float64)
     for row in range(OUT):
         largest = sorted(weight[row].abs().argsort(descending=True)[:2].tolist())
@@ -77,6 +99,7 @@ CASES: dict[str, tuple[Any, Any]] = {
     ),
     "nested": (lambda: gated("nested").eval(), lambda a: low_rank(a, [1, 1, 1, 1, 1, 1])),
     "sparse": (sparse, scattered),
+    "sparse by gradient": (by_gradient, scattered_by_gradient),
 }
 
 
@@ -135,7 +158,7 @@ def test_the_file_of_a_kind_attaches_learns_and_groups(name):
     net = backbone(depth=2)
     net.requires_grad_(False)
     plan = build({k: v for k, v in node.items() if k != "name"}, at="adapter")
-    bank, want = plan.bank(net), net.features(X)
+    bank, want = plan.bank(net, calibrates=True), net.features(X)
     for i in range(3):
         plan.add(bank, f"t{i}", torch.Generator().manual_seed(i))
         assert torch.equal(bank.features(X, f"t{i}"), want)
@@ -151,6 +174,33 @@ def test_the_file_of_a_kind_attaches_learns_and_groups(name):
     assert not torch.allclose(one[0], one[1])
 
 
+def test_saft_changes_the_weights_with_the_largest_gradient_of_the_first_batches():
+    net = backbone(depth=2)
+    net.requires_grad_(False)
+    node = plain_yaml(ROOT / "conf" / "adapter" / "saft.yaml")
+    plan = build({k: v for k, v in node.items() if k != "name"}, at="adapter")
+    bank, want = plan.bank(net, calibrates=True), net.features(X)
+    plan.add(bank, "a")
+    head = torch.randn(net.dim, 3, generator=torch.Generator().manual_seed(1))
+    y = torch.tensor([0, 1, 2, 1])
+    batches = [Batch(x, y[:2], torch.arange(2), torch.zeros(2)) for x in X.split(2)]
+
+    def loss(batch: Batch) -> Tensor:
+        return F.cross_entropy(bank.features(batch.x, "a") @ head, batch.y)
+
+    starts.calibrate(bank, "a", "saft", batches, loss)
+    assert torch.equal(bank.features(X, "a"), want)
+    for point, adapter in bank.adapters("a").items():
+        weight = net.net.get_submodule(point.partition(":")[0]).weight.requires_grad_()
+        slopes = [torch.autograd.grad(loss(batch), weight)[0] for batch in batches]
+        weight.requires_grad_(False)
+        size = sum(slopes).abs().flatten()
+        taken = torch.zeros(len(size), dtype=torch.bool)
+        taken[adapter.index.flatten()] = True
+        assert taken.sum() == 3 * len(weight)  # each place once
+        assert size[taken].min() >= size[~taken].max()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -158,7 +208,7 @@ def test_the_file_of_a_kind_attaches_learns_and_groups(name):
         (lambda: gated("budget", budget=7), "a number of 1 ... 6 ranks"),
         (lambda: gated("soft", budget=2), "budget=2 would do nothing: .*gate is soft"),
         (lambda: gated("nested", threshold=0.5), "threshold=0.5 would do nothing: .*is nested"),
-        (lambda: SparseRows(layer(), 13), "entries=13: a row of the layer has 12; name fewer"),
+        (lambda: SparseWeight(layer(), 13), "entries=13: a row of the layer has 12; name fewer"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make, message):

@@ -53,6 +53,7 @@ class Plan:
             their numbers; None: all.
         kind: makes one adapter (or a set) from those arguments of `POINT` that it has.
         start: where LoRA begins, see `parts/adapters/starts.py`; None: at a random A and B = 0.
+            `saft`: which entries of a weight the kind of `adapter=neuroada` changes.
         start_batches: training batches that a start reads which is computed from images.
     """
 
@@ -74,9 +75,10 @@ class Plan:
                 start that is computed from images in a method that does not calibrate.
         """
         if self.start in CALIBRATED and not calibrates:
+            other = "null" if self.start == "saft" else "pissa or orthonormal"
             raise UserError(
                 f"strategy.adapter.start={self.start} is computed from images before the training, "
-                "which this method does not do: use start=pissa or orthonormal, or one of "
+                f"which this method does not do: use start={other}, or one of "
                 "strategy=finetune, ease, lae, aper"
             )
         bank = AdapterBank(backbone)

@@ -1,4 +1,4 @@
-"""Where low-rank updates begin: the option `start` of a plan, for LoRA at outputs of linear layers.
+"""Where low-rank updates begin: the option `start` of a plan, at outputs of linear layers.
 
     plan = Plan(at=["blocks.*.attn.qkv:out"], blocks=None, kind=partial(LoRA, rank=8), start="eva")
     bank = plan.bank(backbone, calibrates=True)
@@ -21,6 +21,9 @@ a weight of its own. One exception: LoRA-One is meant to add its B A, the first 
 | `lora_one`    | -G = U S V^T           | first r of S'^1/2 V^T     | first r of U S'^1/2   |
 
 C is the second moment of the inputs; S' is S / s in `corda` and S / (128 S_1) in `lora_one`.
+
+`saft` sets no factors: of the kind that changes some entries of a weight it says which, from G
+(`sparse.py`).
 """
 
 from __future__ import annotations
@@ -36,10 +39,12 @@ from driftline.core.errors import UserError
 from driftline.core.stream import Batch
 from driftline.parts.adapters.bank import AdapterBank
 from driftline.parts.adapters.lora import LoRA
+from driftline.parts.adapters.sparse import SparseWeight
 from driftline.parts.modes import evaluation_mode
 
-Start = Literal["pissa", "orthonormal", "eva", "corda", "lora_ga", "lora_one"]
-CALIBRATED = ("eva", "corda", "lora_ga", "lora_one")  # read images
+Start = Literal["pissa", "orthonormal", "eva", "corda", "lora_ga", "lora_one", "saft"]
+GRADIENT = ("lora_ga", "lora_one", "saft")
+CALIBRATED = ("eva", "corda", *GRADIENT)  # read images
 KEPT = ("pissa", "orthonormal", "corda", "lora_ga")  # B0 A0 is kept and taken off
 Pair = tuple[Tensor, Tensor]  # A [r, d_in], B [d_out, r]
 
@@ -136,18 +141,23 @@ def prepare(start: Start, point: str, adapter: Any, module: nn.Module) -> None:
     """A new adapter of a plan with this start, as far as that needs no images.
 
     Raises:
-        UserError: for another kind than LoRA, another place than the output of a linear layer, or a
-            rank that the layer does not have.
+        UserError: for another kind than the start is for, another place than the output of a linear
+            layer, or a rank that the layer does not have.
     """
     setting = f"strategy.adapter.start={start}"
-    if type(adapter) is not LoRA:
-        kind = type(adapter).__name__
+    kind = type(adapter).__name__
+    if start == "saft" and not isinstance(adapter, SparseWeight):
+        text = f"{setting} chooses entries of a weight, and {kind} changes none: use adapter=saft"
+        raise UserError(text)
+    if start != "saft" and type(adapter) is not LoRA:
         raise UserError(f"{setting} sets the factors of LoRA, not of {kind}: use adapter=lora")
     if not (point.endswith(":out") and isinstance(module, nn.Linear)):
         raise UserError(
             f"{setting} reads the weight of a linear layer, and {point} is no output of one: use "
             "strategy.adapter.at=['blocks.*.attn.qkv:out']"
         )
+    if start == "saft":
+        return
     rank = len(adapter.a[0]) * (2 if start == "lora_ga" else 1)
     limit = min(min(len(b), module.in_features) for b in adapter.b)
     if rank > limit:
@@ -197,8 +207,8 @@ def calibrate(
     batches: Iterable[Batch],
     loss: Callable[[Batch], Tensor],
 ) -> None:
-    """Set the factors of a set that is the identity from images; weights and gradients of the
-    network stay what they were.
+    """Set the factors (or entries) of a set that is the identity from images; weights and gradients
+    of the network stay what they were.
 
     Args:
         batches: of training images.
@@ -212,12 +222,15 @@ def calibrate(
         p: bank.backbone.net.get_submodule(p.rpartition(":")[0]) for p in adapters
     }
     with evaluation_mode(bank.backbone):
-        if start in ("lora_ga", "lora_one"):
+        if start in GRADIENT:
             facts = _gradients(modules, start, batches, loss)
         else:
             facts = _inputs(bank, name, modules, start, batches)
     for point, adapter in adapters.items():
-        _begin(start, adapter, modules[point], facts[point])
+        if isinstance(adapter, SparseWeight):
+            adapter.choose(facts[point]["gradient"])
+        else:
+            _begin(start, adapter, modules[point], facts[point])
 
 
 @torch.no_grad()
