@@ -32,7 +32,7 @@ from driftline.core.console import duration
 from driftline.core.errors import UserError
 from driftline.core.files import Damaged, read_record, write_record
 from driftline.core.paths import CONF
-from driftline.core.processes import end_with_parent
+from driftline.core.processes import end_with_parent, lasting_imports
 from driftline.runs.schema import embedded
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -136,7 +136,9 @@ def run_job(cfg: DictConfig) -> float | None:
     overrides = typed(hydra.overrides.task)
     with _slot(folder, hydra.launcher):
         # Imported here once and inherited by every child: torch and timm take seconds.
-        import driftline.runs.execute  # noqa: F401
+        if "driftline.runs.execute" not in sys.modules:
+            with lasting_imports():
+                import driftline.runs.execute  # noqa: F401
 
         cfg = _threads(cfg, folder, hydra.launcher)
         print(place_in_sweep(folder, number, overrides), flush=True)

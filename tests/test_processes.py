@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 
 from driftline.core import processes
 from driftline.core.errors import UserError
-from driftline.core.processes import Lock
+from driftline.core.processes import Lock, lasting_imports
 from driftline.core.stream import Skipped
 from driftline.runs.sweep import new_folder, plan
 from driftline.streams.images import Arrays
@@ -184,3 +185,11 @@ def test_two_sweeps_never_share_a_folder(tmp_path):
 
 def test_the_folder_of_a_sweep_holds_the_microsecond():
     assert "%f" in (Path(processes.__file__).parents[1] / "conf" / "config.yaml").read_text()
+
+
+def test_lasting_imports_end_with_garbage_collected_again():
+    frozen = gc.get_freeze_count()
+    with pytest.raises(ImportError), lasting_imports():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() > frozen
