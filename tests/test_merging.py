@@ -151,15 +151,58 @@ def test_dare_masks_depend_on_the_seed_and_not_on_the_type():
     assert all(torch.equal(a[n] == 0, wide[n] == 0) for n in SHAPES)
 
 
-def test_core_space_loses_nothing_of_different_ranks():
+Pair = tuple[Tensor, Tensor]
+
+
+def low_rank(ranks: tuple[int, ...]) -> list[dict[str, Pair]]:
     draw = torch.Generator().manual_seed(1)
-    pairs = [
-        {"q": (torch.randn(r, 7, generator=draw), torch.randn(9, r, generator=draw))}
-        for r in (2, 3)
+    return [
+        {"q": (torch.randn(r, 7, generator=draw), torch.randn(9, r, generator=draw))} for r in ranks
     ]
+
+
+def units(pair: Pair) -> Tensor:
+    """The rank-one parts of a pair, sorted."""
+    return torch.unique(torch.cat([pair[0], pair[1].T], 1), dim=0)
+
+
+def test_core_space_loses_nothing_of_different_ranks():
+    pairs = low_rank((2, 3))
     a, b = merging.core_space(pairs, rule="mean")["q"]
     assert a.shape == (5, 7) and b.shape == (9, 5)
     torch.testing.assert_close(b @ a, sum(p["q"][1] @ p["q"][0] for p in pairs) / 2)
+
+
+def test_lego_gives_units_back_that_are_copies_of_each_other():
+    (one,) = low_rank((3,))
+    a, b = one["q"]
+    other = {"q": (a[[2, 0, 1]], b[:, [2, 0, 1]])}
+    merged = merging.lego([one, other, one], rank=3, seed=0)["q"]
+    torch.testing.assert_close(units(merged), units((a, b)))
+    fewer = merging.lego([one, other], rank=5, seed=0)["q"]
+    assert fewer[0].shape == (3, 7)  # there are no more different ones
+    torch.testing.assert_close(units(fewer), units((a, b)))
+
+
+def test_lego_does_not_depend_on_the_order_of_ranks_and_sets():
+    pairs = low_rank((4, 3, 4))
+    want = merging.lego(pairs, rank=3, seed=2)["q"]
+    order = torch.tensor([1, 2, 0])
+    a, b = pairs[1]["q"]
+    shuffled = [pairs[2], {"q": (a[order], b[:, order])}, pairs[0]]
+    assert equal(merging.lego(shuffled, rank=3, seed=2)["q"], want)
+    assert want[0].shape == (3, 7) and want[1].shape == (9, 3)
+
+
+def test_lego_by_hand():
+    """Two close units and one far away: (4, 0 | 0) and (0, 2 | 0) become one, (0, 0 | 90) stays."""
+    first = {"q": (torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 90.0]]))}
+    second = {"q": (torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0]]))}
+    a, b = merging.lego([first, second], rank=2, seed=0)["q"]
+    # Centroid (2, 1 | 0), whose largest value is 2; those of its members are 4 and 2, 3 in the
+    # mean. The mean rank is 1.5, so B is multiplied by sqrt(1.5 / 2).
+    want = torch.tensor([[0.0, 0.0, 90.0 * 0.75**0.5], [3.0, 1.5, 0.0]])
+    torch.testing.assert_close(units((a, b)), want)
 
 
 def test_a_base_is_taken_off_and_put_on_again():

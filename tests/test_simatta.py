@@ -24,8 +24,9 @@ from driftline.core.record import RunLogger
 from driftline.core.runner import Context, run_shifts
 from driftline.core.strategy import TTAStrategy
 from driftline.core.stream import Batch, Segment, ShiftStream, Skipped
+from driftline.parts.clusters import kmeans
 from driftline.runs.execute import run_experiment
-from driftline.tta.simatta import SimATTA, kmeans
+from driftline.tta.simatta import SimATTA
 from driftline.tta.tent import Tent
 
 QUICK = {"clusters": 3, "max_updates": 2, "train_batch": 4, "keep_below": 1.5, "keep": 2}

@@ -19,10 +19,10 @@ Deviations that change no number: the network trains in evaluation mode (the cod
 statistics and no dropout); features of bought images are computed when the next clustering reads
 them, so not after the last batch nor with a spent budget; the 100 surest images of a batch do not
 become 101 after the first. Deviations that do: a budget, which takes the largest clusters first;
-the clustering, scikit-learn's in the code, is written out (greedy k-means++, ten starts), with its
-own random numbers; no more clusters than different points, where the code stops; while nothing is
-bought nothing is learned, where the code stops; an image that two clusters choose is paid once;
-two classes are two outputs (one in the code).
+the clustering, scikit-learn's in the code, is `parts/clusters.py`, with its own random numbers; no
+more clusters than different points, where the code stops; while nothing is bought nothing is
+learned, where the code stops; an image that two clusters choose is paid once; two classes are two
+outputs (one in the code).
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from driftline.core.oracle import Oracle
 from driftline.core.paths import run_line
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Size
 from driftline.core.strategy import TTAStrategy
+from driftline.parts.clusters import kmeans
 from driftline.parts.heads import linear_head
 from driftline.parts.memory import Memory
 from driftline.parts.modes import evaluating
 from driftline.parts.objectives import entropy
 from driftline.parts.optim import StreamOptim
 
-STARTS, ITERATIONS, TOLERANCE = 10, 300, 1e-4  # of the clustering; scikit-learn's
 COLD_SHARE = 0.2  # weight of bought images during the cold start
 NO_ORACLE = (
     "strategy=simatta learns from labels that it buys, and has no oracle: call use_oracle(oracle) "
@@ -57,47 +57,6 @@ NO_ORACLE = (
     f"oracle.batch(labels)` (`{run_line()}` does both)"
 )
 PATIENCE = 5  # windows without a lower loss, after which one more ends the training
-
-
-def spread_out(x: Tensor, k: int, rng: torch.Generator) -> Tensor:
-    """Greedy k-means++: `k` of the points `x` [N, D], each far from those before it."""
-    points = [int(torch.randint(len(x), (), generator=rng))]
-    near = torch.cdist(x, x[points]).square()  # [N, 1]
-    for _ in range(k - 1):
-        odds = near[:, 0].cpu() + torch.finfo(x.dtype).tiny
-        tried = torch.multinomial(odds, 2 + int(math.log(k)), replacement=True, generator=rng)
-        closer = torch.minimum(near, torch.cdist(x, x[tried.to(x.device)]).square())
-        best = int(closer.sum(0).argmin())
-        points.append(int(tried[best]))
-        near = closer[:, best : best + 1]
-    return x[points]
-
-
-def kmeans(x: Tensor, weights: Tensor, k: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The best of some runs of Lloyd's algorithm: centres [k, D] and the cluster [N] of each point.
-
-    Args:
-        x: float64 [N, D], at least `k` different points.
-        weights: of the points, [N], in the centres.
-    """
-    found, lowest = (x[:k], x.new_zeros(len(x), dtype=torch.int64)), math.inf
-    still = TOLERANCE * x.var(0, unbiased=False).mean()
-    for _ in range(STARTS):
-        centres = spread_out(x, k, rng)
-        distance, member = torch.cdist(x, centres).square().min(1)
-        for _ in range(ITERATIONS):
-            share = F.one_hot(member, k).to(x).T * weights
-            mass = share.sum(1)
-            moved = share @ x / mass.clamp_min(torch.finfo(x.dtype).tiny)[:, None]
-            if n := int((mass == 0).sum()):  # an empty cluster goes to the farthest point
-                moved[mass == 0] = x[distance.topk(n).indices]
-            shift, before, centres = (moved - centres).square().sum(), member, moved
-            distance, member = torch.cdist(x, centres).square().min(1)
-            if shift <= still or torch.equal(member, before):
-                break
-        if (inertia := float(distance @ weights)) < lowest:
-            found, lowest = (centres, member), inertia
-    return found
 
 
 def passes(n: int, size: int, rng: torch.Generator) -> Iterator[list[int]]:
