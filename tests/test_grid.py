@@ -42,6 +42,16 @@ def test_every_kind_that_is_not_named_after_a_method_stands_in_the_grid():
         assert "name" not in node or node["name"] == name.replace("/", "_")
 
 
+def test_every_kind_of_the_grid_has_its_source_and_on_what_that_tried_it():
+    text = (ROOT / "docs" / "adapters.md").read_text()
+    table = text.partition("| kind | paper | evidence |")[2].partition("\n\n")[0]
+    rows = [[cell.strip(" `") for cell in line.split("|")] for line in table.splitlines()[2:]]
+    kinds = [name for name in KINDS if not name.startswith("peft/")]
+    assert sorted(row[1] for row in rows) == sorted(kinds)
+    assert {row[3] for row in rows} <= {"language", "vision", "both", "not looked up"}
+    assert all(row[2] and row[4] for row in rows)
+
+
 def test_the_grid_is_methods_by_kinds_by_three_orders():
     runs = sweep.expand([f"{key}={value}" for key, value in GRID.items()])
     assert len(runs) == 6 * len(KINDS) * 3
