@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -23,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 METHOD = ("cl", "tta", "parts", "backbones")  # folders whose code methods are made of
 FRAMEWORK = ("core", "runs", "streams", "kernels")
+BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # statements within a statement
 Code = dict[str, Any]  # "python", "method" and "framework": file -> fingerprint
 
 
@@ -34,16 +36,26 @@ def code_of(*targets: str) -> Code:
         version, since a tree is written out differently by another one.
     """
     method = sorted(_closure([target.rpartition(".")[0] for target in targets]))
-    framework = {
-        _name(path): fingerprint(path)
-        for package in FRAMEWORK
-        for path in sorted((ROOT / package).rglob("*.py"))
-    }
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "method": {_name(path): fingerprint(path) for path in method},
-        "framework": framework,
+        "framework": {_name(path): fingerprint(path) for path in _files(*FRAMEWORK)},
     }
+
+
+def read_ahead() -> None:
+    """Let processes that are forked from this one find most fingerprints done.
+
+    Of what is imported the file that it came from counts; other files are read again where they
+    have changed since.
+    """
+    imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    for path in _files(*FRAMEWORK, *METHOD):
+        fingerprint(path) if str(path) in imported else _digest(path, *_state(path))
+
+
+def _files(*packages: str) -> list[Path]:
+    return [path for name in packages for path in sorted((ROOT / name).rglob("*.py"))]
 
 
 def changed_files(part: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -60,12 +72,24 @@ def changed_files(part: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
 @cache
 def fingerprint(path: Path) -> str:
     """12 hex digits of the file's syntax tree, as it was when this process first looked."""
+    return _digest(path, *_state(path))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+@cache
+def _digest(path: Path, _changed: int, _size: int) -> str:
     tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
+    waiting: list[Any] = [tree]  # what may hold a definition
+    while waiting:
+        node = waiting.pop()
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if documented and body and ast.get_docstring(node, clean=False) is not None:
-            del body[0]
+        if documented and node.body and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+        waiting += [inner for name in BLOCKS for inner in getattr(node, name, ())]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
 
 

@@ -33,6 +33,7 @@ from driftline.core.errors import UserError
 from driftline.core.files import Damaged, read_record, write_record
 from driftline.core.paths import CONF
 from driftline.core.processes import end_with_parent, lasting_imports
+from driftline.core.provenance import read_ahead
 from driftline.runs.schema import embedded
 
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -139,6 +140,8 @@ def run_job(cfg: DictConfig) -> float | None:
         if "driftline.runs.execute" not in sys.modules:
             with lasting_imports():
                 import driftline.runs.execute  # noqa: F401
+
+                read_ahead()
 
         cfg = _threads(cfg, folder, hydra.launcher)
         print(place_in_sweep(folder, number, overrides), flush=True)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -90,6 +91,45 @@ def test_words_and_layout_are_not_code(tmp_path):
         (tmp_path / f"{name}.py").write_text(text)
         prints[name] = provenance.fingerprint(tmp_path / f"{name}.py")
     assert prints["plain"] == prints["same"] != prints["other"]
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        "if x:\n {0}\nelse:\n {0}",
+        "for x in y:\n {0}\nelse:\n {0}",
+        "try:\n {0}\nexcept E:\n {0}\nelse:\n {0}\nfinally:\n {0}",
+        "with x:\n while y:\n  {0}",
+        "match x:\n case 1:\n  {0}",
+        "class A:\n {0}\n async def f():\n  {0}",
+    ],
+)
+def test_docstrings_are_not_code_wherever_they_stand(tmp_path, around):
+    places = around.count("{0}")
+    prints = set()
+    for number in range(places + 1):
+        words = ["two" if number == i else "one" for i in range(places)]
+        texts = [f'def f(): "{word}"; return {{}}' for word in words]
+        numbered = around.replace("{0}", "{}").format(*texts)
+        (tmp_path / f"{number}.py").write_text(numbered)
+        prints.add(provenance.fingerprint(tmp_path / f"{number}.py"))
+    assert len(prints) == 1
+
+
+def test_what_was_read_ahead_is_read_again_where_it_has_changed_and_is_not_imported(
+    tmp_path, monkeypatch
+):
+    package = tmp_path / "core"
+    package.mkdir()
+    for name in ("imported", "other"):
+        (package / f"{name}.py").write_text("x = 1\n")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setitem(sys.modules, "imported", SimpleNamespace(__file__=f"{package}/imported.py"))
+    provenance.read_ahead()
+    for path in package.glob("*.py"):
+        path.write_text("x = 1000\n")
+    code = provenance.code_of()["framework"]
+    assert code["core/imported.py"] != code["core/other.py"]
 
 
 @pytest.mark.parametrize(
