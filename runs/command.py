@@ -351,10 +351,13 @@ def _with_adapters() -> list[Path]:
 def _elsewhere(key: str, keys: list[str], words: list[str]) -> str:
     """Which other options of the group have this setting, if the chosen one has none like it."""
     group, _, rest = key.partition(".")
+    node = group
+    if key.startswith("strategy.adapter."):
+        group, node, rest = "adapter", "strategy.adapter", key.removeprefix("strategy.adapter.")
     last = rest.rpartition(".")[2]
-    if group not in ("scenario", "strategy", "backbone"):
+    if group not in ("scenario", "strategy", "backbone", "adapter"):
         return ""
-    if any(k.startswith(f"{group}.") and k.endswith(f".{last}") for k in keys):
+    if any(k.startswith(f"{node}.") and k.endswith(f".{last}") for k in keys):
         return ""
     folders = config_folders()
     have = [

@@ -466,6 +466,8 @@ def test_named_blocks_that_a_network_lacks_are_said():
     plan = partial(Plan, at=["blocks.*.mlp:parallel"], kind=partial(Bottleneck, rank=2))
     with pytest.raises(UserError, match=r"strategy\.adapter\.blocks=\[6, 7\].*blocks 0 to 5"):
         plan(blocks=[6, 7]).bank(net)
+    with pytest.raises(UserError, match=r"strategy\.adapter\.at=blocks\.\*.*'blocks\.\*:out'"):
+        plan(at=["blocks.*"], blocks=None).bank(net)
     with pytest.warns(UserWarning, match=r"blocks=\[1, 6\].*the others get no adapter"):
         plan(blocks=[1, 6]).bank(net)
     assert len(plan(blocks=9).adapters(net)) == 6

@@ -274,7 +274,7 @@ REFUSED = {
 }
 if find_spec("peft"):
     REFUSED["olora", "peft/vera"] = "adds no low-rank product"
-REFUSED |= {(name, "saft"): "use start=null, or one" for name in ("mos", "olora", "tent")}
+REFUSED |= {(name, "saft"): "use adapter=neuroada, or one" for name in ("mos", "olora", "tent")}
 
 
 @dataclass(frozen=True)

@@ -361,3 +361,41 @@ def test_a_layer_that_a_kind_cannot_serve_is_refused(name):
     make, message = WRONG[name]
     with pytest.raises(UserError, match=message):
         make()
+
+
+PLACES = (
+    "attn.qkv:out",
+    "attn.qkv:in",
+    "attn:in",
+    "mlp:out",
+    "mlp:parallel",
+    "attn:keys",
+    ":tokens",
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_kind_at_any_point_learns_or_is_refused(place):
+    """What a point does not call would learn nothing, or end a run in a stack trace."""
+    at = [f"blocks.1.{place}".replace(".:", ":")]
+    net, outcomes = backbone(depth=2), set()
+    net.requires_grad_(False)
+    for path in sorted((ROOT / "conf" / "adapter").glob("*.yaml")):
+        node = {k: v for k, v in plain_yaml(path).items() if k not in ("name", "defaults")}
+        if "_target_" not in node:
+            continue  # builds on another file
+        plan = build(node | {"at": at, "blocks": None, "start": None}, at="adapter")
+        bank = plan.bank(net)
+        try:
+            plan.add(bank, "t", torch.Generator().manual_seed(0))
+            wake(bank, "t")
+            bank.features(X, "t").square().sum().backward()
+        except UserError as error:
+            outcomes.add("refused")
+            text = str(error)
+            assert "strategy.adapter" in text or "block expansion copies" in text, (path.stem, text)
+        else:
+            outcomes.add("learns")
+            learned = bank.parameters_of("t")
+            assert any(p.grad is not None and p.grad.any() for p in learned), path.stem
+    assert outcomes == {"learns", "refused"}

@@ -46,6 +46,10 @@ def bare_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
+class NotSummable(ValueError):
+    """Several sets at once of a kind that does more than to add."""
+
+
 class Adapter(nn.Module):
     """Base of all adapters; a subclass defines the methods of the points that it can serve."""
 

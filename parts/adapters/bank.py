@@ -28,7 +28,7 @@ import driftline.core.vision  # noqa: F401
 from driftline.backbones.backbone import Backbone
 from driftline.core import distributed
 from driftline.core.errors import UserError, suggest
-from driftline.parts.adapters.adapter import Adapter
+from driftline.parts.adapters.adapter import Adapter, NotSummable
 from driftline.parts.adapters.bottleneck import Bottleneck
 from driftline.parts.adapters.prefix import Rows
 from driftline.parts.adapters.prompt import Prompt
@@ -116,13 +116,18 @@ class AdapterBank(nn.Module):
         """Attach a set under `name`; returns its parameters.
 
         Raises:
-            UserError: for a point that the network does not offer.
+            UserError: for a point that the network does not offer or the adapter cannot serve.
             ValueError: if the name is taken.
         """
         if name in self.sets:
             raise ValueError(f"there is a set {name!r} already")
-        for point in adapters:
+        for point, adapter in adapters.items():
             self.check(point)
+            if point.rpartition(":")[2] not in (places := _places(adapter)):
+                raise UserError(
+                    f"{type(adapter).__name__} cannot be at {point}, it serves points of "
+                    f"{' and '.join(places)}: change {self._reach.setting}.at"
+                )
         device = next(self.backbone.parameters()).device
         modules = nn.ModuleDict({p.replace(".", "/"): a for p, a in adapters.items()}).to(device)
         self.sets[name] = modules
@@ -351,16 +356,21 @@ class AdapterBank(nn.Module):
         if kind == "parallel":
             block = net.get_submodule(path.rpartition(".")[0])
             block.norm2.register_forward_pre_hook(lambda _, args: self._remember(point, args[0]))
-            block.register_forward_hook(lambda _, args, out: self._parallel(point, out))
+            block.register_forward_hook(lambda _, args, out: self._act(self._parallel, point, out))
             return
         if path.startswith("blocks"):
             self._expand_before(net.get_submodule(".".join(path.split(".")[:2])))
         if kind == "out":
             call_qkv(net, path, lambda: bool(self._found(point) or self._grouped(point)))
-            module.register_forward_hook(lambda _, args, out: self._out(point, args[0], out))
+            module.register_forward_hook(
+                lambda _, args, out: self._act(self._out, point, args[0], out)
+            )
         elif kind == "in":
             module.register_forward_pre_hook(
-                lambda _, args, kwargs: ((self._in(point, args[0]), *args[1:]), kwargs),
+                lambda _, args, kwargs: (
+                    (self._act(self._in, point, args[0]), *args[1:]),
+                    kwargs,
+                ),
                 with_kwargs=True,
             )
         elif kind == "tokens":
@@ -371,6 +381,20 @@ class AdapterBank(nn.Module):
             module.register_forward_hook(lambda _, args, out: self._drop(point, out))
         else:
             self._attention(module, point)
+
+    def _act(self, act: Callable[..., Tensor], point: str, *tensors: Tensor) -> Tensor:
+        """`act` at a point, with an error of the setting where widths do not fit."""
+        try:
+            return act(point, *tensors)
+        except (RuntimeError, ValueError) as error:
+            names = {name for name, _ in self._active} or set(self._group)
+            if type(error) not in (RuntimeError, ValueError) or names <= self._reach.verified:
+                raise  # no memory left, a sum that is none; or it went well before
+            reason = str(error).strip().splitlines()[0][:160]
+            raise UserError(
+                f"the adapters at {point} do not fit what the network has there ({reason}): "
+                f"change {self._reach.setting}.at"
+            ) from error
 
     def _found(self, point: str) -> list[tuple[Adapter, float]]:
         """Active adapters at a point with their weights."""
@@ -515,8 +539,9 @@ def rows_of_images(rows: Sequence[Tensor], batch: int) -> Tensor:
 def no_place(backbone: Backbone, point: str, reason: str) -> UserError:
     """The error for a point that a network does not offer."""
     return UserError(
-        f"{backbone.tag} has no place for adapters at {point}: {reason}. Use a timm ViT (for "
-        "example backbone=vit_b16_in1k), or a strategy without adapters"
+        f"{backbone.tag} has no place for adapters at {point}: {reason}. Choose other points "
+        "(strategy.adapter.at), another kind (adapter=...), or a timm ViT (for example "
+        "backbone=vit_b16_in1k)"
     )
 
 
@@ -540,8 +565,24 @@ def _only(acting: Any, point: str, act: Callable[[Any], Any], otherwise: Any) ->
     if not acting:
         return otherwise
     if len(acting) > 1 or acting[0][1] != 1:
-        raise ValueError(f"{point}: adapters of this kind cannot be summed; use one set")
+        raise NotSummable(f"{point}: adapters of this kind cannot be summed; use one set")
     return act(acting[0][0])
+
+
+def _places(adapter: Adapter) -> list[str]:
+    """The kinds of points whose method an adapter has, see the table in `adapter.py`."""
+    if isinstance(adapter, Rows):
+        return ["keys"]
+    if isinstance(adapter, Prompt):
+        return ["tokens"]
+    kind = type(adapter)
+    adds = kind.forward is not Adapter.forward
+    serves = {
+        "parallel": adds or kind.add is not Adapter.add,
+        "out": adds or kind.add is not Adapter.add or kind.after is not Adapter.after,
+        "in": adds or kind.before is not Adapter.before,
+    }
+    return [place for place, served in serves.items() if served]
 
 
 def _names(net: nn.Module) -> list[str]:

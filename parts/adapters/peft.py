@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from driftline.core.errors import UserError, suggest
-from driftline.parts.adapters.adapter import Adapter, AdapterSet, bare_copy
+from driftline.parts.adapters.adapter import Adapter, AdapterSet, NotSummable, bare_copy
 
 NAME = "default"  # the library's own name for adapters, one a set here
 ROUTED = "it mixes adapters by inputs that a language model has and a network of images has not"
@@ -105,7 +105,7 @@ class PeftAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.additive:
-            raise ValueError("adapters of this kind cannot be summed; use one set")
+            raise NotSummable("adapters of this kind cannot be summed; use one set")
         return self.after(x, x.new_zeros(*x.shape[:-1], self._frozen.out_features))
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:

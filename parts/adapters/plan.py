@@ -75,10 +75,10 @@ class Plan:
                 start that is computed from images in a method that does not calibrate.
         """
         if self.start in CALIBRATED and not calibrates:
-            other = "null" if self.start == "saft" else "pissa or orthonormal"
+            other = "adapter=neuroada" if self.start == "saft" else "start=pissa or orthonormal"
             raise UserError(
                 f"strategy.adapter.start={self.start} is computed from images before the training, "
-                f"which this method does not do: use start={other}, or one of "
+                f"which this method does not do: use {other}, or one of "
                 "strategy=finetune, ease, lae, aper"
             )
         bank = AdapterBank(backbone)
@@ -102,8 +102,12 @@ class Plan:
     def adapters(
         self, backbone: Backbone, generator: torch.Generator | None = None
     ) -> dict[str, Adapter]:
-        """New adapters by point, in the order of `points`."""
-        wanted = set(inspect.signature(self.kind).parameters)
+        """New adapters by point, in the order of `points`.
+
+        Raises:
+            UserError: for a kind that changes a linear layer, at another module.
+        """
+        wanted = inspect.signature(self.kind, eval_str=True).parameters
         new: dict[str, Any] = {}
         if "modules" in wanted:
             facts = {"modules": dict(self.points(backbone)), "generator": generator}
@@ -111,10 +115,19 @@ class Plan:
             self._prepare(new, facts["modules"])
             return new
         for point, module in self.points(backbone):
-            linear = isinstance(module, nn.Linear)
+            dim = out = backbone.width
+            if isinstance(module, nn.Linear):
+                dim = module.in_features
+                # What is added before a layer is as wide as what the layer reads.
+                out = dim if point.endswith(":in") else module.out_features
+            elif "module" in wanted and wanted["module"].annotation is nn.Linear:
+                raise UserError(
+                    f"strategy.adapter.kind changes the weight of a linear layer, and {point} has "
+                    "none: change strategy.adapter.at, for example ['blocks.*.attn.qkv:out']"
+                )
             facts = {
-                "dim": module.in_features if linear else backbone.width,
-                "out": module.out_features if linear else backbone.width,
+                "dim": dim,
+                "out": out,
                 "module": module,
                 "generator": generator,
             }
@@ -148,11 +161,16 @@ class Plan:
         """Points with their modules: those outside the blocks, then block by block.
 
         Raises:
-            UserError: for a pattern without a match.
+            UserError: for a pattern without a match or that names no kind of point.
         """
         rows = []
         for order, pattern in enumerate(self.at):
-            path, _, where = pattern.rpartition(":")
+            path, colon, where = pattern.rpartition(":")
+            if not colon:
+                raise UserError(
+                    f"strategy.adapter.at={pattern}: a point is <module>:<kind>, for example "
+                    f"'{pattern}:out'"
+                )
             named = [(n, m) for n, m in backbone.net.named_modules() if matches(n, path)]
             if not named:
                 raise no_place(backbone, pattern, "no module has such a name")
