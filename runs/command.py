@@ -69,8 +69,10 @@ def run(cfg: DictConfig) -> float | None:
         from driftline.runs.execute import run_experiment
         from driftline.runs.sweep import typed
 
+    words = typed(HydraConfig.get().overrides.task)
     try:
-        metrics = run_experiment(cfg, typed(HydraConfig.get().overrides.task))["metrics"]
+        check_single(HydraConfig.get().sweeper, words)
+        metrics = run_experiment(cfg, words)["metrics"]
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from None
     except UserError as error:
@@ -83,6 +85,22 @@ def run(cfg: DictConfig) -> float | None:
         raise SystemExit(1) from None
     distributed.leave()
     return metrics.get("err_mean", metrics.get("acc_inc"))
+
+
+def check_single(sweeper: Any, words: list[str]) -> None:
+    """Whether a command without -m stands for one run.
+
+    Args:
+        sweeper: Hydra's node, where a file such as conf/experiment/grid/adapters.yaml puts a sweep.
+        words: settings as Hydra takes them.
+
+    Raises:
+        UserError: for a sweep of a file of which the words do not choose one run.
+    """
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    if left := [key for key in sweeper.get("params") or {} if key not in given]:
+        names = ", ".join(key.partition("@")[0] for key in left)
+        raise UserError(f"this is a sweep over {names}: add -m, or give one value of each")
 
 
 def config_folders() -> list[Path]:

@@ -22,7 +22,7 @@ from driftline.core.build import locate
 from driftline.core.errors import UserError, suggest
 from driftline.core.strategy import CLStrategy, Strategy, TTAStrategy
 from driftline.core.stream import OF_STREAMS, Task
-from driftline.runs.command import composed
+from driftline.runs.command import check_single, composed, spelled_out
 from driftline.runs.compose import replays_source
 from driftline.runs.execute import run_experiment
 from driftline.runs.saving import begun, construct, name_of, wrap
@@ -69,7 +69,8 @@ def make(
             else 224. Prompts on images and auxiliary networks are made for it.
         options: settings of the strategy or of a node in it, by name (`lr=1e-3`, `rank=4`) or
             dotted where two have one name (`**{"warmup.optim.lr": 1e-4}`); `adapter` names a file
-            of conf/adapter, `around` one or several rules of conf/around, from the inside out.
+            of conf/adapter, `around` one or several rules of conf/around, from the inside out, and
+            `**{"around.merge.rule": "ties"}` a setting of a rule.
 
     Raises:
         UserError: for a strategy or setting that does not exist, or a network that the strategy
@@ -82,9 +83,15 @@ def make(
         )
     rules = options.pop("around", [])
     names = [rules] if isinstance(rules, str) else list(rules)
+    of_rules = {key: options.pop(key) for key in list(options) if key.startswith("around.")}
     node = settings(strategy, **options)
     words = [f"strategy={strategy}", f"around=[{','.join(names)}]"]
     around = composed(words).around if names else OmegaConf.create({})
+    for key, value in of_rules.items():
+        known = [f"around.{place}" for place in _places(around)]
+        if key not in known:
+            raise UserError(f"{key}: no such setting with {words[1]}{suggest(key, known)}")
+        OmegaConf.update(around, key.removeprefix("around."), value)
     backbone = net if isinstance(net, Backbone) else wrap(net, mean, std, input_size)
     kind = locate(node._target_)
     classes = num_classes or backbone.num_classes
@@ -265,7 +272,12 @@ def run(words: Sequence[str]) -> dict[str, Any]:
     """
     if isinstance(words, str):
         raise UserError(f"driftline.run takes a list of settings: {words.split()}")
-    return run_experiment(composed(list(words)), list(words))
+    cfg = composed(list(words), choices=True)
+    check_single(cfg.hydra.sweeper, spelled_out(list(words)))
+    OmegaConf.set_struct(cfg, False)
+    del cfg.hydra
+    OmegaConf.set_struct(cfg, True)
+    return run_experiment(cfg, list(words))
 
 
 def load_runs(*roots: str | Path) -> pandas.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from driftline.analysis.runs import by_kind, refused
 from driftline.analysis.tables import by_place, kind_table
 from driftline.core.build import build
 from driftline.core.cost import Costs, state_bytes
+from driftline.core.errors import UserError
 from driftline.core.files import write_record
 from driftline.runs import sweep
-from driftline.runs.command import composed
+from driftline.runs.command import check_single, composed
 from scripts.report import report
 
 CONF = ROOT / "conf"
@@ -58,6 +60,16 @@ def test_the_grid_is_methods_by_kinds_by_three_orders():
     assert len({tuple(run) for run in runs}) == len(runs)
     words = [f"{key}={value}" for key, value in GRID.items()]
     assert len(sweep.expand([*words, "strategy=ease,mos", f"{ADAPTER}=lora,hra"])) == 2 * 2 * 3
+
+
+def test_the_grid_is_no_single_run_unless_one_is_chosen():
+    one = [f"{key}={value.split(',')[0]}" for key, value in GRID.items()]
+    check_single({"params": GRID}, one)
+    check_single({"params": None}, [])
+    for word in one:
+        left = word.partition("=")[0].partition("@")[0]
+        with pytest.raises(UserError, match=f"sweep over {re.escape(left)}: add -m, or give one"):
+            check_single({"params": GRID}, [w for w in one if w != word])
 
 
 @pytest.mark.parametrize("strategy", GRID["strategy"].split(","))

@@ -150,6 +150,19 @@ def test_rules_go_around_methods_of_adaptation_alone(name):
         assert type(method.method) is kind and type(method).__name__ == "RecordNan"
 
 
+def test_settings_of_rules_are_dotted():
+    method = driftline.make(
+        "tent", network("test_resnet"), around="reset_every", **{"around.reset_every.every": 7}
+    )
+    assert method.made_of["around"]["reset_every"]["every"] == 7
+    for rules, key, said in [
+        ("reset_every", "around.reset_every.evry", "did you mean 'around.reset_every.every'"),
+        ([], "around.reset_every.every", r"no such setting with around=\[\]"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            driftline.make("tent", network("test_resnet"), around=rules, **{key: 7})
+
+
 def test_a_run_gives_its_summary_and_is_found_again(tmp_path):
     words = ["strategy=bn_adapt", "scenario=cifar10_c", *SMALL, f"root={tmp_path}"]
     summary = driftline.run(words)
@@ -160,6 +173,8 @@ def test_a_run_gives_its_summary_and_is_found_again(tmp_path):
         driftline.run(["strategy=tnet"])
     with pytest.raises(UserError, match="no such setting"):
         driftline.run(["strategy=tent", "strategy.lrr=1"])
+    with pytest.raises(UserError, match=r"sweep over adapter, scenario\.order_seed: add -m, or"):
+        driftline.run(["experiment=grid/adapters", "strategy=ease"])
 
 
 @pytest.mark.parametrize(
