@@ -214,9 +214,9 @@ class OLoRA(CLStrategy):
         for point, one in own.items():
             if not one.pairs() or not point.endswith((":out", ":parallel")):
                 raise UserError(
-                    f"strategy=olora: {type(one).__name__} at {point} adds no low-rank product, "
-                    "but O-LoRA sums those of all tasks and keeps their inputs apart. Use "
-                    "adapter=olora, lora (without a start that is taken off), dual_rank, "
+                    f"strategy=olora: {type(one).__name__} at {point} adds no product of two "
+                    "learned factors, but O-LoRA sums those of all tasks and keeps their inputs "
+                    "apart. Use adapter=olora, lora (without a start that is taken off), dual_rank, "
                     "bottleneck or peft/lora"
                 )
         self.head = NearZeroLinear(backbone.dim)

@@ -35,6 +35,7 @@ from driftline.core.errors import UserError, suggest
 from driftline.core.strategy import CLStrategy, Strategy
 from driftline.core.stream import Task
 from driftline.parts import merging
+from driftline.parts.adapters.starts import CALIBRATED
 from driftline.runs.compose import make_stream
 from driftline.runs.execute import MODEL
 from driftline.runs.saving import begun, construct, innermost, load, write_method
@@ -84,6 +85,12 @@ def read(folder: Path) -> Run:
     if one.unmergeable or not one.averageable:
         why = one.unmergeable or "it answers with statistics of its own weights"
         raise UserError(f"{folder}: strategy={name} cannot be merged: {why}")
+    start = (made_of["strategy"].get("adapter") or {}).get("start")
+    if start in CALIBRATED and start != "saft":  # whose values begin at 0
+        raise UserError(
+            f"{folder}: its adapters began from images (strategy.adapter.start={start}), "
+            "which no file knows; merge runs with start=null, pissa or orthonormal"
+        )
     config = read_config((folder / "config.yaml").read_text())
     body, head = split(one)
     return Run(folder, config, {**made_of, "around": {}}, tasks, one, body, head)
@@ -120,6 +127,23 @@ def compare(runs: Sequence[Run]) -> None:
                 f"{run.folder} (set 1) does not fit {first.folder} (set 0): {error}. Merge runs "
                 "with the same adapter and strategy settings"
             ) from None
+        settings = [r.made_of["strategy"].get("adapter") for r in (first, run)]
+        fixed = [constants(r) for r in (first, run)]
+        odd = next((n for n in fixed[0] if not torch.equal(fixed[0][n], fixed[1][n])), None)
+        if settings[0] != settings[1] or odd:
+            raise UserError(
+                f"{run.folder} has adapters that do not correspond to those of {first.folder}: "
+                + (f"{odd} differs and does not learn" if odd else "other settings")
+                + ". Merge runs with the same strategy.adapter and, where it draws or chooses what "
+                "is fixed, the same seed"
+            )
+
+
+def constants(run: Run) -> dict[str, Tensor]:
+    """What the adapters of a run hold and never learn: entries, columns, fixed factors; by name."""
+    bank = getattr(run.method, "bank", None)
+    names = list(bank.sets) if bank else []
+    return {f"{name}.{key}": t for name in names for key, t in bank.fixed(name).items()}
 
 
 def beginning(run: Run) -> dict[str, Tensor]:

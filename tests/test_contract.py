@@ -265,7 +265,7 @@ DERIVED = (
     "tuna",
 )
 REFUSED = {
-    ("olora", kind): "adds no low-rank product"
+    ("olora", kind): "adds no product of two learned factors"
     for kind in (
         *("block_expansion", "dora", "dylora", "ether_plus", "film", "hra", "hydra", "lori"),
         *("moslora", "neuroada", "nola", "oft", "paca", "prefix", "prompt", "rank_budget"),
@@ -273,7 +273,7 @@ REFUSED = {
     )
 }
 if find_spec("peft"):
-    REFUSED["olora", "peft/vera"] = "adds no low-rank product"
+    REFUSED["olora", "peft/vera"] = "adds no product of two learned factors"
 REFUSED |= {(name, "saft"): "use adapter=neuroada, or one" for name in ("mos", "olora", "tent")}
 
 

@@ -163,14 +163,13 @@ class AdapterBank(nn.Module):
         if any(s != shapes[0] for s in shapes):
             raise ValueError(f"sets {[*names, into]} do not hold the same tensors")
         shares = [1.0] * len(names) if weights is None else list(weights)
-        learned = {n for n, _ in self.sets[into].named_parameters(remove_duplicate=False)}
-        learned -= self._constant[into]
-        for key in goal.keys() - learned:
+        fixed = self.fixed(into).keys()
+        for key in fixed:
             if any(not torch.equal(s[key], goal[key]) for s in states):
                 raise ValueError(f"sets {[*names, into]} differ in {key}, which does not learn")
         rows = [[w / sum(shares) * s[k] for k in goal] for w, s in zip(shares, states, strict=True)]
         for (key, value), parts in zip(goal.items(), zip(*rows, strict=True), strict=True):
-            if key in learned:
+            if key not in fixed:
                 value.copy_(torch.stack(parts).sum(0))
 
     def remove(self, name: str) -> None:
@@ -205,6 +204,13 @@ class AdapterBank(nn.Module):
         """What one set learns, in the order of its points."""
         constant = self._constant[name]
         return [p for n, p in self.sets[name].named_parameters() if n not in constant]
+
+    def fixed(self, name: str) -> dict[str, Tensor]:
+        """What one set holds and never learns (random factors, chosen entries), by name."""
+        modules = self.sets[name]
+        learned = {n for n, _ in modules.named_parameters(remove_duplicate=False)}
+        learned -= self._constant[name]
+        return {n: t for n, t in modules.state_dict().items() if n not in learned}
 
     def second_factors(self, name: str) -> list[nn.Parameter]:
         """Those of one set that are second factors of low-rank products."""
