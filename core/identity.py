@@ -25,6 +25,8 @@ SINCE: dict[str, dict[str, Any]] = {
     "driftline.backbones.load.robustbench_backbone": {"checkpoint_key": None},
     "driftline.cl.ease.Ease": {"sets": "each"},
     "driftline.cl.finetune.Finetune": {"adapter": None},
+    "driftline.cl.mos.Mos": {"router": "refined"},
+    "driftline.cl.tuna.Tuna": {"router": "entropy"},
     "driftline.parts.adapters.plan.Plan": {"start": None, "start_batches": 8},
     "driftline.tta.tent.Tent": {"adapter": None},
     "driftline.streams.shifts.corruption_stream": {

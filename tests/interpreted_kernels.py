@@ -258,7 +258,8 @@ CASES = {
 
 COMBINED = {  # of what other cases have one by one: tried with --all
     *("several tiles", "full chunks", "fp16 none", "two rank tiles, bf16", "norm, two adapters"),
-    *("norm, bf16", "autocast, norm", "index, rank scale"),
+    *("norm, bf16", "autocast, norm", "index, rank scale", "base alone, rank 64", "fp16 relu"),
+    *("several slabs", "two rank tiles", "column scale, all", "bf16 relu"),
 }
 
 

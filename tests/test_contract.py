@@ -955,7 +955,7 @@ OF_TASK_RULES = [
     frozen_weights_stay,
     a_killed_run_goes_on,
 ]
-KILLED = {*INSIDE, *(case.name for case in OF_FILES[::2])}
+KILLED = {*INSIDE, *(case.name for case in OF_FILES[::3])}
 EXEMPT = {  # what a method breaks on purpose
     ("mos-official", "predict_changes_nothing"): "the released code pulls in every forward pass",
 }
@@ -1028,7 +1028,7 @@ def test_by_default_a_method_keeps_the_whole_contract_and_every_rule_is_tried():
     }
     spared = {(c.name, "", a_killed_run_goes_on) for c in OF_FILES if c.name not in KILLED}
     assert {(c.name, "", p) for c in OF_FILES for p in PROPERTIES} <= tried | spared
-    assert len(spared) <= len(OF_FILES) / 2
+    assert len(spared) <= len(OF_FILES) * 2 / 3
     assert {(n, "", a_snapshot_is_the_whole_state) for n in VARIANTS} <= tried
     for rule in RULES:
         properties = {p for _, held, p in tried if held == rule}

@@ -21,6 +21,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_every_notebook_runs_from_top_to_bottom():
     """As scripts in one process: the libraries are imported once."""
     paths = [path.with_suffix(".py").name for path in NOTEBOOKS]

@@ -156,6 +156,7 @@ def test_wrong_words_get_one_error(words, answer, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_row_is_run_and_listed(tmp_path):
     small = ["scenario.corruptions=[fog]", "scenario.images=20", "scenario.probe_images=0"]
     small += [

@@ -545,9 +545,9 @@ def rows_of_images(rows: Sequence[Tensor], batch: int) -> Tensor:
 def no_place(backbone: Backbone, point: str, reason: str) -> UserError:
     """The error for a point that a network does not offer."""
     return UserError(
-        f"{backbone.tag} has no place for adapters at {point}: {reason}. Choose other points "
-        "(strategy.adapter.at), another kind (adapter=...), or a timm ViT (for example "
-        "backbone=vit_b16_in1k)"
+        f"{backbone.tag} has no place for adapters at {point}: {reason}. Choose a timm ViT (for "
+        "example backbone=vit_b16_in1k), or, where the strategy takes adapter=..., another kind or "
+        "other points"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+import driftline.core.vision  # noqa: F401
 from driftline.core.errors import UserError
 from driftline.parts.adapters.adapter import Adapter, bare_copy
 
