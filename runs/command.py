@@ -32,7 +32,6 @@ from driftline.core.comments import settings
 from driftline.core.console import program
 from driftline.core.errors import UserError, shortage, suggest
 from driftline.core.paths import CONF, add_resolver, run_line, script_line
-from driftline.core.processes import lasting_imports
 from driftline.core.torchrun import requested, speaks
 from driftline.runs import help
 
@@ -63,6 +62,8 @@ def run(cfg: DictConfig) -> float | None:
         from driftline.runs.sweep import run_job
 
         return run_job(cfg)
+    from driftline.core.processes import lasting_imports
+
     with lasting_imports():
         from driftline.core import distributed
         from driftline.core.checkpoint import Stopped

@@ -8,10 +8,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, plain_yaml
 from torch import nn
 
 from driftline.backbones.backbone import Backbone
+from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.bank import AdapterBank
@@ -45,6 +46,30 @@ def wake(bank: AdapterBank, name: str, seed: int = 1) -> None:
     with torch.no_grad():
         for p in bank.parameters_of(name):
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+
+
+def check_file_of_kind(name: str, *, depth: int = 3, rounding: float = 1e-5) -> None:
+    """A file of conf/adapter attaches, is the identity up to `rounding`, learns and groups."""
+    node = plain_yaml(ROOT / "conf" / "adapter" / f"{name}.yaml")
+    net = backbone(depth=depth)
+    net.requires_grad_(False)
+    plan = build({k: v for k, v in node.items() if k != "name"}, at="adapter")
+    bank, want = plan.bank(net, calibrates=True), net.features(X)
+    assert isinstance(bank, AdapterBank)
+    for i in range(3):
+        plan.add(bank, f"t{i}", torch.Generator().manual_seed(i))
+        first = bank.features(X, f"t{i}")
+        torch.testing.assert_close(first, want, rtol=rounding, atol=rounding)
+        bank.features(X, f"t{i}").square().sum().backward()
+        assert any(p.grad is not None and p.grad.any() for p in bank.parameters_of(f"t{i}"))
+        wake(bank, f"t{i}", seed=i)
+    bank.eval()
+    names = ["t0", "t1", "t2"]
+    with torch.no_grad():
+        one = torch.stack([bank.features(X, n) for n in names])
+        torch.testing.assert_close(bank.features_each(X, names), one, rtol=1e-4, atol=1e-5)
+        assert torch.equal(net.features(X), want)
+    assert not torch.allclose(one[0], one[1])
 
 
 def sets(d: int, depth: int) -> dict[str, dict[str, Adapter]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, plain_yaml
-from test_bank import X, backbone, wake
+from test_bank import X, backbone, check_file_of_kind, wake
 from torch import Tensor, nn
 
 from driftline.core.build import build
@@ -187,24 +187,7 @@ def test_gradients_are_those_of_the_merged_weight(name):
 @pytest.mark.parametrize("name", [*OWN, "film", "block_expansion"])
 @pytest.mark.filterwarnings("ignore:strategy.adapter.blocks=:UserWarning")
 def test_the_file_of_a_kind_attaches_learns_and_groups(name):
-    node = plain_yaml(ROOT / "conf" / "adapter" / f"{name}.yaml")
-    net = backbone()
-    net.requires_grad_(False)
-    plan = build({k: v for k, v in node.items() if k != "name"}, at="adapter")
-    bank, want = plan.bank(net), net.features(X)
-    assert isinstance(bank, AdapterBank)
-    for i in range(3):
-        plan.add(bank, f"t{i}", torch.Generator().manual_seed(i))
-        torch.testing.assert_close(bank.features(X, f"t{i}"), want, rtol=1e-5, atol=1e-5)
-        bank.features(X, f"t{i}").square().sum().backward()
-        assert any(p.grad is not None and p.grad.any() for p in bank.parameters_of(f"t{i}"))
-        wake(bank, f"t{i}", seed=i)
-    names = ["t0", "t1", "t2"]
-    with torch.no_grad():
-        one = torch.stack([bank.features(X, n) for n in names])
-        torch.testing.assert_close(bank.features_each(X, names), one, rtol=1e-4, atol=1e-5)
-        assert torch.equal(net.features(X), want)
-    assert not torch.allclose(one[0], one[1])
+    check_file_of_kind(name)
 
 
 def test_reflections_are_those_of_the_peft_library():

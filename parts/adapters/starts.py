@@ -169,7 +169,7 @@ def prepare(start: Start, point: str, adapter: Any, module: nn.Module) -> None:
         raise UserError(f"{setting} needs strategy.adapter.kind.scale above 0")
     if start in CALIBRATED:
         if start in KEPT:  # the structure of the state, with values that add 0
-            adapter.begin([(a, b) for a, b in zip(adapter.a, adapter.b, strict=True)], kept=True)
+            adapter.begin(list(zip(adapter.a, adapter.b, strict=True)), kept=True)
         return
     _begin(start, adapter, module, {})
 
