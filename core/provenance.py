@@ -51,7 +51,7 @@ def read_ahead() -> None:
     """
     imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     for path in _files(*FRAMEWORK, *METHOD):
-        fingerprint(path) if str(path) in imported else _digest(path, *_state(path))
+        fingerprint(path) if str(path) in imported else _read(path, *_state(path))
 
 
 def _files(*packages: str) -> list[Path]:
@@ -72,7 +72,7 @@ def changed_files(part: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
 @cache
 def fingerprint(path: Path) -> str:
     """12 hex digits of the file's syntax tree, as it was when this process first looked."""
-    return _digest(path, *_state(path))
+    return _read(path, *_state(path))[0]
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -81,16 +81,20 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 @cache
-def _digest(path: Path, _changed: int, _size: int) -> str:
+def _read(path: Path, _changed: int, _size: int) -> tuple[str, list[ast.Import | ast.ImportFrom]]:
+    """Fingerprint and imports of a file, which is parsed once."""
     tree = ast.parse(path.read_bytes())
-    waiting: list[Any] = [tree]  # what may hold a definition
+    imports: list[ast.Import | ast.ImportFrom] = []
+    waiting: list[Any] = [tree]  # what may hold a definition or an import
     while waiting:
         node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imports.append(node)
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if documented and node.body and ast.get_docstring(node, clean=False) is not None:
             del node.body[0]
         waiting += [inner for name in BLOCKS for inner in getattr(node, name, ())]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12], imports
 
 
 def _closure(modules: list[str]) -> set[Path]:
@@ -132,10 +136,10 @@ def _imports(path: Path, module: str) -> Iterator[str]:
     `from a import b` gives `a` and `a.b`; relative names are made absolute.
     """
     package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in _read(path, *_state(path))[1]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             above = package[: len(package) + 1 - node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield base

@@ -14,6 +14,7 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import driftline.core.vision  # noqa: F401  # isort: skip
 
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 paths = [str(ROOT), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 PACKAGES = ("analysis", "backbones", "cl", "core", "kernels", "parts", "runs", "streams", "tta")
+TURNS = pytest.StashKey[dict[str, int]]()  # of tests marked `one_in`: cases so far
 LEFT_OUT = pytest.StashKey[int]()  # tests marked `release` that were not asked for
 HANG = 1800  # seconds after which a process counts as hung; nothing is measured by it
 
@@ -82,10 +84,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run tests marked `release`, too")
 
 
-@pytest.hookimpl(trylast=True)  # after `-k`, so that the count is of what was asked for
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Of a test marked `one_in(n)` every n-th case is left unmarked; each test begins elsewhere."""
+    mark = item.get_closest_marker("one_in")
+    if mark is None:
+        return
+    name = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+    turn = item.config.stash.setdefault(TURNS, {})
+    turn[name] = turn.get(name, crc32(name.encode())) + 1
+    if turn[name] % mark.args[0]:
+        item.add_marker(pytest.mark.release)
+
+
+@pytest.hookimpl(trylast=True)  # after `-m`, so that the count is of what was asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `release` are left out without `--all`, `-m release` or their names."""
-    if config.getoption("all") or "release" in config.getoption("markexpr"):
+    """Tests marked `release` are left out without `--all`, `-k`, `-m release` or their names."""
+    asked = config.getoption("all") or config.getoption("keyword")
+    if asked or "release" in config.getoption("markexpr"):
         return
     named = [Path(arg.split("::")[0]) for arg in config.args if "::" in arg]
     files = {(config.invocation_params.dir / path).resolve() for path in named}

@@ -256,16 +256,8 @@ CASES = {
 }
 
 
-COMBINED = {  # of what other cases have one by one: tried with --all
-    *("several tiles", "full chunks", "fp16 none", "two rank tiles, bf16", "norm, two adapters"),
-    *("norm, bf16", "autocast, norm", "index, rank scale", "base alone, rank 64", "fp16 relu"),
-    *("several slabs", "two rank tiles", "column scale, all", "bf16 relu"),
-}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.release] * (n in COMBINED)) for n in CASES]
-)
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("name", CASES)
 def test_against_float64_twice_over_poison(name, monkeypatch):
     case = CASES[name]
     arguments, settings, g = make(case)
@@ -486,6 +478,7 @@ def forced():
     dispatch.use("auto")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("form", "SPN")
 @pytest.mark.parametrize("act", ["none", "relu", "gelu"])
 def test_public_call_and_its_gradients(form, act, forced):

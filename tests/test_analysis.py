@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import HANG, ROOT
+from conftest import HANG, ROOT, python
 from PIL import Image
 
 from driftline.analysis import load_batches, load_experiences, load_matrix, load_runs, notes, select
@@ -347,7 +347,7 @@ def test_every_strategy_looks_unlike_those_it_is_drawn_with():
 def example_report(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("report")
     words = ["scripts/report.py", "results/example", "--out", str(out), "--figures"]
-    command = [sys.executable, *words]
+    command = [python(), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert "(* best, + second)" in done.stdout and "note: " in done.stdout

@@ -102,6 +102,7 @@ def test_a_checkpoint_of_an_earlier_format_gets_one_sentence(tmp_path):
         checkpointer(tmp_path).load()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["tent", "finetune"])
 def test_a_run_does_not_go_on_from_the_state_of_another_seed(configure, monkeypatch, strategy):

@@ -73,17 +73,9 @@ def pretrained() -> set[str]:
     return set(timm.list_models(pretrained=True))
 
 
-FIRST = {option.partition("/")[0]: option for option in reversed(PRESETS)}  # of each paper
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "preset",
-    [
-        pytest.param(p, marks=[pytest.mark.release] * (i % 3 > 0 and p not in FIRST.values()))
-        for i, p in enumerate(PRESETS)
-    ],
-)
+@pytest.mark.one_in(8)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_complete_and_its_figures_have_sources(configure, preset):
     """Settings fit; scenario, backbone and weights exist; every figure says where it is from."""
     cfg = configure(f"experiment={preset}")
@@ -144,6 +136,7 @@ def test_recipes_hold_the_official_cifar_settings(configure):
     assert configure("strategy=tent", "scenario=cifar10_c").strategy.optim.kind == "adam"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),

@@ -147,6 +147,7 @@ def test_random_corruptions_equal_the_reference_given_its_draws(golden, preset, 
     check(name, own, golden[f"seed0/{PRESETS[preset]}/{name}/{severity}"])
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.realdata
 @pytest.mark.parametrize("severity", SEVERITIES)
 @pytest.mark.parametrize("name", STATISTICS)
@@ -295,6 +296,7 @@ def batch(count: int, h: int = 48, w: int = 40) -> torch.Tensor:
     return torch.stack([torch.from_numpy(picture(h, w, i)).permute(2, 0, 1) for i in range(count)])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ALL)

@@ -129,6 +129,7 @@ RELEASE = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["lae", "ease", "dualprompt", *RELEASE])
 def test_two_processes_give_the_run_of_one(configure, tmp_path, strategy):
@@ -173,6 +174,7 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_number_of_processes(configure, tmp_path, monkeypatch):
     """One process, then two of which the second gets a signal, then three."""

@@ -140,7 +140,17 @@ def own_data(runs: Runs) -> None:
 
 
 # Pages of minutes, whose commands other tests have at work, too.
-LONG = ("adapters", "cluster", "merging", "own_data", "rules", "sweeps")
+LONG = (
+    "adapters",
+    "cl_method",
+    "safe",
+    "cluster",
+    "merging",
+    "own_data",
+    "rules",
+    "sweeps",
+    "tta_method",
+)
 CHECKS = {  # what a tutorial must leave behind
     "adapters": tuned,
     "rules": ruled,

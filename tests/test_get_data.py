@@ -27,6 +27,7 @@ import get_data
 LOADED = [name for name in named() if about(name).download is not None]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", LOADED)
 def test_a_record_can_be_loaded_or_says_what_to_do(name, configure):
     record, download = get_data.record(name)

@@ -108,6 +108,7 @@ def sizes(
     return found[0], found[-1]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_holds_does_not_grow_with_the_stream(name):
     early, late = sizes(name, **BOUNDED.get(name, {}))
@@ -122,6 +123,7 @@ def test_what_grows_says_so():
         assert late > early
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rule", RULES)
 def test_what_a_rule_holds_does_not_grow_with_the_stream(rule):
     until = {"early": 26, "late": 30} if rule == "rails" else {}  # its window holds 100 images

@@ -209,6 +209,7 @@ def test_what_is_known_survives_a_checkpoint():
 # ------------------------------------------------------------------------------ whole runs
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["tta", "cl"])
 def test_a_killed_run_that_was_answered_ends_as_an_undisturbed_one(configure, monkeypatch, kind):
     words = {

@@ -45,6 +45,7 @@ def learn(rule: Merge, task: Any) -> dict[str, Tensor]:
     return trained
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", MERGEABLE, **ids)
 def test_around_every_method_the_mean_of_two_tasks(case):
     rule = around(construct(case), rule="mean")
@@ -76,6 +77,7 @@ def finetune(adapter: str = "finetune+lora") -> Case:
     return next(c for c in with_other_kinds(METHODS) if c.name == adapter)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("start", ["first", "merged", "last"])
 @pytest.mark.parametrize("name", merging.RULES)
 def test_every_rule_merges_the_adapters_of_all_tasks(name, start):

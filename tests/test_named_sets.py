@@ -32,6 +32,7 @@ def stream(configure, layout: Layout, root: Path, *words: str) -> TaskStream:
     return make(configure(*settings, *layout.words, *words))
 
 
+@pytest.mark.one_in(2)
 def test_classes_and_split_are_those_of_the_set(configure, case):
     layout, root = case
     with warnings.catch_warnings(record=True) as caught:
@@ -52,6 +53,7 @@ def test_classes_and_split_are_those_of_the_set(configure, case):
         assert set(tested[t.tested.start :].tolist()) == {layout.images[1]}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore:.*published")
 def test_a_missing_part_is_one_clear_error(configure, case, tmp_path):
     layout, root = case
@@ -68,6 +70,7 @@ def test_a_missing_part_is_one_clear_error(configure, case, tmp_path):
     assert str(error.value).count("lacks") == 1
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore:.*published")
 def test_a_set_with_a_class_too_many_is_not_taken_for_it(configure, case):
     layout, root = case

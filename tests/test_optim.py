@@ -172,6 +172,7 @@ LEARNING = [  # by default every second one: the settings are of parts/optim.py
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LEARNING)
 def test_every_method_takes_every_setting(case):
@@ -191,6 +192,7 @@ def test_every_method_takes_every_setting(case):
 UNREAD = {"schedule": "cosine", "rise": 1, "milestones": [1], "decay": 0.5, "later": {"lr": 0.0}}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LEARNING)
 def test_a_setting_that_would_do_nothing_is_refused(case):

@@ -189,6 +189,7 @@ def test_changes_that_torch_does_not_count_are_seen(tmp_path, change):
     assert alike(loaded(tmp_path), strategy.snapshot())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["cotta", "petal", "ease", "mos", "icarl"])
 def test_a_killed_run_goes_on_from_packs_bit_for_bit(configure, monkeypatch, strategy):

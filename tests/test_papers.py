@@ -59,9 +59,10 @@ def typed(key: str, value: Any) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("group", "name"), OPTIONS[::5])
+@pytest.mark.one_in(30)
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_an_option_is_what_its_words_say_when_typed(group, name):
-    """Every fifth. Only mappings and the runs of a sweep are not simple words."""
+    """Only mappings and the runs of a sweep are not simple words."""
     words = papers.words(group, name)
     plain = [typed(k, v) for k, v in words.items() if not isinstance(v, dict)]
     choice = [f"{group}={name}"]

@@ -107,6 +107,7 @@ def small(kind: str) -> Plan:
     return plan(kind, ["blocks.*.attn.qkv:out", "blocks.*.mlp.fc2:out"], **options)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", types())
 def test_sets_of_every_type_are_independent_or_the_type_is_refused(kind):
     net = backbone()

@@ -49,6 +49,7 @@ def test_the_features_of_any_network_are_float32_again():
         assert wrapped.features(torch.rand(2, 3, 2, 2)).dtype == torch.float32
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", contract.OF_FILES, ids=lambda case: case.name)
 def test_every_method_takes_it_and_learns_in_float32(case, monkeypatch):
     plain = contract.network

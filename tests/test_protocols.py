@@ -71,6 +71,7 @@ def holds_images(method: torch.nn.Module) -> bool:
     return False
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", METHODS, ids=lambda c: c.name)
 def test_few_shots_in_one_pass_give_a_whole_result(case, tmp_path):
     epochs = {"epochs": 1} if "epochs" in case.node else {}

@@ -224,6 +224,7 @@ HOSTILE += ["scenario.probe_images=0", "scenario.clean_images=0"]
 HOSTILE += ["around=rails", "around.rails.images=40"]
 
 
+@pytest.mark.release
 def test_a_killed_run_on_rails_ends_as_an_undisturbed_one(configure, monkeypatch):
     """Sorted labels in batches of four ruin batch statistics; the table and the figure say so."""
     words = ["strategy=tent", *HOSTILE, "checkpoint.every=5"]

@@ -87,6 +87,7 @@ def test_cotta_views_on_real_images(configure, realdata, tmp_path):
     assert summary["cost"]["forward_per_image"] == 6  # student, anchor, four views of the teacher
 
 
+@pytest.mark.release
 def test_split_of_real_cifar_images(configure, realdata, tmp_path):
     """5 tasks x 2 classes: SimpleCIL keeps what it learns, fine-tuning does not."""
     import numpy as np

@@ -295,6 +295,7 @@ def test_the_adapting_clean_score_is_that_of_the_method_in_its_rules(configure):
     assert bound["source_forgetting_adapting"] == 0 != free["source_forgetting_adapting"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("rules", ["reset_each_domain", "reset_on_collapse,rollback", "window"])
 def test_a_killed_run_with_rules_ends_as_an_undisturbed_one(configure, monkeypatch, rules):

@@ -187,6 +187,7 @@ def test_how_test_images_are_batched_changes_no_metric(configure, strategy):
     assert base["metrics"] == other["metrics"] and base["per_class"] == other["per_class"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["source", "cotta", "finetune"])
 def test_same_seed_same_numbers_in_one_process(configure, strategy):
@@ -344,6 +345,7 @@ def test_wandb_mirrors_a_run_and_the_files_stay_the_same(configure, monkeypatch)
 # ------------------------------------------------------------------------ the phenomena
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_embedded_shifts_hurt_the_source_and_adaptation_helps(configure):
     found = {}
@@ -461,6 +463,7 @@ def test_a_mistake_in_the_settings_shows_before_anything_is_run(
     assert not list(tmp_path.rglob("embedded_*"))
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_sweep_goes_on_after_a_failed_run(tmp_path):
     words = ["-m", "strategy=source,finetune,bn_adapt", *TINY["tta"], f"root={tmp_path}"]

@@ -78,13 +78,8 @@ def go_on(method: Any, case: Case, part: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, id=c.name, marks=[pytest.mark.release] * (i % 2))
-        for i, c in enumerate(CASES)
-    ],
-)
+@pytest.mark.one_in(6)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_a_file_holds_a_method_and_a_state_dict_its_network(case, tmp_path):
     method = made(case)
     go_on(method, case, 0)

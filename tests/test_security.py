@@ -26,6 +26,7 @@ from scripts.export_images import export
 OUTWARD = ("../x", "..", "a/../../x", "/tmp/x", "a\\..\\x", "x\ny", "", ".hidden")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", OUTWARD)
 @pytest.mark.parametrize(
     "key", ["strategy.name", "scenario.name", "scenario.label", "backbone.name"]

@@ -63,7 +63,7 @@ with open(ROOT / "tests" / "data" / "bad_inputs.csv", newline="") as file:
 
 
 PARTS = [("run", [r for r in LISTED if r["needs"] == "run"])]
-CHECKS = [(f"check{i}", [r for r in LISTED if r["needs"] == "check"][i::4]) for i in range(4)]
+CHECKS = [(f"check{i}", [r for r in LISTED if r["needs"] == "check"][i::8]) for i in range(8)]
 PARTS += CHECKS[:1] + [pytest.param(*part, marks=pytest.mark.release) for part in CHECKS[1:]]
 
 
@@ -113,6 +113,7 @@ FILES = sorted(
 )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_option_refuses_what_its_type_does_not_allow(path):
     """All options of all files; nothing is built, so that this takes milliseconds a file."""
@@ -215,9 +216,10 @@ PRESETS = papers.options("experiment")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS[::4])
+@pytest.mark.one_in(24)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_within_the_ranges(preset):
-    """Every fourth; the run of any other would say so in its first second."""
+    """The run of any other would say so in its first second."""
     if preset:
         text = answer(f"experiment={preset}", "data.root=somewhere")
         assert text == "" or "backbone" in text, text

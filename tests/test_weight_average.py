@@ -80,6 +80,7 @@ def ends(name: str, decay: float | None) -> tuple[list[Tensor], object]:
     return rows, copied(method.snapshot())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [c.name for c in AVERAGEABLE])
 def test_around_every_method_a_decay_of_0_is_the_method(name):
     with warnings.catch_warnings():

@@ -91,6 +91,7 @@ def test_every_scenario_is_among_the_small_ones():
     assert set(EMBEDDED) == {p.stem for p in (ROOT / "conf" / "scenario").glob("*.yaml")}
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", EMBEDDED)
 def test_every_scenario_is_loaded_by_pickle(configure, monkeypatch, scenario):
@@ -100,6 +101,7 @@ def test_every_scenario_is_loaded_by_pickle(configure, monkeypatch, scenario):
     assert same(iter(here), batches(make(cfg)))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("any_cifar")
 def test_every_layout_of_files_is_loaded_by_pickle(
