@@ -268,6 +268,11 @@ def select(runs: pd.DataFrame, average: Sequence[str] = AVERAGE) -> pd.DataFrame
         each = 1000 * done["cost.evaluation_seconds"] / done["cost.evaluation_images"]
         reused = done.get("cost.features_reused", pd.Series(0, done.index))
         done["cost.test_ms"] = each.where(reused.fillna(0) == 0)
+    if "cost.recalled_images" in done:  # a run that had its answers from others has no time
+        recalled = done["cost.recalled_images"].fillna(0) > 0
+        times = [k for k in named(done, "cost.") if "seconds" in k] + ["cost.test_ms"]
+        for name in {*times} & {*done}:
+            done[name] = done[name].astype(float).where(~recalled)
     for _, group in done.groupby(["scenario", "backbone"]):
         of_stream = [k for k in settings if k.startswith(("config.scenario.", "config.time."))]
         varied = [

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from driftline.backbones.feature_store import FeatureStore
 from driftline.core import distributed
 from driftline.core.errors import UserError
 
@@ -20,6 +21,7 @@ class Passes:
     def __init__(self) -> None:
         self.forward = 0
         self.backward = 0
+        self.recalled = 0  # images whose answer came from a feature store
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passes:
         return self
@@ -76,6 +78,8 @@ class Backbone(nn.Module):
         self.name, self.tag = name, tag
         self.input_size, self.interpolation, self.classes = input_size, interpolation, classes
         self.passes = Passes()
+        self.store: FeatureStore | None = None  # of runs, for answers that cannot change
+        self._one_pass: bool | None = None
         _check_normalization(mean, std)
         for key, value in (("mean", mean), ("std", std)):
             stored = None if value is None else torch.tensor(value).view(1, -1, 1, 1)
@@ -194,6 +198,74 @@ class Backbone(nn.Module):
         with self.passing(x) as normal:
             out = self.net(normal)
         return self.passes.count(len(x), self.raised(scores_of(out, self.tag)))
+
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head reads [B, D] and what it says [B, C], from one pass.
+
+        Raises:
+            UserError: without a head that is applied to one vector an image.
+        """
+        head, seen = self.head, []
+        if head is not None:
+            handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            try:
+                scores = self.logits(x)
+            finally:
+                handle.remove()
+            if len(seen) == 1 and seen[0].shape[:-1] == x.shape[:1]:
+                return self.raised(seen[0]), scores
+        shapes = [tuple(one.shape) for one in seen]
+        raise UserError(
+            f"one feature vector per image is needed at the head of {self.tag}; for {len(x)} "
+            f"images it read {shapes or 'none'}. Use another backbone"
+        )
+
+    @torch.no_grad()
+    def frozen_features(self, x: Tensor) -> Tensor:
+        """`features` of a network that nothing moves; see `store`."""
+        return self._frozen(x, "features")[0]
+
+    @torch.no_grad()
+    def frozen_logits(self, x: Tensor) -> Tensor:
+        """`logits` of a network that nothing moves; see `store`."""
+        return self._frozen(x, "logits")[0]
+
+    @torch.no_grad()
+    def frozen_features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`features_and_logits` of a network that nothing moves; see `store`."""
+        features, scores = self._frozen(x, "features", "logits")
+        return features, scores
+
+    def _frozen(self, x: Tensor, *wanted: str) -> tuple[Tensor, ...]:
+        """From the store where it has them; else from one pass, which is stored."""
+        if self.store is None:
+            return self._passed(x, wanted)
+        key = self.store.key(x)
+        if (stored := self.store.find(key, wanted)) is not None:
+            self.passes.recalled += len(x)
+            return tuple(stored[name].to(x.device) for name in wanted)
+        names = ("features", "logits") if self._reads_features(x) else wanted
+        tensors = dict(zip(names, self._passed(x, names), strict=True))
+        self.store.add(key, tensors)
+        return tuple(tensors[name] for name in wanted)
+
+    def _passed(self, x: Tensor, wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """One pass of the network for features, logits or both."""
+        if wanted == ("features",):
+            return (self.features(x),)
+        return (self.logits(x),) if wanted == ("logits",) else self.features_and_logits(x)
+
+    def _reads_features(self, x: Tensor) -> bool:
+        """Whether the head reads what `features` gives, bit by bit: then one pass gives both."""
+        if self._one_pass is None:
+            before = self.passes.forward
+            try:
+                read = self.features_and_logits(x)[0]
+                self._one_pass = torch.equal(read, self.features(x))
+            except UserError:
+                self._one_pass = False
+            self.passes.forward = before
+        return self._one_pass
 
     @contextmanager
     def passing(self, x: Tensor) -> Generator[Tensor]:

@@ -194,7 +194,7 @@ class FirstTask(CLStrategy):
     def features(self, x: Tensor, name: str) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, D]; `name` is `plain` or `tuned`."""
         if name == PLAIN:
-            return cast(Backbone, self.backbone).features(x)
+            return cast(Backbone, self.backbone).frozen_features(x)
         if self.bank is not None:
             return self.bank.features(x, TUNED)
         assert self.copy is not None

@@ -41,7 +41,7 @@ class SimpleCIL(CLStrategy):
 
     def features(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, D]."""
-        return cast(Backbone, self.backbone).features(x)
+        return cast(Backbone, self.backbone).frozen_features(x)
 
     @torch.no_grad()
     def end_task(self, task: Task) -> None:

@@ -16,7 +16,7 @@ from driftline.core.strategy import Strategy, optimizers
 KEPT = (
     "forward", "backward", "images", "steps", "evaluated", "evaluated_forward",
     "evaluated_backward", "evaluated_seconds", "end_seconds", "step_seconds", "durations",
-    "estimated_forward", "estimated_seconds", "bytes_after_task",
+    "estimated_forward", "estimated_seconds", "bytes_after_task", "recalled",
 )  # fmt: skip
 DURATIONS = 4096  # for the median; a long run shall not make every checkpoint longer
 
@@ -32,6 +32,8 @@ class Costs:
         self.evaluated = self.evaluated_forward = self.evaluated_backward = 0
         self.evaluated_seconds = self.end_seconds = 0.0
         self.estimated_forward, self.estimated_seconds = 0, 0.0  # beside the method
+        self.recalled = 0  # images whose answer came from a feature store
+        self._recalled = self.passes.recalled  # counted before, in this process
         self.seconds = 0.0  # of the last step
         self.step_seconds = 0.0  # of all steps
         self.durations: list[float] = []  # of steps, of all or of as many drawn at random
@@ -85,6 +87,11 @@ class Costs:
         self._synchronize()
         self.end_seconds += time.perf_counter() - start
 
+    def note_recalled(self) -> None:
+        """Add the images that were recalled since the last call."""
+        self.recalled += self.passes.recalled - self._recalled
+        self._recalled = self.passes.recalled
+
     def task_ended(self, strategy: Strategy) -> None:
         """Note what a method keeps for good after a task."""
         size = state_bytes(strategy, moments=False)
@@ -94,6 +101,7 @@ class Costs:
         synchronize(self.device)
 
     def snapshot(self) -> dict[str, Any]:
+        self.note_recalled()
         return {k: getattr(self, k) for k in KEPT}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -106,6 +114,7 @@ class Costs:
 
     def summary(self, strategy: Strategy) -> dict[str, float]:
         """The cost block of a summary; the median of the steps leaves out warm-up effects."""
+        self.note_recalled()
         ordered = sorted(self.durations)
         images = max(1, self.images)
         return {
@@ -135,6 +144,7 @@ class Costs:
                 if self.estimated_forward
                 else {}
             ),
+            **({"recalled_images": self.recalled} if self.recalled else {}),
             "images": self.images,
             "batches": self.steps,
             "forward_images": self.forward,

@@ -40,7 +40,9 @@ SINCE: dict[str, dict[str, Any]] = {
         "burst_length": 10,
     },
     "driftline.streams.pairs.pair_stream": {"label_budget": None, "label_delay": 0},
+    "driftline.streams.domain_incremental.domain_stream": {"test_batches": "mixed"},
     "driftline.streams.class_incremental.split_stream": {
+        "test_batches": "mixed",
         "order": "increment",
         "tasks": 10,
         "skew": 0,

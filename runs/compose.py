@@ -6,12 +6,15 @@ import os
 from contextlib import suppress
 from copy import deepcopy
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from driftline.backbones.backbone import Backbone, Passes, weights_hash
+from driftline.backbones.feature_store import FeatureStore, arithmetic_of
+from driftline.core import distributed
 from driftline.core.build import build, locate, nodes
 from driftline.core.errors import UserError
 from driftline.core.identity import method_name
@@ -157,11 +160,34 @@ def make_strategy(
     _check_labels(cfg, stream, backbone)
     if isinstance(stream, ShiftStream) and stream.outputs is not None:
         backbone.keep_outputs(stream.outputs.kept)
+    backbone.store = _feature_store(cfg, backbone, device)
     strategy = build_strategy(
         cfg.strategy, cfg.around, backbone, seed=cfg.seed, num_classes=stream.num_classes
     )
     _check_needs(cfg, strategy, stream, backbone)
     return strategy, weights
+
+
+def _feature_store(
+    cfg: DictConfig, backbone: Backbone, device: torch.device
+) -> FeatureStore | None:
+    """The store that the settings name, for this network and this arithmetic.
+
+    Raises:
+        UserError: for a file in place of the folder, and in several processes, where each has a
+            part of a batch.
+    """
+    if cfg.runtime.feature_store is None:
+        return None
+    folder = Path(cfg.runtime.feature_store)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"runtime.feature_store={folder} is a file; name a folder")
+    if distributed.size() > 1:
+        raise UserError("runtime.feature_store: a run of several processes has none; leave it out")
+    tensors = {**backbone.state_dict(), "mean": backbone.mean, "std": backbone.std}
+    network = weights_hash({k: t for k, t in tensors.items() if isinstance(t, torch.Tensor)})
+    words = [backbone.tag, network, *arithmetic(cfg), arithmetic_of(device)]
+    return FeatureStore(folder, cfg.runtime.feature_store_gb, " ".join(words))
 
 
 def arithmetic(cfg: DictConfig) -> list[str]:

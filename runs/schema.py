@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from driftline.core.build import check, check_call, check_options, check_value, locate, result
 from driftline.core.errors import UserError, suggest
 from driftline.core.paths import CONF
-from driftline.core.ranges import CountOrZero, OwnLabel, PlainName, Reaction, Seed
+from driftline.core.ranges import CountOrZero, OwnLabel, PlainName, Positive, Reaction, Seed
 from driftline.core.sinks import SINKS
 
 
@@ -49,6 +49,8 @@ class Runtime(TypedDict):
     workers: Annotated[int, Ge(0), Le(256)] | None
     image_store_mb: CountOrZero
     feature_cache_mb: CountOrZero
+    feature_store: str | None
+    feature_store_gb: Positive
     wait: bool
     share_seeds: bool
     threads: Annotated[int, Ge(1), Le(1024)] | None

@@ -73,6 +73,23 @@ class Rows:
         return Rows(self.row[order], self.label[order], self.domain[order])
 
 
+Plan = list[list[int]]  # positions in the rows, batch by batch
+
+
+def consecutive(count: int, batch_size: int) -> Plan:
+    """Batches of rows that follow each other."""
+    return [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
+
+
+def one_class(rows: Rows, batch_size: int) -> Plan:
+    """Batches of one class and one domain each, which other orders of the classes have as well."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for at, group in enumerate(zip(rows.domain.tolist(), rows.label.tolist(), strict=True)):
+        groups.setdefault(group, []).append(at)
+    starts = [(at, i) for at in groups.values() for i in range(0, len(at), batch_size)]
+    return [at[i : i + batch_size] for at, i in starts]
+
+
 class _Item(NamedTuple):
     at: int  # position in the rows
     pixels: np.ndarray | str  # uint8 [H, W, 3], or why there are none
@@ -246,12 +263,14 @@ class Reader:
         *,
         start: int = 0,
         seed: int | None = None,
+        plan: Plan | None = None,
     ) -> Iterator[Batch | None]:
         """Batches from number `start` on, the last one possibly short.
 
         Args:
             change: pipeline from PIL to PIL.
             seed: key of the random draws of `change`; None if it draws nothing.
+            plan: other batches than those of consecutive rows.
 
         Yields:
             A batch, or None where every image of it was skipped.
@@ -260,7 +279,7 @@ class Reader:
             ImageError: for an unreadable image under `on_error="raise"`, naming it.
             UserError: if the images of a batch differ in size.
         """
-        for found in self.pixels(rows, batch_size, change, start=start, seed=seed):
+        for found in self.pixels(rows, batch_size, change, start=start, seed=seed, plan=plan):
             if found is None:
                 yield None
                 continue
@@ -295,6 +314,7 @@ class Reader:
         *,
         start: int = 0,
         seed: int | None = None,
+        plan: Plan | None = None,
     ) -> Iterator[tuple[Tensor, np.ndarray] | None]:
         """As `batches`: images uint8 [B, 3, H, W] and their positions in `rows`.
 
@@ -302,10 +322,7 @@ class Reader:
         """
         here = self.device.type in GENERATING and change is as_stored
         items = _Items(self.sets, rows, change, seed, generate=not here)
-        plan = [
-            list(range(i, min(i + batch_size, len(rows))))
-            for i in range(start * batch_size, len(rows), batch_size)
-        ]
+        plan = (plan or consecutive(len(rows), batch_size))[start:]
         loader = DataLoader(
             items,
             batch_sampler=plan,

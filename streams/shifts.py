@@ -33,7 +33,7 @@ from driftline.core.stream import (
 )
 from driftline.streams.dataset import NAMED, CleanData, ShiftData
 from driftline.streams.images import ImageSet, files_of, fingerprint
-from driftline.streams.loading import Reader, Rows, remember
+from driftline.streams.loading import Reader, Rows, consecutive, remember
 from driftline.streams.orders import LABEL_ORDERS, Options, Step, called, parse, plan
 from driftline.streams.pipelines import PHOTOMETRIC, Pipeline, as_stored
 from driftline.streams.store import ImageStore
@@ -55,7 +55,8 @@ class Loading:
 
     def again(self, reader: Reader, rows: Rows, change: Pipeline) -> Iterator[Batch | None]:
         """Images that are scored after every segment."""
-        stored = self.store.fixed(repr(change), reader, rows, change, self.batch_size)
+        plan = consecutive(len(rows), self.batch_size)
+        stored = self.store.fixed(repr(change), reader, rows, change, plan)
         return reader.batches(rows, self.batch_size, change) if stored is None else stored
 
 

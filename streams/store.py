@@ -16,10 +16,11 @@ from driftline.core.ranges import Count
 from driftline.core.seed import derive
 from driftline.core.stream import Batch, Skipped
 from driftline.streams.images import ImageSet
-from driftline.streams.loading import Reader, Rows
+from driftline.streams.loading import Plan, Reader, Rows, consecutive, one_class
 from driftline.streams.pipelines import FLIP_ONLY, Geometry, Name, Pipeline, pipeline
 
 READ = 256  # images at a time
+TestBatches = Literal["mixed", "one_class"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class ImageStore:
         self._refused: set[str] = set()
 
     def fixed(
-        self, key: str, reader: Reader, rows: Rows, change: Pipeline, batch_size: int
+        self, key: str, reader: Reader, rows: Rows, change: Pipeline, plan: Plan
     ) -> Iterator[Batch | None] | None:
-        """Batches in the order of `rows`, or None if the images do not fit.
+        """The batches of `plan`, or None if the images do not fit.
 
         Args:
             key: names `change`, which must draw nothing; images are known by their content.
@@ -57,7 +58,7 @@ class ImageStore:
         stored = self._find(key, reader, rows, change)
         if stored is None:
             return None
-        return self._slices(stored, rows, np.arange(len(rows)), None, batch_size, 0)
+        return self._slices(stored, rows, np.arange(len(rows)), None, plan)
 
     def shuffled(
         self,
@@ -83,7 +84,8 @@ class ImageStore:
         if stored is None:
             return None
         flips = None if flip is None else self._flips(rows, flip)
-        return self._slices(stored, rows, order, flips, batch_size, start)
+        plan = consecutive(len(rows), batch_size)[start:]
+        return self._slices(stored, rows, order, flips, plan)
 
     def _flips(self, rows: Rows, seed: int) -> Tensor:
         draws = torch.Generator()
@@ -137,8 +139,7 @@ class ImageStore:
         rows: Rows,
         order: np.ndarray,
         flips: Tensor | None,
-        batch_size: int,
-        start: int,
+        plan: Plan,
     ) -> Iterator[Batch | None]:
         place = torch.from_numpy(np.cumsum(stored.readable) - 1)  # of a row among those kept
         ordered = rows.take(order)
@@ -146,8 +147,8 @@ class ImageStore:
         positions = torch.from_numpy(order)
         place, positions, *columns = (t.to(self.device) for t in (place, positions, *columns))
         good = stored.readable[order]
-        for first in range(start * batch_size, len(rows), batch_size):
-            inside = np.arange(first, min(first + batch_size, len(rows)))
+        for batch in plan:
+            inside = np.asarray(batch)
             inside = inside[good[inside]]
             if not len(inside):
                 yield None
@@ -174,6 +175,7 @@ class TaskImages:
     geometry: Geometry  # known once the backbone is loaded
     cifar: bool
     store: ImageStore
+    test_batches: TestBatches = "mixed"
 
     def _change(self, train: bool) -> Pipeline:
         return pipeline(self.name, self.geometry, train=train, cifar=self.cifar)
@@ -183,11 +185,13 @@ class TaskImages:
         return f"{self.name} {self.geometry} {self.cifar}"
 
     def fixed(self, rows: Rows, batch_size: int) -> Iterator[Batch]:
-        """Test pipeline, in the order of `rows`."""
+        """Test pipeline, in the order of `rows` or class by class."""
         change = self._change(False)
-        found = self.store.fixed(self._key, self.reader, rows, change, batch_size)
+        apart = self.test_batches == "one_class"
+        plan = one_class(rows, batch_size) if apart else consecutive(len(rows), batch_size)
+        found = self.store.fixed(self._key, self.reader, rows, change, plan)
         if found is None:
-            found = self.reader.batches(rows, batch_size, change)
+            found = self.reader.batches(rows, batch_size, change, plan=plan)
         return (batch for batch in found if batch is not None)
 
     def again(self, rows: Tensor, draws: int | None, *, pool: Rows | None = None) -> Tensor:
@@ -261,6 +265,7 @@ class TaskLoading:
 
     batch_size: Count
     test_batch_size: Count
+    test_batches: TestBatches
     pipeline: Name
     on_error: Literal["raise", "skip"]
     workers: int
@@ -273,4 +278,6 @@ class TaskLoading:
         """One set or several as tasks deliver them; `cifar` as of `streams.pipelines.pipeline`."""
         sets = images if isinstance(images, Sequence) else [images]
         reader = Reader(sets, skipped, self.workers, self.on_error, self.store.device)
-        return TaskImages(reader, self.pipeline, self.geometry, cifar, self.store)
+        return TaskImages(
+            reader, self.pipeline, self.geometry, cifar, self.store, self.test_batches
+        )

@@ -89,7 +89,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     mark = item.get_closest_marker("one_in")
     if mark is None:
         return
-    name = f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+    name = f"{item.path.name}::{item.name.partition('[')[0]}"
     turn = item.config.stash.setdefault(TURNS, {})
     turn[name] = turn.get(name, crc32(name.encode())) + 1
     if turn[name] % mark.args[0]:

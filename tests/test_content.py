@@ -172,7 +172,7 @@ def test_every_scenario_is_among_the_cases():
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("case", CASES | NAMED)
 @pytest.mark.filterwarnings("ignore:.*are published")
 @pytest.mark.usefixtures("published_files")

@@ -988,8 +988,7 @@ def trials() -> list[Any]:
 def by_default(case: Case, property_: Callable[..., None]) -> bool:
     """Whether the pair is tried without `--all`: other pairs try the same code."""
     if case.name in VARIANTS:  # what it adds is state
-        again = property_ in (predict_changes_nothing, odd_batches_are_taken)
-        return not again or (case.name, property_.__name__) in EXEMPT
+        return property_ not in SHARED or (case.name, property_.__name__) in EXEMPT
     if not case.rule:  # a snapshot of each is tried; the runner treats all of a kind alike
         if property_ in SHARED:
             return (OF_FILES.index(case) + SHARED.index(property_)) % 2 == 0

@@ -215,6 +215,7 @@ def test_what_is_known_is_never_what_was_meant():
 # ------------------------------------------------------------------------ pipes
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words", ["run.py --help", "run.py strategy=cotta --cfg job", "scripts/paper.py"]

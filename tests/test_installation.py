@@ -99,6 +99,7 @@ def test_a_missing_torchvision_is_named(monkeypatch):
     assert "torchvision, the partner of torch" in str(torchvision_problem())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["run.py strategy=source", "benchmarks/bench_tta.py --help"])
 def test_a_program_ends_with_one_line(other_build, command):

@@ -118,7 +118,7 @@ def test_features_and_logits_come_from_one_forward(kind):
     with torch.no_grad():
         want = method.backbone.features(x), method.backbone(x)
         passes.forward = 0
-        got = method.features_and_logits(x)
+        got = method.backbone.features_and_logits(x)
     assert passes.forward == 6
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert not method.backbone.head._forward_pre_hooks

@@ -35,7 +35,7 @@ def network(name: str = "test_vit") -> torch.nn.Module:
     return timm.create_model(name, num_classes=10, **size)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_is_made_around_a_plain_network_as_its_file_says(name):
     node = strategy_node(name)

@@ -69,7 +69,7 @@ def parameters(method: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in method.named_parameters()}
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("rule", merging.RULES)
 def test_runs_of_one_stream_become_one_method(runs, rule, tmp_path, monkeypatch, capsys):
     out = tmp_path / "m.safetensors"

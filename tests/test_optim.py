@@ -172,7 +172,7 @@ LEARNING = [  # by default every second one: the settings are of parts/optim.py
 ]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LEARNING)
 def test_every_method_takes_every_setting(case):

@@ -214,6 +214,7 @@ def make(configure, *more: str, workers: int = 0) -> ShiftStream:
         "recurring_zipf+markov", "mixed+prior_drift",
     ],
 )  # fmt: skip
+@pytest.mark.one_in(2)
 def test_a_stream_delivers_what_its_stored_order_says(configure, order):
     words = [f"scenario.order={order}", "scenario.rounds=2"]
     stream = make(configure, *words, "scenario.batch_size=7")

@@ -46,7 +46,7 @@ def options() -> list[tuple[str, str]]:
     return [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml"))]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 @pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), options())
 def test_a_home_folder_is_replaced_in_every_setting_of_every_option(configure, group, name):

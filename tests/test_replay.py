@@ -40,6 +40,7 @@ def stream() -> TaskStream:
         order_seed=0,
         batch_size=5,
         test_batch_size=5,
+        test_batches="mixed",
         pipeline="pilot",
         embedded_images=[6, 2],
         shots=None,

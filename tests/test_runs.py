@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import HANG, ROOT, equal, plain_yaml, python, strategy_node
 from omegaconf import OmegaConf
-from test_contract import KILLED
+from test_contract import KILLED, OF_FILES, by_default, labels_never_arrive
 
 from driftline.core import checkpoint
 from driftline.core.build import locate
@@ -113,8 +113,9 @@ def results(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("results")
 
 
-RECORDED = [  # by default those that no other test kills, and so runs
-    pytest.param(name, marks=[pytest.mark.release] * (name in KILLED - {"source", "ease"}))
+RUN = KILLED | {c.name for c in OF_FILES if c.adapts and by_default(c, labels_never_arrive)}
+RECORDED = [  # by default those that go through no other run
+    pytest.param(name, marks=[pytest.mark.release] * (name in RUN - {"source", "cotta", "ease"}))
     for name in (*TTA, *CL)
 ]
 SMALL = ["scenario.images=24", "scenario.probe_images=8", "scenario.clean_images=8"]
@@ -179,6 +180,7 @@ def test_a_killed_run_resumes_bit_for_bit(configure, monkeypatch, strategy, batc
     assert again["run"]["folder"] == whole["run"]["folder"] + "-2"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["finetune", "ease"])
 def test_how_test_images_are_batched_changes_no_metric(configure, strategy):

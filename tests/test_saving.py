@@ -78,7 +78,7 @@ def go_on(method: Any, case: Case, part: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_a_file_holds_a_method_and_a_state_dict_its_network(case, tmp_path):
     method = made(case)

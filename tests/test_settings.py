@@ -113,7 +113,7 @@ FILES = sorted(
 )
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_option_refuses_what_its_type_does_not_allow(path):
     """All options of all files; nothing is built, so that this takes milliseconds a file."""
@@ -199,6 +199,8 @@ def test_global_options_are_these():
         "root",
         "runtime.device",
         "runtime.feature_cache_mb",
+        "runtime.feature_store",
+        "runtime.feature_store_gb",
         "runtime.image_store_mb",
         "runtime.share_seeds",
         "runtime.threads",

@@ -1,5 +1,7 @@
 """Images kept on the device: the same batches, and fewer reads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,22 @@ def test_kept_images_give_the_same_batches_with_fewer_reads(name):
     assert read.reads == 7 + 4 + 1 + 2 * once
     # random crops are read every time; images that are at most flipped once in all
     assert kept.reads == (once if name != "timm" else 7 + 4 + 1 + once)
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+@pytest.mark.parametrize("limit", [0, 1])
+def test_batches_of_one_class_are_the_same_in_every_order_of_the_classes(limit):
+    found = Counted()
+    task = replace(images(found, ImageStore("cpu", limit)), test_batches="one_class")
+    rows = Rows.of(found, np.arange(10))
+    renamed = replace(rows, label=rows.label.max() - rows.label)  # in an order turned round
+    first, second = (list(task.fixed(r, 2)) for r in (rows, renamed))
+    assert sorted(b.index.tolist() for b in first) == sorted(b.index.tolist() for b in second)
+    assert all(len(set(b.y.tolist())) == 1 for b in first)
+    mixed = replace(task, test_batches="mixed").fixed(rows, 2)
+    assert {i for b in first for i in b.index.tolist()} == {
+        i for b in mixed for i in b.index.tolist()
+    }
 
 
 @pytest.mark.filterwarnings("ignore:skipped")

@@ -18,7 +18,9 @@ class Item(SimpleNamespace):
     __hash__ = object.__hash__
 
 
-def left_out(arguments: list[str], *, every: bool = False, markers: str = "") -> list[str]:
+def left_out(
+    arguments: list[str], *, every: bool = False, markers: str = "", names: str = ""
+) -> list[str]:
     """Names of tests that a call of pytest leaves out of those in FILES."""
     here = Path.cwd()
 
@@ -32,7 +34,7 @@ def left_out(arguments: list[str], *, every: bool = False, markers: str = "") ->
         args=arguments,
         stash=pytest.Stash(),
         invocation_params=SimpleNamespace(dir=here),
-        getoption={"all": every, "markexpr": markers}.__getitem__,
+        getoption={"all": every, "markexpr": markers, "keyword": names}.__getitem__,
         hook=SimpleNamespace(pytest_deselected=lambda items: gone.extend(items)),
     )
     every_name = [item.name for item in items]
@@ -48,7 +50,7 @@ def test_by_default_tests_marked_release_are_left_out(arguments):
     assert left_out(arguments) == ["test_a.py::release", "test_b.py::release"]
 
 
-@pytest.mark.parametrize("how", [{"every": True}, {"markers": "release"}])
+@pytest.mark.parametrize("how", [{"every": True}, {"markers": "release"}, {"names": "a"}])
 def test_who_asks_for_them_gets_them(how):
     assert left_out(["tests"], **how) == []
 
@@ -65,3 +67,24 @@ def test_the_count_of_a_worker_process_reaches_the_last_lines():
     conftest.pytest_testnodedown(node, None)
     conftest.pytest_terminal_summary(SimpleNamespace(write_line=lines.append), config)
     assert lines == ["1,234 tests marked `release` left out: --all runs them"]
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_of_a_test_marked_one_in_every_nth_case_stays_and_another_test_begins_elsewhere(n):
+    config: Any = SimpleNamespace(stash=pytest.Stash())
+    begins = set()
+    for name in ("test_one", "test_two", "test_three", "test_four"):
+        marked: list[int] = []
+        for case in range(3 * n):
+            item: Any = Item(
+                path=Path("test_a.py"),
+                name=f"{name}[{case}]",
+                config=config,
+                get_closest_marker=lambda mark: SimpleNamespace(args=(n,)),
+                add_marker=lambda mark, case=case, marked=marked: marked.append(case),
+            )
+            conftest.pytest_itemcollected(item)
+        stay = sorted({*range(3 * n)} - {*marked})
+        assert stay == [*range(stay[0], 3 * n, n)] and len(stay) == 3
+        begins.add(stay[0])
+    assert len(begins) > 1

@@ -91,7 +91,7 @@ def test_every_scenario_is_among_the_small_ones():
     assert set(EMBEDDED) == {p.stem for p in (ROOT / "conf" / "scenario").glob("*.yaml")}
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", EMBEDDED)
 def test_every_scenario_is_loaded_by_pickle(configure, monkeypatch, scenario):
@@ -123,6 +123,7 @@ def test_every_pipeline_is_loaded_by_pickle(configure, monkeypatch, name):
     assert same(iter(here), batches(make(configure(*words))))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "method"), [("split_cifar10", "spawn"), ("imagenet_c", "forkserver")]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
@@ -177,34 +177,10 @@ class LAME(TTAStrategy):
         }
         self.register_buffer("unchanged", torch.zeros((), dtype=torch.int64))
 
-    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head reads [B, D] and what it says [B, C], from one forward.
-
-        Raises:
-            UserError: when the head is not applied to one vector per image.
-        """
-        seen: list[Tensor] = []
-
-        def note(head: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(self.backbone.raised(args[0]))
-
-        handle = self.backbone.head.register_forward_pre_hook(note)
-        try:
-            logits = self.backbone(x)
-        finally:
-            handle.remove()
-        if len(seen) != 1 or seen[0].shape[:-1] != x.shape[:1]:
-            shapes = [tuple(s.shape) for s in seen]
-            raise UserError(
-                f"strategy=lame needs one feature vector per image at the head of "
-                f"{self.backbone.tag}; for {len(x)} images it read {shapes}. Use another backbone"
-            )
-        return seen[0], logits
-
     @torch.no_grad()
     def _assign(self, x: Tensor) -> tuple[Tensor, bool]:
         """Probabilities [B, C], and whether they are other than the network's."""
-        features, logits = self.features_and_logits(x)
+        features, logits = self.backbone.frozen_features_and_logits(x)
         own = logits.softmax(1)
         kernel = affinity_matrix(features, **self.affinity) if len(x) > 1 else None
         if kernel is None:

@@ -63,12 +63,12 @@ class NEO(TTAStrategy):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B, C] with the mean as it is."""
-        return self.backbone.head(self.backbone.features(x) - self.center)
+        return self.backbone.head(self.backbone.frozen_features(x) - self.center)
 
     @torch.no_grad()
     def adapt(self, x: Tensor) -> Tensor:
         """Scores [B, C] with a mean that includes this batch."""
-        z = self.backbone.features(x)
+        z = self.backbone.frozen_features(x)
         self.images += len(z)
         share = len(z) / self.images if self.mean == "stream" else self.momentum
         self.center = (1 - share) * self.center + share * z.mean(0)

@@ -67,12 +67,12 @@ class T3A(TTAStrategy):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Scores [B, C] against the class vectors as they are."""
-        return self.backbone.features(x) @ self.class_vectors()
+        return self.backbone.frozen_features(x) @ self.class_vectors()
 
     @torch.no_grad()
     def adapt(self, x: Tensor) -> Tensor:
         """Scores [B, C] against class vectors that include this batch."""
-        z = self.backbone.features(x)
+        z = self.backbone.frozen_features(x)
         features, classes, entropies = self._file(z)
         self.features = torch.cat([self.features, features])
         self.classes = torch.cat([self.classes, classes])

@@ -1,0 +1,123 @@
+"""Answers of a network that never learns, kept in a folder for all runs that name it.
+
+What such a network makes of a batch follows from its weights, from the images and from the
+arithmetic. An entry is named by a digest of all three and holds its own checksum: another number
+than the one that a pass would give is never taken, on any machine, and a damaged entry counts as
+none. Many processes may share a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import warnings
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from driftline.core.errors import UserError
+from driftline.core.files import read_checked, sweep_away, write_checked
+
+KIND = "features-1"
+
+
+class FeatureStore:
+    """Tensors by the batch of images that they belong to.
+
+    Args:
+        folder: of all entries; made with the first one.
+        limit_gb: of the folder, GiB; beyond it the entries longest not asked for go.
+        network: what names the network and its arithmetic, see `arithmetic_of`.
+    """
+
+    def __init__(self, folder: Path, limit_gb: float, network: str) -> None:
+        self.folder, self.limit, self.network = folder, int(limit_gb * 2**30), network
+        self.writes = True
+        self._size: int | None = None  # bytes in the folder, as far as this process knows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a network may learn: it has no store."""
+        return None
+
+    def key(self, x: Tensor) -> str:
+        """24 hex digits that name the images x [B, 3, H, W] under the network."""
+        flat = x.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{self.network} {flat.dtype} {tuple(flat.shape)}".encode())
+        digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:24]
+
+    def find(self, key: str, names: Collection[str]) -> dict[str, Tensor] | None:
+        """The tensors `names` of an entry; None where one is missing or the entry is damaged."""
+        path = self._path(key)
+        try:
+            with read_checked(path, KIND, key) as file, np.load(file, allow_pickle=False) as entry:
+                tensors = {name: torch.from_numpy(entry[name]) for name in names}
+            os.utime(path)  # the last to go
+        except (UserError, OSError, ValueError, KeyError, EOFError):
+            return None
+        return tensors
+
+    def add(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write an entry; where that is impossible, say so once and write none any more."""
+        if not self.writes:
+            return
+        path = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with write_checked(path, KIND, key, shared=True) as file:
+                arrays: dict[str, Any] = {n: t.cpu().numpy() for n, t in tensors.items()}
+                np.savez(file, **arrays)
+            if self._size is None:
+                self._size = sum(size for _, size, _ in self._entries())
+            else:
+                self._size += path.stat().st_size
+            if self._size > self.limit:
+                self._shrink()
+        except OSError as error:
+            self.writes = False
+            warnings.warn(f"no more features go to runtime.feature_store: {error}", stacklevel=2)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.npz"
+
+    def _entries(self) -> list[tuple[float, int, str]]:
+        """When each was last asked for, bytes, and path."""
+        entries = []
+        for part in sorted(self.folder.iterdir()):
+            if part.is_dir():
+                sweep_away(part)
+                with os.scandir(part) as names:
+                    for entry in names:
+                        with suppress(OSError):  # another process drops some as well
+                            about = entry.stat()
+                            entries.append((about.st_mtime, about.st_size, entry.path))
+        return entries
+
+    def _shrink(self) -> None:
+        """Down to nine tenths of the limit, which leaves room for some."""
+        entries = sorted(self._entries())
+        self._size = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
+            if self._size <= 0.9 * self.limit:
+                break
+            with suppress(OSError):
+                os.unlink(path)
+            self._size -= size
+
+
+def arithmetic_of(device: torch.device) -> str:
+    """What the last bits of a pass depend on beside the weights and the images."""
+    words = [torch.__version__, platform.machine(), device.type]
+    if device.type == "cuda":
+        words += [torch.cuda.get_device_name(device), str(torch.version.cuda)]
+        words += [str(torch.backends.cuda.matmul.allow_tf32), str(torch.backends.cudnn.benchmark)]
+    else:
+        words += [torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
+    words += [str(torch.are_deterministic_algorithms_enabled())]
+    return " ".join(words)

@@ -1,0 +1,204 @@
+"""runtime.feature_store: answers of networks that never learn, across runs and processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import warnings
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import equal
+from test_runs import SMALL, records, settings
+
+from driftline.analysis.runs import load_runs, select
+from driftline.backbones.backbone import Backbone
+from driftline.backbones.feature_store import FeatureStore, arithmetic_of
+from driftline.core.errors import UserError
+from driftline.runs.execute import run_experiment
+
+CPU = torch.device("cpu")
+X = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def network(folder: Path, kind: str = "test_resnet", limit: float = 1) -> Backbone:
+    torch.manual_seed(0)
+    net = Backbone(timm.create_model(kind, num_classes=10), input_size=32).eval()
+    net.store = FeatureStore(folder, limit, f"{kind} {arithmetic_of(CPU)}")
+    return net
+
+
+@pytest.mark.parametrize("kind", ["test_resnet", "test_efficientnet", "test_convnext"])
+def test_one_pass_gives_features_and_scores_and_no_other_comes(tmp_path, kind):
+    net = network(tmp_path, kind)
+    with torch.no_grad():
+        want = net.features(X), net.logits(X)
+    net.passes.forward = 0
+    assert torch.equal(net.frozen_logits(X), want[1])
+    assert equal(list(net.frozen_features_and_logits(X)), list(want))
+    assert torch.equal(network(tmp_path, kind).frozen_features(X), want[0])
+    assert (net.passes.forward, net.passes.recalled) == (4, 4)
+
+
+class Scaled(torch.nn.Module):
+    """A network whose head does not read what its last linear layer was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 10)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+    def forward_head(self, z: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return z if pre_logits else self.fc(2 * z)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def test_features_that_the_head_does_not_read_take_a_pass_of_their_own(tmp_path):
+    net = Backbone(Scaled()).eval()
+    net.store = FeatureStore(tmp_path, 1, "scaled")
+    assert torch.equal(net.frozen_logits(X), net.net(X))
+    assert torch.equal(net.frozen_features(X), X.mean((2, 3)))
+    assert (net.passes.forward, net.passes.recalled) == (8, 0)
+    assert torch.equal(net.frozen_features(X), X.mean((2, 3))) and net.passes.recalled == 4
+
+
+def test_a_bit_of_the_images_another_network_and_a_copy_find_nothing(tmp_path):
+    net = network(tmp_path)
+    net.frozen_features(X)
+    other = X.clone()
+    other[0, 0, 0, 0] = torch.nextafter(other[0, 0, 0, 0], torch.tensor(2.0))
+    net.frozen_features(other)
+    net.frozen_features(X[:3])
+    assert net.passes.recalled == 0
+    elsewhere = network(tmp_path)
+    elsewhere.store = FeatureStore(tmp_path, 1, "other weights")
+    elsewhere.frozen_features(X)
+    assert elsewhere.passes.recalled == 0
+    assert deepcopy(net).store is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "folder"])
+def test_a_damaged_entry_is_made_again(tmp_path, damage):
+    net = network(tmp_path)
+    want = net.frozen_features(X)
+    (path,) = tmp_path.rglob("*.npz")
+    content = bytearray(path.read_bytes())
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    elif damage == "bit":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[: 50 if damage == "cut" else 0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert torch.equal(net.frozen_features(X), want)
+    assert net.passes.recalled == 0 and net.passes.forward == 8
+    assert [str(w.message)[:28] for w in caught] == ["no more features go to runtim"[:28]] * (
+        damage == "folder"
+    )
+    assert torch.equal(net.frozen_features(X), want)
+    assert net.passes.recalled == 4 * (damage != "folder")
+
+
+def test_the_folder_keeps_to_its_limit_and_drops_what_is_longest_unused(tmp_path):
+    net = network(tmp_path)
+    batches = [X + i for i in range(8)]
+    net.frozen_features(batches[0])
+    size = sum(p.stat().st_size for p in tmp_path.rglob("*.npz"))
+    net.store = FeatureStore(tmp_path, 4.5 * size / 2**30, net.store.network)
+    for age, x in enumerate(batches):
+        net.frozen_features(x)
+        os.utime(net.store._path(net.store.key(x)), (age, age))
+        net.frozen_features(batches[0])  # asked for all the time
+        assert len(list(tmp_path.rglob("*.npz"))) <= 4
+    before = net.passes.recalled
+    net.frozen_features(batches[0])
+    net.frozen_features(batches[7])
+    assert net.passes.recalled == before + 8
+    net.frozen_features(batches[1])
+    assert net.passes.recalled == before + 8
+
+
+def fill(folder: Path) -> None:
+    torch.set_num_threads(1)
+    net = network(folder, limit=2e-5)
+    for i in range(20):
+        y = X + i % 5
+        with torch.no_grad():
+            assert torch.equal(net.frozen_features(y), net.features(y))
+
+
+@pytest.mark.slow
+def test_processes_that_write_and_drop_the_same_entries_disturb_nobody(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=fill, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [p.exitcode for p in processes] == [0, 0, 0]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names", [("source", "lame", "t3a", "neo"), ("simplecil", "slda", "ranpac")]
+)
+def test_no_metric_changes_and_the_second_run_has_no_pass(configure, tmp_path, names):
+    store = f"runtime.feature_store={tmp_path / 'store'}"
+    more = [*SMALL, "backbone=embedded_resnet"] if "source" in names else []
+    recalled = []
+    for name in names:
+        words = [*settings(name), *more, *(["strategy.epochs=0"] if name == "ranpac" else [])]
+        plain = run_experiment(configure(*words), [])
+        stored = run_experiment(configure(*words, store, "on_exists=rerun"), [])
+        again = run_experiment(configure(*words, store, "on_exists=rerun"), [])
+        for other in (stored, again):
+            assert (
+                other["metrics"] == plain["metrics"] and other["run"]["key"] == plain["run"]["key"]
+            )
+            assert records(other["run"]["folder"]) == records(plain["run"]["folder"])
+        assert "recalled_images" not in plain["cost"]
+        assert again["cost"]["forward_images"] == 0 < again["cost"]["recalled_images"]
+        recalled.append(stored["cost"].get("recalled_images", 0))
+    assert all(recalled[1:])  # the first run made what the others read
+    runs = select(load_runs(configure().root))
+    assert runs["cost.seconds_total"].isna().all() and runs["cost.peak_memory_mb"].notna().all()
+
+
+def test_a_file_in_its_place_and_several_processes_are_refused(configure, tmp_path, monkeypatch):
+    path = tmp_path / "store"
+    path.write_text("")
+    words = [*settings("source"), f"runtime.feature_store={path}"]
+    with pytest.raises(UserError, match="runtime.feature_store=.*is a file; name a folder"):
+        run_experiment(configure(*words), [])
+    path.unlink()
+    monkeypatch.setattr("driftline.runs.compose.distributed.size", lambda: 2)
+    words = [*settings("simplecil"), f"runtime.feature_store={path}"]
+    with pytest.raises(UserError, match="runtime.feature_store: a run of several processes"):
+        run_experiment(configure(*words), [])
+
+
+def test_without_room_the_run_goes_on_without_it(configure, tmp_path, monkeypatch):
+    words = [*settings("source"), *SMALL]
+    plain = run_experiment(configure(*words), [])
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("driftline.backbones.feature_store.write_checked", full)
+    store = f"runtime.feature_store={tmp_path / 'store'}"
+    with pytest.warns(UserWarning, match="no more features go to .*: .*No space"):
+        other = run_experiment(configure(*words, store, "on_exists=rerun"), [])
+    assert other["metrics"] == plain["metrics"]
+    shutil.rmtree(tmp_path / "store", ignore_errors=True)
