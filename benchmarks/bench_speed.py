@@ -1,6 +1,7 @@
 r"""What the options of speed change and gain, and what the runner costs: one page of parts.
 
     python benchmarks/bench_speed.py precision --imagenet $IMAGENET --lite0 $LITE0 --vit $VIT
+    python benchmarks/bench_speed.py store --folders $FOLDERS   # and the same three
     python benchmarks/bench_speed.py runner start sweep page
 
 * `precision`: methods on real images under corruption, `precision` and `channels_last` side by
@@ -11,6 +12,7 @@ r"""What the options of speed change and gain, and what the runner costs: one pa
 * `start`: processor seconds of `--help` and of the imports of a run, in processes of their own.
 * `sweep`: processor seconds and images through the network of whole runs on embedded images, as
   they are typed.
+* `store`: the same of sweeps on real images with `runtime.feature_store` and without it.
 
 Each part is a JSON file beside the page, so that parts can be measured one by one; `--label` keeps
 what was measured with other code (PYTHONPATH names it) under another name. `page` makes the page of
@@ -54,7 +56,7 @@ from driftline.runs.machine import set_up
 from driftline.streams.pipelines import Geometry
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("precision", "runner", "start", "sweep")
+PARTS = ("precision", "runner", "start", "sweep", "store")
 CPU = torch.device("cpu")
 
 # ------------------------------------------------------------------ precision and layout
@@ -263,28 +265,49 @@ TYPED = {
 
 def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
     """What commands spend, and the images that their streams pass through the network."""
+    return [
+        {"label": args.label, "what": what, **_spent([*words, *SWEEP])}
+        for what, words in TYPED.items()
+    ]
+
+
+def _spent(words: list[str]) -> dict[str, Any]:
+    """Processor seconds of a command, the images of its streams and a digest of all metrics."""
     code = "import sys; from driftline.runs.command import main; sys.exit(main())"
+    with tempfile.TemporaryDirectory() as root:
+        words = [word.replace("ROOT", root) for word in words]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-c", code, *words, f"root={root}/results"]
+        subprocess.run(command, check=True, cwd=root, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        runs = [json.loads(p.read_text()) for p in sorted(Path(root).rglob("summary.json"))]
+    costs = [run["cost"] for run in runs if "same_as" not in run]
+    metrics = {run["run"]["folder"].removeprefix(root): run["metrics"] for run in runs}
+    passed = ("forward_images", "evaluation_forward_images")
+    return {
+        "cpu_seconds": after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
+        "forward_images": sum(cost["forward_images"] for cost in costs),
+        "all_forward_images": sum(cost.get(k, 0) for cost in costs for k in passed),
+        "runs": len(runs),
+        "metrics": hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def store(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Sweeps of methods whose network never learns, without the store and with it, in turn."""
+    tasks = ["scenario=split_imagefolder", f"data.root={args.folders}", "scenario.increment=2"]
+    tasks += ["backbone=timm", "backbone.tag=vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
+    tasks += [f"backbone.checkpoint={args.vit}", "scenario.test_batches=one_class"]
+    tasks += ["runtime.workers=0", f"runtime.threads={args.threads}"]
+    commands = {
+        "`-m strategy=source,lame,t3a,neo`": stream_words("lite0", args),
+        "`-m strategy=simplecil,slda,fecam scenario.order_seed=1993,1,2`": tasks,
+    }
     rows = []
-    for what, words in TYPED.items():
-        with tempfile.TemporaryDirectory() as root:
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            command = [sys.executable, "-c", code, *words, *SWEEP, f"root={root}"]
-            subprocess.run(command, check=True, cwd=root, stdout=subprocess.DEVNULL)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            runs = [json.loads(p.read_text()) for p in sorted(Path(root).rglob("summary.json"))]
-        costs = [run["cost"] for run in runs if "same_as" not in run]
-        seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-        metrics = {run["run"]["folder"].removeprefix(root): run["metrics"] for run in runs}
-        rows.append(
-            {
-                "label": args.label,
-                "what": what,
-                "cpu_seconds": seconds,
-                "forward_images": sum(cost["forward_images"] for cost in costs),
-                "runs": len(runs),
-                "metrics": hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest(),
-            }
-        )
+    for what, words in commands.items():
+        for label, more in (("without", []), ("with", ["runtime.feature_store=ROOT/store"])):
+            spent = _spent([*what.strip("`").split(), *words, *more])
+            rows.append({"label": label, "what": what, **spent})
     return rows
 
 
@@ -351,6 +374,15 @@ A run that draws nothing is made once, and its other seeds take over the result;
 images are scored where a metric reads them and the method's state has changed. Images: through the
 network for the stream, without scoring.
 """
+STORE = """\
+## Sweeps with `runtime.feature_store`
+
+Whole commands on real images, without the store and with it, which is empty at the start: {images}
+photographs under each of two corruptions on EfficientNet-Lite0 at 224 px; and 300 + 300 photographs of
+CIFAR-10 as class folders, in tasks of two classes, on ViT-Tiny at 224 px with
+`scenario.test_batches=one_class`. Images: through the network for the stream and for test images;
+training images that are measured are not counted. Every run reads its images.
+"""
 LEFT = """\
 ## Not measured here
 
@@ -396,6 +428,9 @@ def page(out: Path, machine: str) -> str:
         text += [START, start_table(parts["start"]["rows"]), ""]
     if "sweep" in parts:
         text += [ONCE.format(words=" ".join(SWEEP)), sweep_table(parts["sweep"]["rows"]), ""]
+    if "store" in parts:
+        rows_of = parts["store"]["rows"]
+        text += [STORE.format(images=parts["store"]["images"]), sweep_table(rows_of), ""]
     return "\n".join([*text, LEFT.format(images=max(r["images"] for r in rows) if rows else 0)])
 
 
@@ -455,8 +490,9 @@ def start_table(rows: list[dict[str, Any]]) -> str:
 def sweep_table(rows: list[dict[str, Any]]) -> str:
     """Seconds and images of the first and the last label, and whether all metrics are equal."""
     heads, seconds = side_by_side(rows, ["what"], "cpu_seconds", 1)
-    _, images = side_by_side(rows, ["what"], "forward_images", 0)
-    sums = {what: {r["metrics"] for r in rows if r["what"] == what} for what in TYPED}
+    counted = "forward_images" if heads[0] != "without" else "all_forward_images"
+    _, images = side_by_side(rows, ["what"], counted, 0)
+    sums = {r["what"]: {o["metrics"] for o in rows if o["what"] == r["what"]} for r in rows}
     lines = [
         [*spent, ", ".join(passed[1:-1]), "equal" if len(sums[spent[0]]) == 1 else "differ"]
         for spent, passed in zip(seconds, images, strict=True)
@@ -473,6 +509,7 @@ def main() -> None:
     add("--imagenet", type=Path, help="folder of images with labels.csv, of 256 pixels")
     add("--lite0", type=Path, help="weights of tf_efficientnet_lite0")
     add("--vit", type=Path, help="weights of vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    add("--folders", type=Path, help="of `store`: train/ and test/ with class folders")
     add("--networks", nargs="+", choices=METHODS, default=list(METHODS))
     add("--methods", nargs="+", help="of `precision`; what is in the file of the others stays")
     add("--images", type=int, default=50, help="of each corruption")
@@ -483,7 +520,8 @@ def main() -> None:
     add("--machine", default="a CPU", help="how the page calls the machine")
     add("--out", type=Path, default=ROOT / "results" / "reference" / "speed.md")
     args = parser.parse_args()
-    measure = {"precision": precision, "runner": runner, "start": start, "sweep": sweep}
+    measure = {"precision": precision, "runner": runner, "start": start}
+    measure |= {"sweep": sweep, "store": store}
     same = dict.fromkeys(PARTS, ("label",)) | {"precision": ("device", "network", "method")}
     for part in args.parts:
         if part == "page":
@@ -496,7 +534,7 @@ def main() -> None:
         before = [row for row in before if tuple(row[k] for k in same[part]) not in now]
         about = environment(CPU)
         about = {k: about[k] for k in ("packages", "python", "threads")}
-        write_json(file, {"environment": about, "rows": before + rows})
+        write_json(file, {"environment": about, "images": args.images, "rows": before + rows})
         print(*map(json.dumps, rows), sep="\n")
 
 
