@@ -378,8 +378,8 @@ STORE = """\
 ## Sweeps with `runtime.feature_store`
 
 Whole commands on real images, without the store and with it, which is empty at the start: {images}
-photographs under each of two corruptions on EfficientNet-Lite0 at 224 px; and 300 + 300 photographs of
-CIFAR-10 as class folders, in tasks of two classes, on ViT-Tiny at 224 px with
+photographs under each of two corruptions on EfficientNet-Lite0 at 224 px; and 300 + 300 photographs
+of CIFAR-10 as class folders, in tasks of two classes, on ViT-Tiny at 224 px with
 `scenario.test_batches=one_class`. Images: through the network for the stream and for test images;
 training images that are measured are not counted. Every run reads its images.
 """
