@@ -158,6 +158,11 @@ class Mos(CLStrategy):
                 "strategy.mode=official pulls once a block, which needs one pattern in "
                 f"strategy.adapter.at, got {adapter.at}; mode=functional takes any"
             )
+        if mode == "official" and router != "refined":
+            raise UserError(
+                f"strategy.router={router} would do nothing: mode=official finds the set as "
+                "released; use mode=functional"
+            )
         draws, dim = self.rng("init"), backbone.dim
         learned = adapter.add(self.bank, CURRENT, draws)
         of_blocks = sum(len([*a.parameters()]) for a in self.bank.adapters(CURRENT).values())

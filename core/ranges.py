@@ -88,6 +88,7 @@ def distinct(values: Sequence[Any]) -> bool:
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Unit = Annotated[float, Ge(0), Le(1)]
+Share = Annotated[float, Gt(0), Le(1)]
 Below1 = Annotated[float, Ge(0), Lt(1)]
 Percent = Annotated[float, Ge(0), Le(100)]
 Count = Annotated[int, Ge(1), Le(10**9)]

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from driftline.core.ranges import Below1, NonNegative, Seed, Size, Unit
+from driftline.core.ranges import Below1, NonNegative, Seed, Share, Size, Unit
 from driftline.parts.clusters import kmeans
 
 Named = Mapping[str, Tensor]
@@ -225,7 +225,7 @@ def fold(rule: str, vectors: Sequence[Named], **options: Any) -> dict[str, Tenso
 def ties(
     vectors: Sequence[Named],
     *,
-    density: Unit = 0.2,
+    density: Share = 0.2,
     scale: float = 1.0,
     scope: Literal["model", "tensor"] = "model",
     weights: Weights = None,
@@ -253,7 +253,7 @@ def dare(
     vectors: Sequence[Named],
     *,
     seed: Seed,
-    density: Unit = 0.5,
+    density: Share = 0.5,
     scale: float = 0.3,
     weights: Weights = None,
 ) -> dict[str, Tensor]:
@@ -266,7 +266,7 @@ def dare(
     return task_arithmetic(_dropped(vectors, density, seed), scale=scale, weights=weights)
 
 
-def dare_mean(vectors: Sequence[Named], *, seed: Seed, density: Unit = 0.5) -> dict[str, Tensor]:
+def dare_mean(vectors: Sequence[Named], *, seed: Seed, density: Share = 0.5) -> dict[str, Tensor]:
     """`dare` with 1/T for the scale."""
     return mean(_dropped(vectors, density, seed))
 
@@ -275,7 +275,7 @@ def dare_ties(
     vectors: Sequence[Named],
     *,
     seed: Seed,
-    density: Unit = 0.5,
+    density: Share = 0.5,
     scale: float = 1.0,
     weights: Weights = None,
 ) -> dict[str, Tensor]:
@@ -288,7 +288,7 @@ def dare_ties(
 def breadcrumbs(
     vectors: Sequence[Named],
     *,
-    density: Unit = 0.9,
+    density: Share = 0.9,
     outliers: Below1 = 0.01,
     scale: float = 0.3,
     weights: Weights = None,

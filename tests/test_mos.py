@@ -592,3 +592,9 @@ def test_bad_settings_and_networks_are_refused():
 
 
 # ------------------------------------------------------------------------ resuming
+
+
+def test_a_router_that_the_released_mode_never_asks_is_refused():
+    node = strategy_node("mos", mode="official", router="entropy")
+    with pytest.raises(UserError, match="strategy.router=entropy would do nothing: mode=official"):
+        build(node, at="strategy", backbone=recorded_backbone(), seed=0, num_classes=10)

@@ -222,7 +222,9 @@ def _config(modules: Mapping[str, nn.Module], peft_type: str, options: dict[str,
 
 def _refusal(peft_type: str, options: dict[str, Any], error: Exception) -> UserError:
     reason = textwrap.shorten(str(error), 300)
-    return UserError(f"peft refuses {peft_type} with {options}: {reason}")
+    return UserError(
+        f"peft refuses {peft_type} with strategy.adapter.kind.options={options}: {reason}"
+    )
 
 
 def _copies(modules: Mapping[str, nn.Module]) -> nn.Module:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from driftline.core.errors import UserError
-from driftline.core.ranges import Below1, Unit
+from driftline.core.ranges import Below1, Share, Unit
 from driftline.core.strategy import CLStrategy, TaskWrapper, optimizers
 from driftline.core.stream import Task
 from driftline.parts import merging
@@ -65,7 +65,7 @@ class Merge(TaskWrapper):
         inner: CLStrategy,
         rule: Rule,
         start: Literal["first", "merged", "last"],
-        density: Unit | None,
+        density: Share | None,
         scale: float | None,
         alpha: Unit | None,
         outliers: Below1 | None,
