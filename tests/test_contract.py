@@ -267,7 +267,8 @@ DERIVED = (
 REFUSED = {
     ("olora", kind): "adds no product of two learned factors"
     for kind in (
-        *("block_expansion", "dora", "dylora", "ether_plus", "film", "hra", "hydra", "lori"),
+        *("block_expansion", "dora", "dylora", "ether_plus", "film", "hra", "hydra", "ladder"),
+        "lori",
         *("moslora", "neuroada", "nola", "oft", "paca", "prefix", "prompt", "rank_budget"),
         *("scale_shift", "sora", "tied_lora", "vera"),
     )

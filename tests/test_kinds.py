@@ -20,6 +20,7 @@ from driftline.parts.adapters.dora import DoRA
 from driftline.parts.adapters.ether import EtherPlus
 from driftline.parts.adapters.hra import HRA
 from driftline.parts.adapters.hydra import Hydra
+from driftline.parts.adapters.ladder import ladder
 from driftline.parts.adapters.lora import LoRA
 from driftline.parts.adapters.lori import LoRI, keep_largest
 from driftline.parts.adapters.moslora import MoSLoRA
@@ -184,7 +185,7 @@ def test_gradients_are_those_of_the_merged_weight(name):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [*OWN, "film", "block_expansion"])
+@pytest.mark.parametrize("name", [*OWN, "film", "block_expansion", "ladder"])
 @pytest.mark.filterwarnings("ignore:strategy.adapter.blocks=:UserWarning")
 def test_the_file_of_a_kind_attaches_learns_and_groups(name):
     check_file_of_kind(name)
@@ -328,6 +329,39 @@ def test_block_expansion_is_the_network_with_blocks_put_in():
     assert not frozen & {id(p) for p in bank.parameters()}
 
 
+def test_a_ladder_is_its_formula_and_sends_no_gradient_through_the_network():
+    net = backbone(depth=3)
+    net.requires_grad_(False)
+    blocks = {f"blocks.{i}:out": net.net.blocks[i] for i in range(3)}
+    rungs = ladder(blocks, 4, generator=torch.Generator().manual_seed(1))
+    bank = AdapterBank(net)
+    bank.add("a", rungs)
+    assert torch.equal(bank.features(X, "a"), net.features(X))
+    wake(bank, "a")
+    given: list[Tensor] = []
+    hooks = [
+        b.register_forward_hook(lambda _, args, out: given.append(out)) for b in net.net.blocks
+    ]
+    with torch.no_grad():
+        net.features(X)
+    for hook in hooks:
+        hook.remove()
+    state, (first, *rest) = None, rungs.values()
+    state = first.block(first.down(given[0]))
+    for rung, tokens_ in zip(rest, given[1:], strict=True):
+        share = torch.sigmoid(10 * rung.gate)
+        state = rung.block(share * rung.down(tokens_) + (1 - share) * state)
+    want = net.net.forward_head(net.net.norm(given[-1] + rest[-1].up(state)), pre_logits=True)
+    reads: list[bool] = []
+    for block in net.net.blocks:
+        block.register_forward_pre_hook(lambda _, args: reads.append(args[0].requires_grad))
+    got = bank.features(X, "a")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    got.square().sum().backward()
+    assert reads == [False] * 3
+    assert all(p.grad is not None for p in bank.parameters_of("a"))
+
+
 WRONG = {
     "oft": (lambda: OFT(DIM, 5), "block=5: the layer reads 12 channels"),
     "ether_plus": (lambda: EtherPlus(nn.Linear(DIM, OUT), 4), "blocks=4: the layer has a width"),
@@ -335,6 +369,8 @@ WRONG = {
         lambda: tied_lora({"a:out": nn.Linear(2, 3), "b:out": nn.Linear(3, 2)}, 2),
         "linear layers of the same widths",
     ),
+    "ladder": (lambda: ladder({"a:out": nn.Linear(2, 2)}, 2), "reads Blocks of timm's"),
+    "narrow ladder": (lambda: ladder({"a:out": backbone().net.blocks[0]}, 4096), "reduction=4096"),
     "block_expansion": (lambda: BlockExpansion(nn.Linear(2, 2)), "copies a Block of timm's"),
 }
 
