@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -39,7 +40,8 @@ class Snapshots(Protocol):
 class Signals:
     """While active: SIGINT and SIGTERM stop after the batch, SIGUSR1 saves and goes on.
 
-    A second SIGINT interrupts at once, as usual.
+    A second SIGINT interrupts at once, as usual. Somebody at a terminal is told so: what a method
+    does at the end of a task may take minutes.
     """
 
     def __init__(self) -> None:
@@ -51,6 +53,8 @@ class Signals:
             self.save = True
             return
         self.stop = number
+        if os.isatty(2):
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops without saving it\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __enter__(self) -> Signals:

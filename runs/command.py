@@ -386,10 +386,12 @@ def _elsewhere(key: str, keys: list[str], words: list[str]) -> str:
     ]
     if not have:
         return ""
-    chosen = [w.partition("=")[2] for w in words if w.startswith(f"{group}=")]
+    typed = (f"{group}=", f"{group}@")
+    chosen = [w.partition("=")[2] for w in words if w.startswith(typed)]
     mine = f"{group}={chosen[-1]}" if chosen else f"the {group} of this run"
     more = f" and {len(have) - 5} more" if len(have) > 6 else ""
-    return f"; {mine} has none, {', '.join(have[: 5 if more else 6])}{more} have it"
+    verb = "has" if len(have) == 1 else "have"
+    return f"; {mine} has none, {', '.join(have[: 5 if more else 6])}{more} {verb} it"
 
 
 def _keys(words: list[str]) -> list[str]:
@@ -398,7 +400,7 @@ def _keys(words: list[str]) -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
 
     groups = _groups()
-    chosen = [a for a in words if a.split("=")[0] in groups and "," not in a]
+    chosen = [a for a in words if a.split("=")[0].split("@")[0] in groups and "," not in a]
     keys: list[str] = [*groups, "hydra/launcher"]
     for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
         keys += [f"hydra.launcher.{k}" for k in OmegaConf.load(path)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,3 +160,14 @@ def test_a_checked_file_belongs_to_a_kind_and_a_key(tmp_path):
         pass
     with read_checked(path, "kind-1", "ab") as file:
         assert file.read(7) == b"content"
+
+
+def test_at_a_terminal_the_first_ctrl_c_says_what_happens_next(monkeypatch):
+    said: list[bytes] = []
+    monkeypatch.setattr(os, "write", lambda stream, text: said.append(text))
+    for terminal in (False, True):
+        monkeypatch.setattr(os, "isatty", lambda stream, terminal=terminal: terminal)
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.stop == signal.SIGTERM
+    assert len(said) == 1 and b"stopping after this step" in said[0]

@@ -227,6 +227,20 @@ def test_presets_are_within_the_ranges(preset):
         assert text == "" or "backbone" in text, text
 
 
+def test_a_typo_among_the_settings_of_a_chosen_kind_is_answered_by_that_kind(monkeypatch, capsys):
+    """As typed: `main` puts `adapter=` where Hydra wants it, and `explain` has the words after."""
+    for words, expected in (
+        (["adapter=ladder", "strategy.adapter.kind.reductoin=4"], "mean '.*kind.reduction'"),
+        (
+            ["adapter=film", "strategy.adapter.kind.reduction=4"],
+            "adapter=film has none, ladder has",
+        ),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run.py", "strategy=ease", *words])
+        assert command.main() == 2
+        assert re.search(expected, capsys.readouterr().err)
+
+
 # ------------------------------------------------------------------------ types and words
 
 
