@@ -1,8 +1,8 @@
 """Small trainable modules beside a frozen transformer; `bank.py` attaches them.
 
 Every adapter is exactly the identity when created, but for rows and tokens beside those of the
-image (`keys`, `tokens`), which take their share of the attention. What one does is said by the point at which it
-is attached (`blocks.3.mlp:parallel`) and by the method of that point:
+image (`keys`, `tokens`), which take their share of the attention. What one does is said by the
+point at which it is attached (`blocks.3.mlp:parallel`) and by the method of that point:
 
 | point    | where it acts                                                   | method            |
 |----------|-----------------------------------------------------------------|-------------------|
