@@ -183,13 +183,8 @@ class Backbone(nn.Module):
         head = self.head
         if head is None:
             raise ValueError(f"{self.tag}: no linear head whose input could serve as feature")
-        seen: list[Tensor] = []
-        handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            with self.passing(x) as normal:
-                self.net(normal)
-        finally:
-            handle.remove()
+        with _read_by(head) as seen, self.passing(x) as normal:
+            self.net(normal)
         return self.passes.count(len(x), self.raised(seen[0]))
 
     @distributed.shared()
@@ -207,11 +202,8 @@ class Backbone(nn.Module):
         """
         head, seen = self.head, []
         if head is not None:
-            handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-            try:
+            with _read_by(head) as seen:
                 scores = self.logits(x)
-            finally:
-                handle.remove()
             if len(seen) == 1 and seen[0].shape[:-1] == x.shape[:1]:
                 return self.raised(seen[0]), scores
         shapes = [tuple(one.shape) for one in seen]
@@ -324,6 +316,17 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(x)
+
+
+@contextmanager
+def _read_by(layer: nn.Module) -> Generator[list[Tensor]]:
+    """What a layer reads inside, call by call."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _check_normalization(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:

@@ -271,8 +271,8 @@ def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def _spent(words: list[str]) -> dict[str, Any]:
-    """Processor seconds of a command, the images of its streams and a digest of all metrics."""
+def as_typed(words: list[str]) -> tuple[float, list[dict[str, Any]]]:
+    """Processor seconds of a command, and the summaries of its runs; ROOT in it is their folder."""
     code = "import sys; from driftline.runs.command import main; sys.exit(main())"
     with tempfile.TemporaryDirectory() as root:
         words = [word.replace("ROOT", root) for word in words]
@@ -281,11 +281,19 @@ def _spent(words: list[str]) -> dict[str, Any]:
         subprocess.run(command, check=True, cwd=root, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         runs = [json.loads(p.read_text()) for p in sorted(Path(root).rglob("summary.json"))]
+    for run in runs:
+        run["run"]["folder"] = run["run"]["folder"].removeprefix(root)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, runs
+
+
+def _spent(words: list[str]) -> dict[str, Any]:
+    """Processor seconds of a command, the images of its streams and a digest of all metrics."""
+    seconds, runs = as_typed(words)
     costs = [run["cost"] for run in runs if "same_as" not in run]
-    metrics = {run["run"]["folder"].removeprefix(root): run["metrics"] for run in runs}
+    metrics = {run["run"]["folder"]: run["metrics"] for run in runs}
     passed = ("forward_images", "evaluation_forward_images")
     return {
-        "cpu_seconds": after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
+        "cpu_seconds": seconds,
         "forward_images": sum(cost["forward_images"] for cost in costs),
         "all_forward_images": sum(cost.get(k, 0) for cost in costs for k in passed),
         "runs": len(runs),

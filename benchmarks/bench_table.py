@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_speed import settings_of, stream_words
+from bench_speed import as_typed, settings_of, stream_words
 from bench_tta import PlainCoTTA, load, method, same_random
 from torch import Tensor
 
@@ -119,20 +118,12 @@ def words_of(args: argparse.Namespace) -> list[str]:
     return [*stream_words("lite0", args), f"data.cache={args.cache}"]
 
 
-def as_typed(more: list[str], args: argparse.Namespace) -> dict[str, Any]:
+def one_command(more: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Processor seconds of the command, and mean errors of the first seed."""
-    code = "import sys; from driftline.runs.command import main; sys.exit(main())"
     seeds = ",".join(map(str, range(SEEDS)))
-    typed = ["-m", f"strategy={','.join(METHODS)}", f"seed={seeds}", *words_of(args), *more]
-    with tempfile.TemporaryDirectory() as root:
-        typed = [word.replace("ROOT", root) for word in typed]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-c", code, *typed, f"root={root}/results"]
-        subprocess.run(command, check=True, cwd=root, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        runs = [json.loads(p.read_text()) for p in Path(root).rglob("summary.json")]
+    words = ["-m", f"strategy={','.join(METHODS)}", f"seed={seeds}", *words_of(args), *more]
+    seconds, runs = as_typed(words)
     errors = {r["run"]["strategy"]: r["metrics"]["err_mean"] for r in runs if not r["run"]["seed"]}
-    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return {"seconds": seconds, "errors": errors}
 
 
@@ -166,7 +157,7 @@ def main() -> None:
             print(name, rows[name], flush=True)
         sides = {"plain": rows}
         for side, more in SIDES.items():
-            sides[side] = as_typed(more, args)
+            sides[side] = one_command(more, args)
             print(side, sides[side], flush=True)
     about = {"images": args.images, "batch": args.batch, "seeds": SEEDS, "torch": torch.__version__}
     write_json(args.out, {**about, "sides": sides})

@@ -2,8 +2,8 @@
 
 A method is covered by existing: each YAML file is a case, on a tiny network with random weights.
 Every adaptation method is tried a second time with a rule around it, and every rule of conf/around
-around some methods. That each property can fail is shown
-on methods that break it (broken_methods.py).
+around some methods. That each property can fail is shown on methods that break it
+(broken_methods.py).
 
 By default a method is tried on half of the properties in SHARED, with one other kind of adapter in
 turn, a variant on what it adds, a kill by every third method, and one rule around the methods in

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -201,4 +200,3 @@ def test_without_room_the_run_goes_on_without_it(configure, tmp_path, monkeypatc
     with pytest.warns(UserWarning, match="no more features go to .*: .*No space"):
         other = run_experiment(configure(*words, store, "on_exists=rerun"), [])
     assert other["metrics"] == plain["metrics"]
-    shutil.rmtree(tmp_path / "store", ignore_errors=True)

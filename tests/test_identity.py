@@ -325,8 +325,7 @@ COUNTERS = (
 WITHIN_TASKS = ("finetune", "ease", "lae", "er", "icarl", "ranpac")
 
 
-# A method for each kind of state: weights, copies, sets of adapters, prompts, images, statistics,
-# prototypes. The contract kills the others too, without folders.
+# By default the one whose state has most parts; the contract kills others too, without folders.
 RESUMED = ("ease",)
 
 
