@@ -38,6 +38,7 @@ from driftline.cl.codyra import NewRanks, projections
 from driftline.core.ranges import Count, Positive, Size
 from driftline.parts.adapters.adapter import Adapter, kaiming
 from driftline.parts.optim import Optim
+from driftline.parts.routing import shares
 
 
 class RankExperts(Adapter):
@@ -88,11 +89,10 @@ class RankExperts(Adapter):
     def weights(self, activations: Tensor) -> Tensor:
         """w [..., R] from u [..., R]."""
         score = F.normalize(activations, dim=-1)
-        values, chosen = score.topk(min(self.top_k, score.shape[-1]), dim=-1)
-        shares = (values / self.temperature).softmax(-1)
+        weights = shares(score, self.top_k, self.temperature)
         if not self.training and self.threshold is not None:
-            shares = shares * (values >= self.threshold)
-        return torch.zeros_like(score).scatter(-1, chosen, shares.to(score))
+            weights = weights * (score >= self.threshold)
+        return weights
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = torch.cat([self.old_a, self.a], 1), torch.cat([self.old_b, self.b], 2)

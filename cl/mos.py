@@ -47,6 +47,7 @@ from driftline.core.errors import UserError
 from driftline.core.ranges import Below1, Count, CountOrZero, NonNegative
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import OWN_CLASSES, Batch, Task
+from driftline.parts.adapters.mixture import ARROW, check_directed, mix_sets
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.alignment import ClassGaussians, Statistics, collect
 from driftline.parts.heads import PrototypeHead
@@ -108,11 +109,13 @@ class Mos(CLStrategy):
             training batches.
         ensemble: add the softmax of the prototype scores to that of the head's.
         router: the set for an image: `refined`, as published; `entropy`, that whose scores have the
-            lowest; `distance`, that under which the image is nearest to a class mean of its task.
-            The last two ask all sets.
+            lowest; `distance`, that under which the image is nearest to a class mean of its task;
+            `arrow`, a mixture of the sets for each token and block (`parts/adapters/mixture.py`).
+            `entropy` and `distance` ask all sets.
 
     Raises:
-        UserError: for a network that lacks the points of `adapter`.
+        UserError: for a network that lacks the points of `adapter`, or a `router` that does not go
+            with the mode or with adapters of this kind.
         Diverged: if loss or features are no longer finite.
     """
 
@@ -142,7 +145,7 @@ class Mos(CLStrategy):
         align_lr: NonNegative,
         align_samples: Annotated[int, Ge(1), Le(10**5)],
         ensemble: bool,
-        router: Literal["refined", "entropy", "distance"],
+        router: Literal["refined", "entropy", "distance", "arrow"],
     ) -> None:
         super().__init__(backbone, seed=seed)
         backbone.eval().requires_grad_(False)
@@ -165,6 +168,8 @@ class Mos(CLStrategy):
             )
         draws, dim = self.rng("init"), backbone.dim
         learned = adapter.add(self.bank, CURRENT, draws)
+        if router == "arrow":
+            check_directed([*self.bank.adapters(CURRENT).values()])
         of_blocks = sum(len([*a.parameters()]) for a in self.bank.adapters(CURRENT).values())
         if mode == "official" and of_blocks > len([*self.bank.sets[CURRENT].parameters()]):
             raise UserError(
@@ -358,19 +363,27 @@ class Mos(CLStrategy):
         for name in names:
             if name not in self._hashes:
                 self._hashes[name] = weights_hash(self.bank.sets[name].state_dict())
-        return {name: self._hashes[name] for name in names}
+        hashes = {name: self._hashes[name] for name in names}
+        if self.router == "arrow" and names:
+            return {names[0]: hashes[names[0]], ARROW: mix_sets(self.bank, hashes)}
+        return hashes
 
     @torch.no_grad()
     def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """[B, 3, H, W] -> [T, B, D]; the sets share one pass of the frozen weights."""
         with evaluation_mode(self):
+            if ARROW in names:
+                return torch.stack([self.bank.features(x, name) for name in names])
             return self.bank.features_in_parts(x, names)
 
     @torch.no_grad()
     def classify(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Scores [B, C] of the classes seen from [B, D] under every stored set."""
+        """Scores [B, C] of the classes seen from [B, D] under every stored set, or the mixture."""
         tasks = int(self.finished)
         seen = self.stops[tasks - 1]
+        if self.router == "arrow":
+            similar = self.prototypes(features[self.names[0]])[:, :seen]
+            return self._joined(self.head(features[ARROW])[:, :seen], similar, tasks)
         stacked = torch.stack([features[n] for n in self.names[:tasks]])
         similar = self.prototypes(stacked[0])[:, :seen]
         scores, owner = self.head(stacked)[..., :seen], self.owner[:seen]
@@ -400,6 +413,8 @@ class Mos(CLStrategy):
         several = self.mode == "functional" and len(names) > EVALUATIONS + 1
         if several and self.router == "refined" and self.bank.indexable(names[0]):
             return self._follow(x, names)
+        if self.router == "arrow":
+            names = [*(self.extractors() or ())]
         with ExitStack() as stack:
             for task, name in enumerate(names):
                 stack.enter_context(self.merging(name, task))

@@ -48,6 +48,7 @@ from driftline.parts.adapters.plan import Plan
 from driftline.parts.modes import evaluation_mode
 from driftline.parts.objectives import scoped_cross_entropy
 from driftline.parts.optim import Optim
+from driftline.parts.routing import shares
 
 NAME = "mixture"  # of the one set in the bank
 Phase = Literal["sweep", "function", "descriptor", "done"]
@@ -117,7 +118,7 @@ class Mixture(Product):
         experts, rank = self.each(), self.sizes[1]
         means = x.mean(1)
         self.means = means.detach()
-        shares = torch.cat([one.column(means) for one in experts], 1).softmax(1)  # [B, K]
+        weights = shares(torch.cat([one.column(means) for one in experts], 1))  # [B, K]
         functions = [one.function for one in experts]
         out = adapter(
             x,
@@ -125,11 +126,11 @@ class Mixture(Product):
             torch.cat([f.up.weight for f in functions], 1),
             down_bias=torch.cat([f.down.bias for f in functions]),
             act="relu",
-            rank_scale=shares.repeat_interleave(rank, 1),
+            rank_scale=weights.repeat_interleave(rank, 1),
             scale=weight,
             **residual,
         )
-        return out + weight * (shares @ torch.stack([f.up.bias for f in functions]))[:, None]
+        return out + weight * (weights @ torch.stack([f.up.bias for f in functions]))[:, None]
 
 
 def linear(dim: int, out: int, generator: torch.Generator) -> nn.Linear:

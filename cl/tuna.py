@@ -43,6 +43,7 @@ from driftline.core.errors import UserError
 from driftline.core.ranges import Count, CountOrZero, NonNegative, Positive
 from driftline.core.strategy import CLStrategy
 from driftline.core.stream import OWN_CLASSES, Batch, Task
+from driftline.parts.adapters.mixture import ARROW, check_directed, mix_sets
 from driftline.parts.adapters.plan import Plan
 from driftline.parts.alignment import ClassGaussians, Statistics, collect
 from driftline.parts.modes import evaluation_mode
@@ -80,8 +81,9 @@ class Tuna(CLStrategy):
         orthogonality: weight of the overlap of the up-projections with those of each stored set,
             which counts exp(-t) times as much in task t (from 1); 0: none.
         stored_learn, universal, shrink: see the top of the file; `shrink=none` leaves means alone.
-        router: the task's set for an image: that of the lowest `entropy`, as published, or that
-            under which it is nearest to a class mean of its task (`distance`).
+        router: the task's set for an image: that of the lowest `entropy`, as published; that under
+            which it is nearest to a class mean of its task (`distance`); `arrow`: a mixture of the
+            sets for each token and block (`parts/adapters/mixture.py`).
         statistics: of the features of a class: `covariance` or `variance` (its diagonal).
         align_epochs, align_lr: of the head on Gaussian features, from the second task on.
         align_period: epochs in which its rate falls to 0 along a cosine, to rise again after them.
@@ -115,7 +117,7 @@ class Tuna(CLStrategy):
         stored_learn: bool,
         universal: Literal["newest", "merged"],
         shrink: Literal["none", "code", "by_task"],
-        router: Literal["entropy", "distance"],
+        router: Literal["entropy", "distance", "arrow"],
         statistics: Statistics,
         align_epochs: CountOrZero,
         align_lr: NonNegative,
@@ -132,6 +134,8 @@ class Tuna(CLStrategy):
         self.align_period, self.align_samples = align_period, align_samples
         self.bank = adapter.bank(backbone)
         adapter.add(self.bank, CURRENT, self.rng("init"))
+        if router == "arrow":
+            check_directed([*self.bank.adapters(CURRENT).values()])
         if orthogonality and not self._up(CURRENT):
             raise UserError(
                 "strategy.orthogonality compares the second factors of low-rank products, which "
@@ -278,29 +282,37 @@ class Tuna(CLStrategy):
     # -------------------------------------------------------------- prediction
 
     def extractors(self) -> dict[str, str]:
-        """The stored sets and the merged one, as they are after the last step."""
-        names = self.names[: int(self.finished)]
-        if names and self.universal == "merged":
-            names = [*names, UNIVERSAL]
+        """The stored sets, or their mixture, and the merged one, as after the last step."""
+        stored = self.names[: int(self.finished)]
+        names = [*stored, UNIVERSAL] if stored and self.universal == "merged" else stored
         for name in names:
             if name not in self._hashes:
                 self._hashes[name] = weights_hash(self.bank.sets[name].state_dict())
-        return {name: self._hashes[name] for name in names}
+        hashes = {name: self._hashes[name] for name in names}
+        if self.router == "arrow" and stored:
+            mixed = mix_sets(self.bank, {name: hashes[name] for name in stored})
+            return {names[-1]: hashes[names[-1]], ARROW: mixed}
+        return hashes
 
     @torch.no_grad()
     def embed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """[B, 3, H, W] -> [S, B, D]; the sets share one pass of the frozen weights."""
         with evaluation_mode(self):
+            if ARROW in names:
+                return torch.stack([self.bank.features(x, name) for name in names])
             return self.bank.features_in_parts(x, names)
 
     @torch.no_grad()
     def classify(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Sums of two softmaxes, [B, C] of the classes seen, from [B, D] under every set."""
+        """Sums of two softmaxes, [B, C] of the classes seen, from [B, D] under each extractor."""
         tasks = int(self.finished)
         names = self.names[:tasks]
         universal = UNIVERSAL if self.universal == "merged" else names[-1]
-        stacked = torch.stack([features[n] for n in (*names, universal)])
+        answering = [ARROW] if self.router == "arrow" else names
+        stacked = torch.stack([features[n] for n in (*answering, universal)])
         scores = self.scale * self.cosines(stacked)[..., : self.stops[tasks - 1]]
+        if self.router == "arrow":
+            return scores[0].softmax(1) + scores[1].softmax(1)
         seen = scores.shape[2]
         if self.router == "entropy":
             chosen = by_entropy(scores[:-1])

@@ -1,9 +1,13 @@
-"""Which set of adapters answers for an image, told from what every set makes of it.
+"""Which of several sets of adapters, or experts, answer, and with what share.
 
-Both functions name one set an image; `scores_of` reads its scores.
+`by_entropy` and `by_distance` name one set an image, `scores_of` reads its scores. `shares` are the
+weights of a mixture: of scores from a learned gate, or of how far a token points in the `direction`
+of each set (Arrow).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,3 +48,40 @@ def by_distance(features: Tensor, means: Tensor, owner: Tensor) -> Tensor:
 def scores_of(scores: Tensor, chosen: Tensor) -> Tensor:
     """[T, B, C] -> [B, C]: row b of set `chosen[b]`; int64 [B]."""
     return scores[chosen, torch.arange(len(chosen), device=chosen.device)]
+
+
+def shares(scores: Tensor, top: int | None = None, temperature: float = 1.0) -> Tensor:
+    """Weights of the experts, a softmax over the largest scores.
+
+    Args:
+        scores: [..., K], of each expert.
+        top: how many get a share (all if there are fewer); the others have 0. None: all.
+        temperature: the scores are divided by it.
+
+    Returns:
+        [..., K], with sum 1.
+    """
+    if temperature != 1:
+        scores = scores / temperature
+    if top is None:
+        return scores.softmax(-1)
+    values, chosen = scores.topk(min(top, scores.shape[-1]), -1)
+    return torch.zeros_like(scores).scatter(-1, chosen, values.softmax(-1).to(scores))
+
+
+@torch.no_grad()
+def direction(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The input to which a sum of low-rank products, each with rows of its own, answers most.
+
+    That is their first right singular vector, up to its sign: the key of a set in Arrow (Ostapenko
+    et al., "Towards Modular LLMs by Building and Reusing a Library of LoRAs", ICML 2024, arXiv
+    2405.11157, section 4).
+
+    Args:
+        pairs: down [r, D] and up [D_out, r] of each product.
+
+    Returns:
+        [D], of length 1.
+    """
+    rows = [torch.linalg.qr(up).R @ down for down, up in pairs]
+    return torch.linalg.svd(torch.cat(rows), full_matrices=False).Vh[0]

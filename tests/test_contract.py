@@ -180,6 +180,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         {"universal": "merged", "orthogonality": 0.1, "shrink": "code", "statistics": "variance"},
         None,
     ),
+    "mos-arrow": ("mos", {"router": "arrow"}, None),
     "mos-official": ("mos", {"mode": "official", "statistics": "variance"}, None),
     "slca-resnet": ("slca", {"final_norm": "pretrained", "statistics": "variance"}, "resnet"),
     "ssiat-unpaired": ("ssiat", {"shift_pairing": "unpaired", "statistics": "variance"}, None),
@@ -267,15 +268,16 @@ DERIVED = (
 REFUSED = {
     ("olora", kind): "adds no product of two learned factors"
     for kind in (
-        *("block_expansion", "dora", "dylora", "ether_plus", "film", "hra", "hydra", "ladder"),
-        "lori",
+        *("block_expansion", "dora", "dylora", "ether_plus", "film", "growing_ranks", "hra"),
+        *("hydra", "ladder", "lora_mixture", "lori", "self_activated"),
         *("moslora", "neuroada", "nola", "oft", "paca", "prefix", "prompt", "rank_budget"),
         *("scale_shift", "sora", "tied_lora", "vera"),
     )
 }
 if find_spec("peft"):
     REFUSED["olora", "peft/vera"] = "adds no product of two learned factors"
-REFUSED |= {(name, "saft"): "use adapter=neuroada, or one" for name in ("mos", "olora", "tent")}
+for kind, other in (("saft", "neuroada"), ("lori_s", "lori")):
+    REFUSED |= {(name, kind): f"use adapter={other}, or one" for name in ("mos", "olora", "tent")}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from driftline.parts.adapters.gated_lora import GatedLoRA
 from driftline.parts.adapters.sparse import SparseWeight
 
 DIM, OUT = 12, 18
-PRESETS = ("sora", "rank_budget", "dylora", "neuroada", "saft")
+PRESETS = ("sora", "rank_budget", "dylora", "growing_ranks", "neuroada", "saft")
 
 
 def layer() -> nn.Linear:
@@ -36,8 +36,17 @@ def gated(gate: str, **options: Any) -> GatedLoRA:
     with torch.no_grad():
         for b in adapter.b:
             b.normal_(generator=draws)
-        if gate != "nested":
+        if gate in ("soft", "budget"):
             adapter.gate.copy_(torch.tensor([0.9, -0.2, 0.05, -0.6, 0.3, 0.01]))
+    return adapter
+
+
+def growing(*lengths: float) -> GatedLoRA:
+    """Columns of B that are so long, three for q and three for v."""
+    adapter = gated("growing", threshold=0.25)
+    with torch.no_grad():
+        for b, own in zip(adapter.b, torch.tensor(lengths).split(3), strict=True):
+            b.copy_(own * F.normalize(b, dim=0))
     return adapter
 
 
@@ -98,6 +107,10 @@ CASES: dict[str, tuple[Any, Any]] = {
         lambda a: low_rank(a, [0.9, 0, 0, -0.6, 0.3, 0]),
     ),
     "nested": (lambda: gated("nested").eval(), lambda a: low_rank(a, [1, 1, 1, 1, 1, 1])),
+    "growing": (
+        lambda: growing(0.3, 0.2, 0.4, 0.3, 0.3, 0.1),
+        lambda a: low_rank(a, [1, 1, 0, 1, 1, 1]),
+    ),
     "sparse": (sparse, scattered),
     "sparse by gradient": (by_gradient, scattered_by_gradient),
 }
@@ -150,6 +163,24 @@ def test_nested_ranks_are_drawn_in_training_and_a_state_of_the_generator_gives_t
     state = torch.random.get_rng_state()
     adapter.eval()(x)
     assert torch.equal(torch.random.get_rng_state(), state)  # evaluation draws nothing
+
+
+def test_a_rank_is_added_when_the_latest_is_in_use_and_starts_with_nothing():
+    adapter = gated("growing", threshold=0.25)
+    with torch.no_grad():
+        for b in adapter.b:
+            b.zero_()
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    counts = []
+    for _ in range(12):
+        counts.append(int(adapter.gates().sum()))
+        shut = ~adapter.gates().bool()
+        optimizer.zero_grad()
+        (adapter(tokens()) * tokens(7)[..., :1]).sum().backward()
+        slopes = torch.cat([b.grad.norm(dim=0) for b in adapter.b])
+        assert not slopes[shut].any() and slopes[~shut].all()
+        optimizer.step()
+    assert counts[0] == 2 and counts[-1] > 2 and counts == sorted(counts)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, plain_yaml
+from conftest import ROOT, plain_yaml, strategy_node
 from test_bank import X, backbone, check_file_of_kind, wake
 from torch import Tensor, nn
 
+from driftline.cl.moram import RankExperts
 from driftline.core.build import build
 from driftline.core.errors import UserError
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.bank import AdapterBank
 from driftline.parts.adapters.block_expansion import BlockExpansion
+from driftline.parts.adapters.bottleneck import Bottleneck
 from driftline.parts.adapters.dora import DoRA
 from driftline.parts.adapters.ether import EtherPlus
 from driftline.parts.adapters.hra import HRA
@@ -23,10 +27,13 @@ from driftline.parts.adapters.hydra import Hydra
 from driftline.parts.adapters.ladder import ladder
 from driftline.parts.adapters.lora import LoRA
 from driftline.parts.adapters.lori import LoRI, keep_largest
+from driftline.parts.adapters.mixture import Arrow, LoRAMixture
+from driftline.parts.adapters.mosa import MoSA
 from driftline.parts.adapters.moslora import MoSLoRA
 from driftline.parts.adapters.nola import NOLA
 from driftline.parts.adapters.oft import OFT
 from driftline.parts.adapters.paca import PaCA
+from driftline.parts.adapters.self_activated import SelfActivated
 from driftline.parts.adapters.shared_lora import Shared, VeRA, tied_lora
 
 DIM, OUT = 12, 15
@@ -185,7 +192,10 @@ def test_gradients_are_those_of_the_merged_weight(name):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [*OWN, "film", "block_expansion", "ladder"])
+OTHERS = ("film", "block_expansion", "ladder", "lori_s", "mosa", "lora_mixture", "self_activated")
+
+
+@pytest.mark.parametrize("name", [*OWN, *OTHERS])
 @pytest.mark.filterwarnings("ignore:strategy.adapter.blocks=:UserWarning")
 def test_the_file_of_a_kind_attaches_learns_and_groups(name):
     check_file_of_kind(name)
@@ -275,6 +285,154 @@ def test_lori_s_learns_the_largest_numbers_of_lori_d():
         assert torch.equal(a.b[0].grad != 0, kept)
         assert a.a[0].grad is None
     assert sum(a.mask.sum() for a in members) == 8
+
+
+def test_lori_s_can_begin_with_the_largest_gradients():
+    layer = nn.Linear(DIM, OUT).double().requires_grad_(False)
+    adapter, x = LoRI(DIM, OUT, 4, scale=0.5, share=0.1).double(), tokens()
+    weight = layer.weight.clone().requires_grad_()
+    slope, own = (
+        torch.autograd.grad(out.square().sum(), [value])[0]
+        for out, value in (
+            (F.linear(x, weight, layer.bias), weight),
+            (adapter.after(x, layer(x)), adapter.b[0]),
+        )
+    )
+    adapter.choose(slope)
+    assert adapter.mask.sum() == round(0.1 * OUT * 4)
+    assert own.abs()[adapter.mask].min() >= own.abs()[~adapter.mask].max()
+
+
+@pytest.mark.parametrize(
+    "words", [["strategy.adapter.start=null"], ["strategy.adapter.kind.share=null"]], ids=str
+)
+def test_a_share_of_lori_and_its_start_go_together(words):
+    node = strategy_node("finetune", adapter="lori_s")["adapter"]
+    if "start" in words[0]:
+        node["start"] = None
+    else:
+        node["kind"]["share"] = None
+    plan = build({k: v for k, v in node.items() if k != "name"}, at="strategy.adapter")
+    with pytest.raises(UserError, match=r"both strategy.adapter.start=lori and .*kind.share"):
+        plan.adapters(backbone())
+
+
+def test_a_part_of_a_mosa_learns_at_a_time_and_all_of_them_answer():
+    adapter, x = MoSA(DIM, 6, experts=3).double(), tokens()
+    start = adapter.down.weight.detach().clone()
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    for part, weight in ((adapter.part_down, adapter.down), (adapter.part_up, adapter.up)):
+        assert part.unique(return_counts=True)[1].tolist() == [weight.weight.numel() // 3] * 3
+    torch.manual_seed(1)
+    learned = set()
+    for _ in range(30):
+        adapter.zero_grad()
+        state = torch.random.get_rng_state()
+        adapter(x).square().sum().backward()
+        torch.random.set_rng_state(state)
+        of_down, of_up = torch.randint(3, (2,)).tolist()
+        learned.add((of_down, of_up))
+        assert not adapter.down.weight.grad[adapter.part_down != of_down].any()
+        assert not adapter.up.weight.grad[adapter.part_up != of_up].any()
+        torch.random.set_rng_state(state)
+        down = torch.where(adapter.part_down == of_down, adapter.down.weight, start)
+        up = adapter.up.weight * (adapter.part_up == of_up)
+        hidden = F.relu(F.linear(x, down, adapter.down.bias))
+        want = 0.1 * F.linear(hidden, up, adapter.up.bias)
+        torch.testing.assert_close(adapter(x), want, rtol=1e-12, atol=1e-12)
+    assert len(learned) == 9
+    whole = Bottleneck(DIM, 6).double()
+    whole.load_state_dict(
+        {k: v for k, v in adapter.state_dict().items() if k in whole.state_dict()}
+    )
+    assert torch.equal(adapter.eval()(x), whole(x))
+
+
+@pytest.mark.parametrize("top", [None, 2])
+def test_a_mixture_is_its_formula_token_by_token(top):
+    draws = torch.Generator().manual_seed(3)
+    mixture = LoRAMixture(DIM, OUT, 2, experts=3, top=top, scale=0.5, generator=draws).double()
+    x = tokens()
+    assert not mixture(x).any()
+    nn.init.normal_(mixture.b)
+    want = torch.zeros(2, 3, OUT, dtype=torch.float64)
+    for i in range(2):
+        for n in range(3):
+            token = x[i, n]
+            scores = (mixture.gate @ token).tolist()
+            best = sorted(range(3), key=lambda k: -scores[k])[: top or 3]
+            total = sum(math.exp(scores[k]) for k in best)
+            for k in best:
+                share = math.exp(scores[k]) / total
+                want[i, n] += 0.5 * share * (mixture.b[k] @ (mixture.a[k] @ token)).detach()
+    torch.testing.assert_close(mixture(x), want, rtol=1e-12, atol=1e-12)
+    mixture(x).square().sum().backward()
+    assert all(p.grad.any() for p in mixture.parameters())
+
+
+def test_more_experts_or_ranks_a_token_than_there_are_are_refused():
+    with pytest.raises(UserError, match=r"kind.top=4 is more than strategy.adapter.kind.experts=3"):
+        LoRAMixture(DIM, OUT, 2, experts=3, top=4)
+    with pytest.raises(UserError, match=r"kind.top=4 is more than strategy.adapter.kind.rank=3"):
+        SelfActivated(DIM, OUT, 3, top=4, temperature=1.0)
+
+
+def test_self_activated_ranks_are_those_of_moram_before_its_second_task():
+    draws = torch.Generator().manual_seed(3)
+    theirs = RankExperts(DIM, OUT, 5, top_k=2, temperature=0.1, threshold=None).double()
+    ours = SelfActivated(DIM, OUT, 5, top=2, temperature=0.1).double()
+    with torch.no_grad():
+        for own, other in ((ours.a[0], theirs.a), (ours.b[0], theirs.b)):
+            own.normal_(generator=draws)
+            other.copy_(own[None])
+    x = tokens()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_of_rows_choose_among_their_own_ranks():
+    both = SelfActivated(DIM, OUT, 4, top=2, temperature=0.1, parts=["q", "v"]).double()
+    for b in both.b:
+        nn.init.normal_(b)
+    x, rows = tokens(), both(tokens()).split(OUT // 3, -1)
+    assert not rows[1].any()
+    for i, got in ((0, rows[0]), (1, rows[2])):
+        one = SelfActivated(DIM, OUT // 3, 4, top=2, temperature=0.1).double()
+        with torch.no_grad():
+            one.a[0].copy_(both.a[i])
+            one.b[0].copy_(both.b[i])
+        torch.testing.assert_close(got, one(x), rtol=1e-12, atol=1e-12)
+
+
+def test_arrow_is_that_of_the_peft_library():
+    arrow = pytest.importorskip(
+        "peft.tuners.lora.arrow", reason='peft is missing: pip install -e ".[peft]"'
+    )
+    sets = []
+    for i in range(4):
+        draws = torch.Generator().manual_seed(i)
+        sets.append(LoRA(DIM, OUT, 3, scale=0.5, generator=draws))
+        with torch.no_grad():  # singular values that are far apart: theirs is a power iteration
+            sets[-1].b[0].normal_(generator=draws).mul_(torch.tensor([1.0, 0.2, 0.04]))
+    names = [f"task_{i}" for i in range(4)]
+    settings = SimpleNamespace(
+        top_k=3,
+        router_temperature=1.0,
+        rng_seed=0,
+        task_adapter_names=names,
+        gks_adapter_names=[],
+        use_gks=False,
+    )
+    theirs = arrow.ArrowLoraLinearLayer(DIM, settings)
+    down, up = (
+        {n: SimpleNamespace(weight=pick(one)) for n, one in zip(names, sets, strict=True)}
+        for pick in (lambda one: one.a[0], lambda one: one.b[0])
+    )
+    theirs.build_prototypes(down, up)
+    x = tokens().float()
+    want = theirs(x, down, up, nn.Identity(), dict.fromkeys(names, 0.5))
+    torch.testing.assert_close(Arrow(sets)(x), want, rtol=1e-3, atol=1e-4)
 
 
 def test_random_matrices_of_a_seed_exist_once_and_are_not_saved():

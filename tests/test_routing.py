@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import test_mos
 import test_tuna
 import torch
+from conftest import strategy_node
+from test_bank import backbone
 from torch import Tensor
 
-from driftline.parts.routing import by_distance, by_entropy, scores_of
+from driftline.core.build import build
+from driftline.core.errors import UserError
+from driftline.parts.adapters.mixture import ARROW
+from driftline.parts.routing import by_distance, by_entropy, direction, scores_of, shares
 
 DRAWS = torch.Generator().manual_seed(0)
 FEATURES = torch.randn(3, 5, 4, generator=DRAWS)
@@ -69,3 +76,58 @@ def test_a_method_answers_from_the_set_that_is_chosen(module, router):
             1
         )
     torch.testing.assert_close(strategy.predict(x), want)
+
+
+def test_shares_are_a_softmax_over_the_largest_scores():
+    scores = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 3.5]])
+    assert torch.equal(shares(scores), scores.softmax(1))
+    want = [[0.0, 0.8808, 0.1192], [0.2689, 0.0, 0.7311]]
+    got = shares(scores, 2, temperature=0.5)
+    torch.testing.assert_close(got, torch.tensor(want), rtol=0, atol=1e-4)
+    torch.testing.assert_close(shares(scores, 7), scores.softmax(1))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_direction_of_products_is_the_input_to_which_they_answer_most(blocks):
+    pairs = [(torch.randn(2, 7, generator=DRAWS), torch.randn(5, 2)) for _ in range(blocks)]
+    whole = torch.cat([up @ down for down, up in pairs])
+    first = torch.linalg.svd(whole).Vh[0]
+    assert (first @ direction(pairs)).abs() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("module", [test_mos, test_tuna], ids=["mos", "tuna"])
+def test_arrow_mixes_the_sets_for_each_token_and_follows_their_values(module):
+    strategy = module.learned(router="arrow")
+    x = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    first = strategy.predict(x)
+    point, mixed = next(iter(strategy.bank.adapters(ARROW).items()))
+    sets = [strategy.bank.adapters(name)[point] for name in strategy.names]
+    tokens = torch.randn(2, 4, strategy.backbone.width, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        strategy.eval()
+        keys = torch.stack([direction(one.pairs()) for one in sets])
+        weights = shares((tokens @ keys.T).abs(), 3)
+        want = sum(weights[..., t, None] * one(tokens) for t, one in enumerate(sets))
+        torch.testing.assert_close(mixed(tokens), want)
+        features = strategy.embed(x, [ARROW])[0]
+    head = strategy.cosines if module is test_tuna else strategy.head
+    assert not torch.equal(head(features), head(strategy.embed(x, [strategy.names[0]])[0]))
+    assert torch.equal(strategy.predict(x), first)
+    state = deepcopy(strategy.snapshot())
+    with torch.no_grad():
+        for p in strategy.bank.parameters_of(strategy.names[0]):
+            p.mul_(-3)
+    strategy._hashes.clear()
+    assert not torch.equal(strategy.predict(x), first)
+    strategy.restore(state)
+    assert torch.equal(strategy.predict(x), first)
+
+
+@pytest.mark.parametrize("name", ["mos", "tuna"])
+def test_arrow_refuses_adapters_that_are_no_products(name):
+    node = strategy_node(name, adapter="prefix", router="arrow")
+    if name == "tuna":
+        node["orthogonality"] = 0
+    extra = {"num_classes": 4} if name == "mos" else {}
+    with pytest.raises(UserError, match="router=arrow needs low-rank products, and .* adds none"):
+        build(node, at="strategy", backbone=backbone(), seed=0, **extra)

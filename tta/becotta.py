@@ -44,6 +44,7 @@ from driftline.core.stream import Batch, SourceImages
 from driftline.parts import teacher
 from driftline.parts.modes import evaluating
 from driftline.parts.optim import StreamOptim
+from driftline.parts.routing import shares
 from driftline.parts.warmup import WarmUp
 
 DOMAINS = ("plain", "dark", "bleached", "blurred")
@@ -102,10 +103,9 @@ class Mixture(nn.Module):
         if numbers is not None:
             noise = torch.randn(scores.shape, generator=numbers).to(scores)
             scores = scores + noise * (F.softplus(scales) + LEAST_NOISE)
-        best, index = scores.sum(1).topk(self.selected, 1)  # [B, K]
         if not self.legacy:
-            return torch.zeros_like(scores[:, 0]).scatter(1, index, best.softmax(1))
-        best = best.detach()
+            return shares(scores.sum(1), self.selected)
+        best = scores.sum(1).topk(self.selected, 1).values.detach()  # [B, K]
         if len(best) > 1:
             best = (best - best.min()) / (best.max() - best.min()).clamp_min(1e-12)
         first = torch.zeros_like(scores[:, 0])

@@ -53,11 +53,14 @@ class Bottleneck(Product):
             return None
         return dropout(x.new_ones(*x.shape[:-1], self.down.out_features), self.dropout)
 
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """Down [rank, D] and up [D, rank] of this pass."""
+        return self.down.weight, self.up.weight
+
     def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
         return adapter(
             x,
-            self.down.weight,
-            self.up.weight,
+            *self._weights(),
             down_bias=self.down.bias,
             up_bias=self.up.bias,
             act=self.act,
@@ -83,13 +86,14 @@ class Bottleneck(Product):
     def _stacked(adapters: Sequence[Bottleneck], x: Tensor, **more: Any) -> Tensor:
         """One call for T adapters: chunks of x [T, B, N, D], or samples by `index`."""
         first = adapters[0]
+        down, up = zip(*(a._weights() for a in adapters), strict=True)
         scale = first.scale
         if isinstance(scale, Tensor):
             scale = torch.stack([torch.as_tensor(a.scale) for a in adapters])
         return adapter(
             x,
-            torch.stack([a.down.weight for a in adapters]),
-            torch.stack([a.up.weight for a in adapters]),
+            torch.stack(down),
+            torch.stack(up),
             down_bias=torch.stack([a.down.bias for a in adapters]),
             up_bias=torch.stack([a.up.bias for a in adapters]),
             act=first.act,

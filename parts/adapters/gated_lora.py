@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from annotated_types import MinLen, Predicate
 from torch import Tensor, nn
 
@@ -32,12 +33,18 @@ class GatedLoRA(LoRA):
     et al., "DyLoRA", EACL 2023, arXiv 2210.07558, section 4, where one b is drawn for all layers.
     Drawn from torch's global generator, like dropout; checkpoints contain it.
 
+    `growing`: no parameter. A block has one rank at first, and one more whenever the latest one is
+    in use: when its column of B is as long as t. The others add nothing and get no gradient until
+    then. The idea of ranks that are added where they are needed is that of IncreLoRA (Zhang et al.,
+    2023, arXiv 2308.12043), which measures it by gradients and gives new ranks to the layers with
+    the most of it, on a schedule.
+
     All are checked against these formulas in float64, and against no other code.
 
     Args:
         dim, out, rank, parts, scale: as of `LoRA`; several row blocks have ranks of their own.
         gate: which of these.
-        threshold: t of `soft`.
+        threshold: t of `soft` and `growing`.
         budget: ranks of all blocks of a layer that count, of `budget`.
         generator: of the initial A and of g, N(0, 1); B starts at 0.
 
@@ -52,7 +59,7 @@ class GatedLoRA(LoRA):
         out: int,
         rank: Size,
         *,
-        gate: Literal["soft", "budget", "nested"],
+        gate: Literal["soft", "budget", "nested", "growing"],
         parts: Annotated[list[Literal["q", "k", "v"]], MinLen(1), Predicate(distinct)]
         | None = None,
         scale: NonNegative = 1.0,
@@ -67,10 +74,10 @@ class GatedLoRA(LoRA):
             raise UserError(f"{at}.gate=budget needs {at}.budget, a number of 1 ... {ranks} ranks")
         if gate != "budget" and budget is not None:
             raise UserError(f"{at}.budget={budget} would do nothing: {at}.gate is {gate}")
-        if gate != "soft" and threshold:
+        if gate not in ("soft", "growing") and threshold:
             raise UserError(f"{at}.threshold={threshold:g} would do nothing: {at}.gate is {gate}")
         self.kind, self.rank, self.threshold, self.budget = gate, rank, threshold, budget
-        if gate != "nested":
+        if gate in ("soft", "budget"):
             self.gate = nn.Parameter(torch.empty(ranks).normal_(generator=generator))
 
     def gates(self) -> Tensor:
@@ -79,6 +86,10 @@ class GatedLoRA(LoRA):
             used = int(torch.randint(1, self.rank + 1, ())) if self.training else self.rank
             first = torch.arange(self.rank, device=self.a[0].device) < used
             return first.to(self.a[0].dtype).repeat(len(self.a))
+        if self.kind == "growing":
+            used = torch.stack([b.detach().norm(dim=0) >= self.threshold for b in self.b])
+            used = F.pad(used, (1, 0), value=True)[:, :-1]  # the first has none before it
+            return used.cumprod(1).to(self.a[0].dtype).flatten()
         g = self.gate.detach()
         if self.kind == "soft":
             read = g.sign() * (g.abs() - self.threshold).clamp_min(0)

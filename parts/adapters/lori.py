@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from driftline.core.ranges import NonNegative, Size, Unit
+from driftline.core.ranges import NonNegative, Share, Size, Unit
 from driftline.parts.adapters.adapter import Adapter
 from driftline.parts.adapters.lora import LoRA
 
@@ -15,8 +15,10 @@ from driftline.parts.adapters.lora import LoRA
 class LoRI(LoRA):
     """`s * (M * B) A x` with a fixed random A and a mask M of B.
 
-    As it is made, M lets everything through: the paper's LoRI-D. LoRI-S has the mask of a trained
-    LoRI-D, for which `keep_largest` is; no method of this project calls it.
+    As it is made, M lets everything through: the paper's LoRI-D. LoRI-S has the mask of the largest
+    numbers of a trained LoRI-D, which `keep_largest` sets, for a loop of your own. With
+    `strategy.adapter.start=lori` the mask is there before the training: the numbers of B whose
+    gradient on the first batches is largest, those that the first step of LoRI-D would move most.
 
     Source: Zhang et al., "LoRI: Reducing Cross-Task Interference in Multi-Task Low-Rank
     Adaptation", COLM 2025, arXiv 2504.07448. Checked against the formula in float64.
@@ -26,6 +28,7 @@ class LoRI(LoRA):
         dim, out: input and output width.
         rank: of A and B.
         scale: s.
+        share: of the numbers of B that `start=lori` lets through; the paper has 0.1. None without.
         generator: of A; B starts at 0.
     """
 
@@ -38,11 +41,27 @@ class LoRI(LoRA):
         rank: Size,
         *,
         scale: NonNegative = 1.0,
+        share: Share | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(dim, out, rank, scale=scale, generator=generator)
         self.a.requires_grad_(False)
+        self.share = share
         self.register_buffer("mask", torch.ones(out, rank, dtype=torch.bool))
+
+    @torch.no_grad()
+    def choose(self, gradient: Tensor) -> None:
+        """Mask all but the numbers of B with the largest gradient.
+
+        Args:
+            gradient: of the loss with respect to the layer's weight, [out, dim].
+        """
+        assert self.share is not None
+        slopes = (gradient @ self.a[0].to(gradient).T).abs().flatten()
+        count = max(1, round(self.share * len(slopes)))
+        chosen = torch.zeros_like(slopes, dtype=torch.bool)
+        chosen[slopes.topk(count).indices] = True
+        self.mask.copy_(chosen.view_as(self.mask))
 
     def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         down, up, scales = super()._factors()

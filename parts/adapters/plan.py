@@ -53,7 +53,7 @@ class Plan:
             their numbers; None: all.
         kind: makes one adapter (or a set) from those arguments of `POINT` that it has.
         start: where LoRA begins, see `parts/adapters/starts.py`; None: at a random A and B = 0.
-            `saft`: which entries of a weight the kind of `adapter=neuroada` changes.
+            `saft`, `lori`: which numbers the kinds of `adapter=neuroada` and `lori` change.
         start_batches: training batches that a start reads which is computed from images.
     """
 
@@ -75,7 +75,8 @@ class Plan:
                 start that is computed from images in a method that does not calibrate.
         """
         if self.start in CALIBRATED and not calibrates:
-            other = "adapter=neuroada" if self.start == "saft" else "start=pissa or orthonormal"
+            others = {"saft": "adapter=neuroada", "lori": "adapter=lori"}
+            other = others.get(self.start, "start=pissa or orthonormal")
             raise UserError(
                 f"strategy.adapter.start={self.start} is computed from images before the training, "
                 f"which this method does not do: use {other}, or one of "
@@ -137,9 +138,8 @@ class Plan:
 
     def _prepare(self, adapters: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
         """New adapters by point, before a set is made of them."""
-        if self.start is not None:
-            for point, adapter in adapters.items():
-                starts.prepare(self.start, point, adapter, modules[point])
+        for point, adapter in adapters.items():
+            starts.prepare(self.start, point, adapter, modules[point])
 
     def calibrate(
         self, bank: AdapterBank, name: str, task: Task, loss: Callable[[Batch], Tensor]

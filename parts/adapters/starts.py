@@ -22,8 +22,8 @@ a weight of its own. One exception: LoRA-One is meant to add its B A, the first 
 
 C is the second moment of the inputs; S' is S / s in `corda` and S / (128 S_1) in `lora_one`.
 
-`saft` sets no factors: of the kind that changes some entries of a weight it says which, from G
-(`sparse.py`).
+`saft` and `lori` set no factors: of a kind that changes some entries of a weight (`sparse.py`), or
+some numbers of B (`lori.py`), they say which, from G.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ from driftline.core.errors import UserError
 from driftline.core.stream import Batch
 from driftline.parts.adapters.bank import AdapterBank
 from driftline.parts.adapters.lora import LoRA
+from driftline.parts.adapters.lori import LoRI
 from driftline.parts.adapters.sparse import SparseWeight
 from driftline.parts.modes import evaluation_mode
 
-Start = Literal["pissa", "orthonormal", "eva", "corda", "lora_ga", "lora_one", "saft"]
-GRADIENT = ("lora_ga", "lora_one", "saft")
+Start = Literal["pissa", "orthonormal", "eva", "corda", "lora_ga", "lora_one", "saft", "lori"]
+CHOOSING = {"saft": SparseWeight, "lori": LoRI}  # and the kind that each is for
+GRADIENT = ("lora_ga", "lora_one", *CHOOSING)
 CALIBRATED = ("eva", "corda", *GRADIENT)  # read images
 KEPT = ("pissa", "orthonormal", "corda", "lora_ga")  # B0 A0 is kept and taken off
 Pair = tuple[Tensor, Tensor]  # A [r, d_in], B [d_out, r]
@@ -137,26 +139,35 @@ def lora_one(gradient: Tensor, rank: int) -> Pair:
 # ------------------------------------------------------------------------------ in a plan
 
 
-def prepare(start: Start, point: str, adapter: Any, module: nn.Module) -> None:
+def prepare(start: Start | None, point: str, adapter: Any, module: nn.Module) -> None:
     """A new adapter of a plan with this start, as far as that needs no images.
 
     Raises:
         UserError: for another kind than the start is for, another place than the output of a linear
-            layer, or a rank that the layer does not have.
+            layer, a rank that the layer does not have, or a share of LoRI without its start.
     """
     setting = f"strategy.adapter.start={start}"
     kind = type(adapter).__name__
-    if start == "saft" and not isinstance(adapter, SparseWeight):
-        text = f"{setting} chooses entries of a weight, and {kind} changes none: use adapter=saft"
-        raise UserError(text)
-    if start != "saft" and type(adapter) is not LoRA:
+    if isinstance(adapter, LoRI) and (start == "lori") != (adapter.share is not None):
+        raise UserError(
+            "LoRI with a mask needs both strategy.adapter.start=lori and "
+            "strategy.adapter.kind.share (adapter=lori_s has them); without one, leave out both"
+        )
+    if start is None:
+        return
+    if start in CHOOSING and not isinstance(adapter, CHOOSING[start]):
+        text = (
+            f"{setting} chooses what {CHOOSING[start].__name__} changes, and this is {kind}: use "
+        )
+        raise UserError(text + f"adapter={'saft' if start == 'saft' else 'lori_s'}")
+    if start not in CHOOSING and type(adapter) is not LoRA:
         raise UserError(f"{setting} sets the factors of LoRA, not of {kind}: use adapter=lora")
     if not (point.endswith(":out") and isinstance(module, nn.Linear)):
         raise UserError(
             f"{setting} reads the weight of a linear layer, and {point} is no output of one: use "
             "strategy.adapter.at=['blocks.*.attn.qkv:out']"
         )
-    if start == "saft":
+    if start in CHOOSING:
         return
     rank = len(adapter.a[0]) * (2 if start == "lora_ga" else 1)
     limit = min(min(len(b), module.in_features) for b in adapter.b)
@@ -227,7 +238,7 @@ def calibrate(
         else:
             facts = _inputs(bank, name, modules, start, batches)
     for point, adapter in adapters.items():
-        if isinstance(adapter, SparseWeight):
+        if start in CHOOSING:
             adapter.choose(facts[point]["gradient"])
         else:
             _begin(start, adapter, modules[point], facts[point])
