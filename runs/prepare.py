@@ -21,7 +21,7 @@ from torch import Tensor
 
 from driftline.core.errors import UserError
 from driftline.core.files import BadFile, read_checked, write_checked
-from driftline.core.processes import Lock
+from driftline.core.processes import Lock, return_freed_memory
 from driftline.core.provenance import code_of
 from driftline.core.strategy import TTAStrategy
 from driftline.core.stream import SourceImages
@@ -145,6 +145,7 @@ def prepare(
                 "seconds": f"{time.perf_counter() - started:.1f}",
             }
             write_tensors(path, artefact, facts)
+            return_freed_memory()  # batches are larger here than those of the stream
             partial.path.unlink(missing_ok=True)
     finally:
         lock.release()
