@@ -180,7 +180,7 @@ def test_what_is_asked_for_is_explained_and_nothing_else(words, expected, absent
         (["backbone=torchvision", "backbone.tag=x"], "backbone=torchvision has none, "),
         (
             ["strategy=finetune", "adapter=vera", "strategy.adapter.start=pissa"],
-            "adapter=vera has none, lae_lora, lora, saft have it",
+            "adapter=vera has none, lae_lora, lora, lori_s, saft have it",
         ),
         (["strategy=tent", "strategy.optim.lr=-1"], "must be a finite number, at least 0, got -1"),
     ],
