@@ -217,7 +217,7 @@ class OLoRA(CLStrategy):
                     f"strategy=olora: {type(one).__name__} at {point} adds no product of two "
                     "learned factors, but O-LoRA sums those of all tasks and keeps their inputs "
                     "apart. Use adapter=olora, lora (without a start that is taken off), "
-                    "dual_rank, bottleneck or peft/lora"
+                    "dual_rank, bottleneck, mosa or peft/lora"
                 )
         self.head = NearZeroLinear(backbone.dim)
         self.seen = 0

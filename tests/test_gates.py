@@ -221,6 +221,7 @@ def test_saft_changes_the_weights_with_the_largest_gradient_of_the_first_batches
         (lambda: gated("budget"), "gate=budget needs .*budget, a number of 1 ... 6 ranks"),
         (lambda: gated("budget", budget=7), "a number of 1 ... 6 ranks"),
         (lambda: gated("soft", budget=2), "budget=2 would do nothing: .*gate is soft"),
+        (lambda: gated("growing"), "gate=growing needs .*threshold above 0: at 0 all ranks count"),
         (lambda: gated("nested", threshold=0.5), "threshold=0.5 would do nothing: .*is nested"),
         (lambda: SparseWeight(layer(), 13), "entries=13: a row of the layer has 12; name fewer"),
     ],

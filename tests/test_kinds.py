@@ -372,11 +372,23 @@ def test_a_mixture_is_its_formula_token_by_token(top):
     assert all(p.grad.any() for p in mixture.parameters())
 
 
-def test_more_experts_or_ranks_a_token_than_there_are_are_refused():
-    with pytest.raises(UserError, match=r"kind.top=4 is more than strategy.adapter.kind.experts=3"):
-        LoRAMixture(DIM, OUT, 2, experts=3, top=4)
-    with pytest.raises(UserError, match=r"kind.top=4 is more than strategy.adapter.kind.rank=3"):
-        SelfActivated(DIM, OUT, 3, top=4, temperature=1.0)
+# experts or ranks of which some, or the gate, would do nothing
+NUMBERS = [
+    (lambda: LoRAMixture(DIM, OUT, 2, experts=3, top=4), "kind.top=4 is more than .*experts=3"),
+    (lambda: LoRAMixture(DIM, OUT, 2, experts=3, top=1), "kind.top=1 leaves one expert with a sh"),
+    (lambda: LoRAMixture(DIM, OUT, 2, experts=1), "kind.experts=1 leaves one expert with a share"),
+    (
+        lambda: SelfActivated(DIM, OUT, 3, top=4, temperature=1.0),
+        "kind.top=4 is more than .*rank=3",
+    ),
+    (lambda: MoSA(DIM, 2, experts=2 * DIM + 1), "kind.experts=25: a projection at .* has 24 numb"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), NUMBERS)
+def test_numbers_of_experts_with_which_something_does_nothing_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def test_self_activated_ranks_are_those_of_moram_before_its_second_task():

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from driftline.core.build import build
 from driftline.core.errors import UserError
-from driftline.parts.adapters.mixture import ARROW
+from driftline.parts.adapters.bottleneck import Bottleneck
+from driftline.parts.adapters.dual_rank import DualRank
+from driftline.parts.adapters.lora import LoRA
+from driftline.parts.adapters.mixture import ARROW, Arrow
+from driftline.parts.adapters.mosa import MoSA
 from driftline.parts.routing import by_distance, by_entropy, direction, scores_of, shares
 
 DRAWS = torch.Generator().manual_seed(0)
@@ -93,6 +97,32 @@ def test_the_direction_of_products_is_the_input_to_which_they_answer_most(blocks
     whole = torch.cat([up @ down for down, up in pairs])
     first = torch.linalg.svd(whole).Vh[0]
     assert (first @ direction(pairs)).abs() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LoRA(7, 9, 2),
+        lambda: LoRA(7, 9, 2, parts=["q", "v"]),
+        lambda: LoRA(7, 9, 2, parts=["q", "v"], scale=None),
+        lambda: DualRank(7, 9, 1, 3),
+        lambda: Bottleneck(7, 3),
+        lambda: MoSA(7, 3, experts=2).eval(),
+    ],
+    ids=["lora", "parts", "learned scales", "dual_rank", "bottleneck", "mosa"],
+)
+def test_arrow_looks_where_the_whole_update_of_a_set_answers_most(make):
+    adapter = make()
+    draws = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_(generator=draws)
+        if isinstance(adapter, Bottleneck):  # of which it is the products alone
+            whole = adapter.up.weight @ adapter.down.weight
+        else:
+            whole = adapter(torch.eye(7)).T
+    first = torch.linalg.svd(whole).Vh[0]
+    assert (first @ Arrow([adapter]).directions[0]).abs() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("module", [test_mos, test_tuna], ids=["mos", "tuna"])

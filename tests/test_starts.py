@@ -23,9 +23,10 @@ from driftline.parts.adapters import starts
 from driftline.parts.adapters.bottleneck import Bottleneck
 from driftline.parts.adapters.lora import LoRA
 from driftline.parts.adapters.plan import Plan
-from driftline.parts.adapters.starts import CALIBRATED, KEPT, Start
+from driftline.parts.adapters.starts import CALIBRATED, CHOOSING, KEPT, Start
 
-STARTS = [start for start in get_args(Start) if start != "saft"]  # which is tried in test_gates.py
+# Those that set factors; what the others choose is tried in test_gates.py and test_kinds.py.
+STARTS = [start for start in get_args(Start) if start not in CHOOSING]
 DIM, OUT, RANK = 12, 15, 3
 QKV = ["blocks.*.attn.qkv:out"]
 
@@ -196,12 +197,14 @@ def test_the_network_stays_bitwise_and_the_set_is_the_identity(start):
 
 
 METHODS = [("finetune", "eva"), ("ease", "lora_ga"), ("lae", "corda"), ("aper", "lora_one")]
+METHODS += [(name, start) for name in ("ease", "lae") for start in CHOOSING]
 
 
-@pytest.mark.parametrize(("name", "start"), [*METHODS, ("ease", "saft"), ("lae", "saft")])
+@pytest.mark.parametrize(("name", "start"), METHODS)
 def test_a_method_calibrates_before_a_task_and_a_resumed_one_does_not(name, start):
     def make() -> Any:
-        kind = {"adapter": "saft"} if start == "saft" else {"adapter": "lora", "rank": 2}
+        kinds = {"saft": {"adapter": "saft"}, "lori": {"adapter": "lori_s"}}
+        kind = kinds.get(start, {"adapter": "lora", "rank": 2})
         node = strategy_node(name, start=start, start_batches=2, **kind)
         return build(node, at="strategy", backbone=tiny(), seed=0, num_classes=5)
 
@@ -210,7 +213,7 @@ def test_a_method_calibrates_before_a_task_and_a_resumed_one_does_not(name, star
         return [
             v.clone()
             for k, v in state.items()
-            if {"a", "start", "index"} & set(re.split(r"[._]", k))
+            if {"a", "start", "index", "mask"} & set(re.split(r"[._]", k))
         ]
 
     first, second = task(0, range(0, 3)), task(1, range(3, 5))
@@ -242,7 +245,7 @@ def calibrated() -> list[Tensor]:
     draws = torch.Generator().manual_seed(0)
     x, head = torch.rand(7, 3, 16, 16, generator=draws), torch.randn(16, 3, generator=draws)
     batch = Batch(x, torch.tensor([0, 1, 2, 1, 0, 2, 2]), torch.arange(7), torch.zeros(7))
-    for start in (s for s in CALIBRATED if s != "saft"):
+    for start in (s for s in CALIBRATED if s not in CHOOSING):
         plan = Plan(at=QKV, blocks=None, kind=partial(LoRA, rank=2), start=start)
         bank = plan.bank(net, calibrates=True)
         plan.add(bank, "a", torch.Generator().manual_seed(1))
@@ -276,6 +279,12 @@ def test_two_processes_calibrate_as_one(tmp_path):
         ({"kind": partial(LoRA, rank=17)}, "needs 17 singular vectors and the layer at blocks.0"),
         ({"kind": partial(LoRA, rank=2, scale=0.0)}, "needs strategy.adapter.kind.scale above 0"),
         ({"start": "saft"}, "start=saft is computed from images before the training, which this"),
+        ({"start_batches": 3}, "start_batches=3 would do nothing: strategy.adapter.start=pissa re"),
+        ({"start": None, "start_batches": 3}, "do nothing: strategy.adapter.start=null reads no"),
+        (
+            {"at": ["blocks.*.mlp.fc2:out"], "kind": partial(LoRA, rank=2, parts=["q"])},
+            "kind.parts names parts of a qkv layer, and blocks.0.mlp.fc2:out has none",
+        ),
         ({"start": "eva"}, "start=eva is computed from images before the training, which this"),
     ],
 )
@@ -286,9 +295,11 @@ def test_starts_that_cannot_be_are_refused(options, message):
         plan.add(plan.bank(tiny()), "a")
 
 
-def test_saft_is_for_the_kind_that_changes_entries_of_a_weight():
-    plan = Plan(at=QKV, blocks=None, kind=partial(LoRA, rank=2), start="saft")
-    with pytest.raises(UserError, match="LoRA changes none: use adapter=saft"):
+@pytest.mark.parametrize(("start", "adapter"), [("saft", "saft"), ("lori", "lori_s")])
+def test_a_start_that_chooses_numbers_is_for_its_kind(start, adapter):
+    plan = Plan(at=QKV, blocks=None, kind=partial(LoRA, rank=2), start=start)
+    message = f"start={start} chooses what .* changes, and this is LoRA: use adapter={adapter}$"
+    with pytest.raises(UserError, match=message):
         plan.add(plan.bank(tiny(), calibrates=True), "a")
 
 

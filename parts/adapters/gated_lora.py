@@ -35,9 +35,10 @@ class GatedLoRA(LoRA):
 
     `growing`: no parameter. A block has one rank at first, and one more whenever the latest one is
     in use: when its column of B is as long as t. The others add nothing and get no gradient until
-    then. The idea of ranks that are added where they are needed is that of IncreLoRA (Zhang et al.,
-    2023, arXiv 2308.12043), which measures it by gradients and gives new ranks to the layers with
-    the most of it, on a schedule.
+    then; ranks leave again where such a column gets shorter than t (by a decay, or a merge). The
+    idea of ranks that are added where they are needed is that of IncreLoRA (Zhang et al., 2023,
+    arXiv 2308.12043), which measures it by gradients and gives new ranks to the layers with the
+    most of it, on a schedule.
 
     All are checked against these formulas in float64, and against no other code.
 
@@ -49,8 +50,8 @@ class GatedLoRA(LoRA):
         generator: of the initial A and of g, N(0, 1); B starts at 0.
 
     Raises:
-        UserError: for a budget that is missing or above the ranks of a layer, or a setting of
-            another gate.
+        UserError: for a budget that is missing or above the ranks of a layer, a threshold of 0 of
+            `growing`, or a setting of another gate.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class GatedLoRA(LoRA):
             raise UserError(f"{at}.budget={budget} would do nothing: {at}.gate is {gate}")
         if gate not in ("soft", "growing") and threshold:
             raise UserError(f"{at}.threshold={threshold:g} would do nothing: {at}.gate is {gate}")
+        if gate == "growing" and not threshold:
+            raise UserError(f"{at}.gate=growing needs {at}.threshold above 0: at 0 all ranks count")
         self.kind, self.rank, self.threshold, self.budget = gate, rank, threshold, budget
         if gate in ("soft", "budget"):
             self.gate = nn.Parameter(torch.empty(ranks).normal_(generator=generator))

@@ -12,6 +12,7 @@ from driftline.core.errors import UserError
 from driftline.core.ranges import NonNegative, Size
 from driftline.parts.adapters.adapter import Adapter, kaiming
 from driftline.parts.adapters.bank import AdapterBank
+from driftline.parts.adapters.lora import Factored
 from driftline.parts.routing import direction, shares
 
 ARROW = "arrow"  # name of the set that mixes others
@@ -37,7 +38,7 @@ class LoRAMixture(Adapter):
         generator: of the initial A and gate, Kaiming-uniform; B starts at 0.
 
     Raises:
-        UserError: for a `top` above `experts`.
+        UserError: for a `top` above `experts`, or one expert alone, whose share is always 1.
     """
 
     def __init__(
@@ -55,6 +56,11 @@ class LoRAMixture(Adapter):
         at = "strategy.adapter.kind"
         if top is not None and top > experts:
             raise UserError(f"{at}.top={top} is more than {at}.experts={experts}: lower it")
+        if experts == 1 or top == 1:
+            raise UserError(
+                f"{at}.{'experts' if experts == 1 else 'top'}=1 leaves one expert with a share of "
+                "1, and its gate would not learn: set it to 2 or more, or use adapter=lora"
+            )
         self.top, self.scale = top, scale
         self.a = nn.Parameter(torch.empty(experts, rank, dim))
         self.b = nn.Parameter(torch.zeros(experts, out, rank))
@@ -95,7 +101,7 @@ class Arrow(Adapter):
         super().__init__()
         check_directed(adapters)
         self.sets, self.state, self.top = list(adapters), state, top
-        each = torch.stack([direction(one.pairs()) for one in adapters])
+        each = torch.stack([direction(_products(one)) for one in adapters])
         self.register_buffer("directions", each, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,8 +120,16 @@ def check_directed(adapters: Sequence[Adapter]) -> None:
         if not one.pairs():
             raise UserError(
                 f"strategy.router=arrow needs low-rank products, and {type(one).__name__} adds "
-                "none: use adapter=lora, or another router"
+                "none: use adapter=lora (without a start that is taken off), or another router"
             )
+
+
+def _products(adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
+    """The `pairs` of an adapter as products that have rows of their own, with learned scales."""
+    if not isinstance(adapter, Factored):
+        return adapter.pairs()
+    down, up, scales = adapter._factors()
+    return [(down, up if scales is None else up * scales)]
 
 
 def mix_sets(bank: AdapterBank, hashes: Mapping[str, str]) -> str:

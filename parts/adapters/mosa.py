@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from driftline.core.errors import UserError
 from driftline.core.ranges import NonNegative, Size
 from driftline.parts.adapters.bottleneck import Bottleneck
 
@@ -27,6 +28,9 @@ class MoSA(Bottleneck):
         dim, rank, act, scale, generator: as of `Bottleneck`; the parts are drawn after the weights.
         experts: number of parts. Those of a pass are drawn from torch's global generator, like
             dropout; checkpoints contain it.
+
+    Raises:
+        UserError: for more parts than a projection has numbers.
     """
 
     part_down: Tensor  # int16 [rank, dim], the part of each number
@@ -44,6 +48,11 @@ class MoSA(Bottleneck):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(dim, rank, act=act, scale=scale, generator=generator)
+        if experts > (most := dim * rank):
+            raise UserError(
+                f"strategy.adapter.kind.experts={experts}: a projection at this point has {most} "
+                "numbers, and a part without one learns nothing; lower it"
+            )
         self.experts = experts
         for name, layer in (("part_down", self.down), ("part_up", self.up)):
             drawn = torch.rand(layer.weight.shape, generator=generator)

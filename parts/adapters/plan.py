@@ -29,6 +29,7 @@ from driftline.core.stream import Batch, Task
 from driftline.parts.adapters import starts
 from driftline.parts.adapters.adapter import Adapter, AdapterSet
 from driftline.parts.adapters.bank import AdapterBank, no_place
+from driftline.parts.adapters.lora import LoRA
 from driftline.parts.adapters.starts import CALIBRATED, Start
 
 # Known at a point: input and output width, the module itself; of a set: its modules by point, and
@@ -71,9 +72,16 @@ class Plan:
             calibrates: the method calls `calibrate`.
 
         Raises:
-            UserError: for a network that lacks one of the points, or all of the named blocks, or a
-                start that is computed from images in a method that does not calibrate.
+            UserError: for a network that lacks one of the points, or all of the named blocks, a
+                start that is computed from images in a method that does not calibrate, or
+                `start_batches` without such a start.
         """
+        if self.start not in CALIBRATED and self.start_batches != Plan.start_batches:
+            raise UserError(
+                f"strategy.adapter.start_batches={self.start_batches} would do nothing: "
+                f"strategy.adapter.start={'null' if self.start is None else self.start} reads no "
+                "images; leave it out"
+            )
         if self.start in CALIBRATED and not calibrates:
             others = {"saft": "adapter=neuroada", "lori": "adapter=lori"}
             other = others.get(self.start, "start=pissa or orthonormal")
@@ -106,7 +114,8 @@ class Plan:
         """New adapters by point, in the order of `points`.
 
         Raises:
-            UserError: for a kind that changes a linear layer, at another module.
+            UserError: for a kind that changes a linear layer, at another module, or `parts` of a
+                qkv layer at any other.
         """
         wanted = inspect.signature(self.kind, eval_str=True).parameters
         new: dict[str, Any] = {}
@@ -139,6 +148,8 @@ class Plan:
     def _prepare(self, adapters: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
         """New adapters by point, before a set is made of them."""
         for point, adapter in adapters.items():
+            if isinstance(adapter, LoRA) and adapter.rows != ((0, adapter.out),):
+                _check_fused(point, modules[point])
             starts.prepare(self.start, point, adapter, modules[point])
 
     def calibrate(
@@ -182,6 +193,20 @@ class Plan:
         if self.blocks is None or block < 0:
             return True
         return block in self.blocks if isinstance(self.blocks, list) else block < self.blocks
+
+
+def _check_fused(point: str, module: nn.Module) -> None:
+    """Whether a module has the rows of queries, keys and values, by its name or its widths.
+
+    Raises:
+        UserError: if not.
+    """
+    fused = isinstance(module, nn.Linear) and module.out_features == 3 * module.in_features
+    if not (fused or point.endswith(".qkv:out")):
+        raise UserError(
+            f"strategy.adapter.kind.parts names parts of a qkv layer, and {point} has none: set it "
+            "to null, or change strategy.adapter.at"
+        )
 
 
 def _block(name: str) -> int:
