@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from driftline.backbones.backbone import Backbone
@@ -192,10 +193,11 @@ def _plain(method: Strategy, images: Tensor) -> Backbone:
     Raises:
         UserError: where there is none.
     """
-    if images.ndim != 4 or len(images) < 2:
+    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) < 2:
+        tensor = isinstance(images, Tensor)
+        what = f"a tensor of shape {list(images.shape)}" if tensor else repr(images)[:80]
         raise UserError(
-            f"images must be a batch of at least two, [B, 3, H, W] in [0, 1], got a tensor of "
-            f"shape {list(images.shape)}"
+            f"images must be a batch of at least two, [B, 3, H, W] in [0, 1], got {what}"
         )
     with torch.no_grad():
         want = method.predict(images)
@@ -408,8 +410,8 @@ def _with_head(network: Backbone, weight: Tensor, bias: Tensor) -> Backbone:
 def _merged(bank: AdapterBank, sets: Sequence[str]) -> Backbone:
     """A copy of the bank's network whose weights hold what these sets of adapters add.
 
-    A linear layer with adapters at its output is an affine map; its matrix is what it makes of the
-    unit vectors, whatever kind the adapters are of.
+    A linear layer with adapters at its output is an affine map for most kinds; its matrix is what
+    it makes of the unit vectors. Others answer drawn vectors in another way than that matrix.
     """
     network = deepcopy(bank.backbone)
     points = {point: one for name in sets for point, one in bank.adapters(name).items()}
@@ -421,7 +423,17 @@ def _merged(bank: AdapterBank, sets: Sequence[str]) -> Backbone:
                 copied.weight = nn.Parameter(adapter.gamma * layer.weight)
                 copied.bias = nn.Parameter(adapter.gamma * layer.bias + adapter.beta)
             elif kind == "out" and isinstance(layer, nn.Linear):
+                draws = torch.Generator().manual_seed(0)
+                x = torch.randn(1, 32, layer.in_features, generator=draws).to(layer.weight)
+                out = layer(x)  # `copied` still has the hooks
+                change = (out - F.linear(x, layer.weight, layer.bias)).norm()
                 _put_map(copied, layer, layer.weight)
+                off = (out - F.linear(x, copied.weight, copied.bias)).norm()
+                if off > 0.01 * change + 2e-6 * out.norm():
+                    raise _Refused(
+                        f"that of a network with adapters at {point} whose updates differ between "
+                        "tokens"
+                    )
             else:
                 raise _Refused(
                     f"that of a network with adapters at {point}, which are no change of the "

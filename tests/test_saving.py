@@ -152,6 +152,8 @@ def test_a_method_of_ones_own_is_exported_rightly_or_not_at_all(by):
     method = driftline.make("source", network("resnet"))
     with pytest.raises(UserError, match="at least two"):
         driftline.export(method, x[:1])
+    with pytest.raises(UserError, match=r"images must be a batch of at least two.*, got 'net.pt'"):
+        driftline.export(method, "net.pt")
     with pytest.raises(UserError, match="was not made by driftline.make"):
         driftline.save(Sharpened(network("resnet")), "nowhere.safetensors")
 
@@ -201,6 +203,22 @@ def test_a_network_without_a_head_gets_one():
     fresh = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
     fresh.load_state_dict(driftline.export(method, x))
     assert torch.allclose(fresh(x), method.predict(x), atol=1e-4) and vit.num_classes == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "growing_ranks", "lora_mixture", "self_activated"])
+def test_adapters_are_in_the_weights_unless_they_differ_between_tokens(kind):
+    vit = timm.create_model("test_vit", num_classes=4, img_size=32)
+    method, x = driftline.make("tent", deepcopy(vit), adapter=kind), torch.rand(4, 3, 32, 32)
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in method.bank.second_factors(next(iter(method.bank.sets))):
+            p.normal_(0, 1e-4, generator=draws)  # so small that the scores hardly move
+    if kind in ("lora_mixture", "self_activated"):
+        with pytest.raises(UserError, match="at blocks.0.attn.qkv:out whose updates differ betwee"):
+            driftline.export(method, x)
+        return
+    vit.eval().load_state_dict(driftline.export(method, x))
+    assert torch.allclose(vit(x), method.predict(x), atol=1e-4)
 
 
 class WithAuxiliary(nn.Module):
