@@ -90,7 +90,7 @@ REASONS: dict[type[Strategy], str] = {
     BECoTTA: "that of a network with experts, chosen for each image",
     EcoTTA: "that of a network with meta networks beside it",
     Ease: "made in the subspaces of the adapters of all tasks",
-    Mos: "made with the adapters of all tasks, one retrieved for each image",
+    Mos: "made with the adapters of all tasks, chosen or mixed for each image",
     Tuna: "made with the adapters of all tasks, the surest for each image",
     CLLoRA: "made in a subspace of each task",
     LAE: "the surer of two sets of adapters",

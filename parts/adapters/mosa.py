@@ -20,9 +20,10 @@ class MoSA(Bottleneck):
     all count: the merged adapter, which is an ordinary bottleneck. Biases always learn.
 
     Source: Zhang et al., "MoSA: Mixture of Sparse Adapters for Visual Efficient Tuning", 2023,
-    arXiv 2312.02923. The second pass of its training, with a loss that both agree, is left out, and
-    so is the sharing of one projection. Checked against the formula; no code of the authors was
-    run.
+    arXiv 2312.02923, and Theia-4869/MoSA, read and not run: there every expert has biases of its
+    own, a LayerNorm stands in front, the activation is GELU and one projection can be shared. They
+    are left out, as is the second pass of its training with a loss that both agree. Checked against
+    the formula.
 
     Args:
         dim, rank, act, scale, generator: as of `Bottleneck`; the parts are drawn after the weights.
