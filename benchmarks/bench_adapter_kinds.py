@@ -3,7 +3,8 @@
     python benchmarks/bench_adapter_kinds.py
 
 A forward and a backward pass of 4 images (197 tokens of 768 numbers) through a frozen layer of 768
-to 2304, rank 8; all kinds in turn in one process, medians of processor seconds after one warm-up.
+to 2304, rank 8, and a forward pass without gradients; all kinds in turn in one process, medians of
+processor seconds after one warm-up.
 `saved`: bytes that autograd keeps for the backward pass, without what is there before and after it
 and does not learn (the layer's weights, random matrices).
 """
@@ -23,14 +24,17 @@ from torch import Tensor, nn
 from driftline.core.files import write_text
 from driftline.parts.adapters.dora import DoRA
 from driftline.parts.adapters.ether import EtherPlus
+from driftline.parts.adapters.gated_lora import GatedLoRA
 from driftline.parts.adapters.hra import HRA
 from driftline.parts.adapters.hydra import Hydra
 from driftline.parts.adapters.lora import LoRA
 from driftline.parts.adapters.lori import LoRI
+from driftline.parts.adapters.mixture import LoRAMixture
 from driftline.parts.adapters.moslora import MoSLoRA
 from driftline.parts.adapters.nola import NOLA
 from driftline.parts.adapters.oft import OFT
 from driftline.parts.adapters.paca import PaCA
+from driftline.parts.adapters.self_activated import SelfActivated
 from driftline.parts.adapters.shared_lora import VeRA, tied_lora
 
 DIM, OUT, RANK, TOKENS = 768, 2304, 8, (4, 197)
@@ -42,6 +46,9 @@ def ours() -> dict[str, Pass]:
     after = {
         "LoRA": LoRA(DIM, OUT, RANK),
         "MoSLoRA": MoSLoRA(DIM, OUT, RANK),
+        "growing ranks": GatedLoRA(DIM, OUT, RANK, gate="growing", threshold=0.05),
+        "4 ranks of 8 by their activations": SelfActivated(DIM, OUT, RANK, top=4, temperature=0.01),
+        "2 of 4 experts of rank 4": LoRAMixture(DIM, OUT, RANK // 2, experts=4, top=2),
         "LoRI": LoRI(DIM, OUT, RANK),
         "Tied-LoRA": tied_lora({"0:out": layer}, RANK)["0:out"],
         "Hydra, half the rank": Hydra(DIM, OUT, RANK // 2),
@@ -84,8 +91,8 @@ def _learned(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def step(run: Pass, x: Tensor) -> tuple[float, int]:
-    """Processor seconds, and bytes saved for the backward pass."""
+def step(run: Pass, x: Tensor) -> tuple[float, float, int]:
+    """Processor seconds of a step and of an answer; bytes saved for the backward pass."""
     forward, learned, constant = run
     saved: dict[int, int] = {}
 
@@ -98,8 +105,12 @@ def step(run: Pass, x: Tensor) -> tuple[float, int]:
         out = forward(x)
     torch.autograd.grad(out.sum(), [x, *learned])
     spent = time.process_time() - start
+    start = time.process_time()
+    with torch.no_grad():
+        forward(x)
+    answer = time.process_time() - start
     there = {t.untyped_storage().data_ptr() for t in constant}
-    return spent, sum(size for place, size in saved.items() if place not in there)
+    return spent, answer, sum(size for place, size in saved.items() if place not in there)
 
 
 def main() -> None:
@@ -111,19 +122,23 @@ def main() -> None:
     torch.manual_seed(0)
     x = torch.randn(*TOKENS, DIM, requires_grad=True)
     passes = ours() | theirs()
-    looks: dict[str, list[tuple[float, int]]] = {name: [] for name in passes}
+    looks: dict[str, list[tuple[float, float, int]]] = {name: [] for name in passes}
     for _ in range(args.rounds + 1):
         for name, run in passes.items():
             looks[name].append(step(run, x))
-    seconds = {n: statistics.median(s for s, _ in rows[1:]) for n, rows in looks.items()}
-    lines = ["| kind | parameters | ms | of LoRA | saved, MiB |", "|---|---|---|---|---|"]
+    steps, answers = (
+        {n: 1000 * statistics.median(row[i] for row in rows[1:]) for n, rows in looks.items()}
+        for i in (0, 1)
+    )
+    lines = [
+        "| kind | parameters | step, ms | of LoRA | answer, ms | of LoRA | saved, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, (_, learned, _) in passes.items():
         count = sum(p.numel() for p in learned)
-        ratio = seconds[name] / seconds["LoRA"]
-        saved = looks[name][-1][1] / 2**20
-        lines.append(
-            f"| {name} | {count:,} | {1000 * seconds[name]:.1f} | {ratio:.2f}x | {saved:.1f} |"
-        )
+        saved = looks[name][-1][2] / 2**20
+        times = [f"{t[name]:.1f} | {t[name] / t['LoRA']:.2f}x" for t in (steps, answers)]
+        lines.append(f"| {name} | {count:,} | {' | '.join(times)} | {saved:.1f} |")
     text = "\n".join(lines) + "\n"
     write_text(args.out, text) if args.out else print(text)
 
