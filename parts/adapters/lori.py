@@ -58,9 +58,7 @@ class LoRI(LoRA):
         """
         assert self.share is not None
         slopes = (gradient @ self.a[0].to(gradient).T).abs().flatten()
-        count = max(1, round(self.share * len(slopes)))
-        chosen = torch.zeros_like(slopes, dtype=torch.bool)
-        chosen[slopes.topk(count).indices] = True
+        chosen = _largest(slopes, max(1, round(self.share * len(slopes))))
         self.mask.copy_(chosen.view_as(self.mask))
 
     def _factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -70,6 +68,11 @@ class LoRI(LoRA):
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """None: what is read does not learn."""
         return []
+
+
+def _largest(sizes: Tensor, count: int) -> Tensor:
+    """bool [n], true at the `count` largest of [n]."""
+    return torch.zeros_like(sizes, dtype=torch.bool).scatter(0, sizes.topk(count).indices, True)
 
 
 @torch.no_grad()
@@ -82,9 +85,7 @@ def keep_largest(adapters: Iterable[Adapter], share: Unit) -> None:
     """
     members = [a for a in adapters if isinstance(a, LoRI)]
     sizes = torch.cat([a.b[0].abs().flatten() for a in members])
-    count = round(share * len(sizes))
-    kept = torch.zeros_like(sizes, dtype=torch.bool)
-    kept[sizes.topk(count).indices] = True
+    kept = _largest(sizes, round(share * len(sizes)))
     for a, mask in zip(members, kept.split([a.mask.numel() for a in members]), strict=True):
         a.mask.copy_(mask.view_as(a.mask))
         a.b[0].zero_()

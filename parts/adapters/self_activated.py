@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,14 +55,14 @@ class SelfActivated(LoRA):
             raise UserError(f"{at}.top={top} is more than {at}.rank={rank}: lower it")
         self.top, self.temperature = top, temperature
 
-    def _call(self, x: Tensor, weight: float = 1.0, **residual: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         down, up = self._stacked()
         u = F.linear(x, down).unflatten(-1, (len(self.a), -1))  # [..., blocks, rank]
         w = shares(F.normalize(u, dim=-1), self.top, self.temperature)
         assert self.scale is not None
-        added = weight * self.scale * F.linear((w * u).flatten(-2), up)
-        return added if residual.get("base") is None else residual["base"] + added
+        return self.scale * F.linear((w * u).flatten(-2), up)
 
+    add = Adapter.add  # not one product, as LoRA's
     add_grouped = Adapter.add_grouped
     after_grouped = Adapter.after_grouped
 
