@@ -2,11 +2,13 @@ r"""What the options of speed change and gain, and what the runner costs: one pa
 
     python benchmarks/bench_speed.py precision --imagenet $IMAGENET --lite0 $LITE0 --vit $VIT
     python benchmarks/bench_speed.py store --folders $FOLDERS   # and the same three
-    python benchmarks/bench_speed.py runner start sweep page
+    python benchmarks/bench_speed.py layout runner start sweep page
 
 * `precision`: methods on real images under corruption, `precision` and `channels_last` side by
   side: the same batches, one side after the other in turns, in one process. Error, ECE and the
   number of images whose predicted class is not that of float32 in the default layout.
+* `layout`: one forward pass, and one with its backward pass, in both layouts, of the networks that
+  papers use and of families with depthwise or grouped convolutions, with random weights.
 * `runner`: what the loop around a method costs a batch of one image, beside the method itself, on
   a network that is next to nothing.
 * `start`: processor seconds of `--help` and of the imports of a run, in processes of their own.
@@ -32,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +59,20 @@ from driftline.runs.machine import set_up
 from driftline.streams.pipelines import Geometry
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("precision", "runner", "start", "sweep", "store")
+PARTS = ("precision", "layout", "runner", "start", "sweep", "store")
 CPU = torch.device("cpu")
 
 # ------------------------------------------------------------------ precision and layout
 
 SIDES = {
-    "float32": [],
+    "float32": ["channels_last=false"],
     "float32, channels-last": ["channels_last=true"],
-    "bf16": ["precision=bf16"],
+    "bf16": ["precision=bf16", "channels_last=false"],
     "bf16, channels-last": ["precision=bf16", "channels_last=true"],
 }
 GPU_SIDES = SIDES | {
-    "tf32": ["precision=tf32"],
-    "fp16": ["precision=fp16"],
+    "tf32": ["precision=tf32", "channels_last=false"],
+    "fp16": ["precision=fp16", "channels_last=false"],
     "fp16, channels-last": ["precision=fp16", "channels_last=true"],
 }
 VIEWS = ["strategy.views=4", "strategy.threshold=2"]  # for every batch; the official number is 32
@@ -168,6 +171,49 @@ def precision(args: argparse.Namespace) -> list[dict[str, Any]]:
                     }
                 )
                 print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+LAYOUTS: dict[str, tuple[list[str], int]] = {  # settings of a network, images a batch
+    "tf_efficientnet_lite0": (["backbone=efficientnet_lite0_in1k"], 16),
+    "efficientnet_b0": (["backbone=timm", "backbone.tag=efficientnet_b0.ra_in1k"], 8),
+    "mobilenetv3_large_100": (["backbone=timm", "backbone.tag=mobilenetv3_large_100.ra_in1k"], 16),
+    "regnety_008": (["backbone=timm", "backbone.tag=regnety_008.pycls_in1k"], 16),
+    "convnext_tiny": (["backbone=timm", "backbone.tag=convnext_tiny.fb_in1k"], 8),
+    "ResNet-50": (["backbone=resnet50_in1k"], 8),
+    "ResNet-50, GroupNorm": (["backbone=resnet50_gn_in1k"], 8),
+    "WRN-28-10": (["backbone=wrn28_10_cifar10"], 10),
+    "WRN-40-2": (["backbone=wrn40_2_augmix_cifar10"], 100),
+    "ResNeXt-29": (["backbone=resnext29_augmix_cifar100"], 20),
+}
+
+
+def layout(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each network: processor seconds in both layouts, in turns; medians of three."""
+    torch.set_num_threads(args.threads)
+    rows = []
+    for name, (words, batch) in LAYOUTS.items():
+        cfg = settings_of([*words, "backbone.checkpoint=random"])
+        network: Backbone = build(cfg.backbone, at="backbone")
+        network.train()
+        nets = {"default": network, "channels-last": deepcopy(network)}
+        nets["channels-last"].to(memory_format=torch.channels_last)
+        x = torch.rand(batch, 3, network.input_size, network.input_size)
+        spent: dict[tuple[str, str], list[float]] = {}
+        for _ in range(4):  # the first warms up
+            for side, net in nets.items():
+                for passes in ("forward", "step"):
+                    begin = time.process_time()
+                    with torch.set_grad_enabled(passes == "step"):
+                        loss = net(x).logsumexp(1).sum()
+                    if passes == "step":
+                        loss.backward()
+                        net.zero_grad()
+                    spent.setdefault((passes, side), []).append(time.process_time() - begin)
+        seconds = {" ".join(case): statistics.median(v[1:]) for case, v in spent.items()}
+        chosen = bool(cfg.channels_last)
+        rows.append({"network": name, "batch": batch, "chosen": chosen, "seconds": seconds})
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -344,9 +390,7 @@ than in float32 and the default layout. With so few images an error differs by t
 from another draw: the table says what the options change, not which method is good.
 """  # noqa: E501
 READING = """\
-* **`channels_last=true`** in float32 changed {layout_flips} of {layout_images}
-  predictions. It stays an option: the default gives the same bits as before on every network, and which
-  layout is faster depends on network and machine.
+* **`channels_last=true`** in float32 changed {layout_flips} of {layout_images} predictions.
 * **`precision=bf16`** rounds passes without gradients: {low_flips} of {low_images} predictions
   changed, over all rows without channels-last. Methods that learn on the only pass they make (Tent)
   are not touched: nothing of them is without gradients. LAME on EfficientNet-Lite0 changes most, and
@@ -355,6 +399,13 @@ READING = """\
   scores do that, not the rounded features: with scores of float32 and affinities of bf16 nothing changes.
 * `fp16` and `tf32` are for GPUs, which this page has none of: **not measured**. On a CPU `tf32` does
   nothing and `fp16` is refused. bf16 needs a processor that multiplies in it (AMX, AVX512-BF16).
+"""  # noqa: E501
+LAYOUT = """\
+## Which networks get channels-last by themselves
+
+One batch forward, and forward and backward, with random weights in training mode. `channels_last: null` chooses the
+layout for families of timm that gain a fifth or more; the others gain less or lose, and keep their bits.
+`channels_last=false` brings the bits of the default layout back for all; the layout is part of a run's identity.
 """  # noqa: E501
 RUNNER = """\
 ## The runner at batches of one image
@@ -428,7 +479,7 @@ def page(out: Path, machine: str) -> str:
         f"python benchmarks/bench_speed.py precision {words}",
         f"python benchmarks/bench_speed.py store --folders $FOLDERS {words}",
         "python benchmarks/bench_table.py --imagenet $IMAGENET --lite0 $LITE0",
-        'python benchmarks/bench_speed.py runner start sweep page --machine "..."',
+        'python benchmarks/bench_speed.py layout runner start sweep page --machine "..."',
         "```\n",
     ]
     rows = parts.get("precision", {}).get("rows", [])
@@ -443,6 +494,8 @@ def page(out: Path, machine: str) -> str:
             "low_images": sum(r["images"] for r in low),
         }
         text += [READING.format(**counts)]
+    if "layout" in parts:
+        text += [LAYOUT, layout_table(parts["layout"]["rows"]), ""]
     if "runner" in parts:
         text += [RUNNER, runner_table(parts["runner"]["rows"]), ""]
     if "start" in parts:
@@ -490,6 +543,21 @@ def precision_table(rows: list[dict[str, Any]]) -> str:
             for r in rows
         ],
     )
+
+
+def layout_table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for r in rows:
+        cells = [r["network"], str(r["batch"])]
+        for passes in ("forward", "step"):
+            before, now = (
+                r["seconds"][f"{passes} {side}"] for side in ("default", "channels-last")
+            )
+            cells += [f"{before:.2f}", f"{now:.2f}", f"{before / now:.2f}x"]
+        lines.append([*cells, "yes" if r["chosen"] else ""])
+    heads = ["CPU s", "channels-last", "ratio"]
+    with_gradients = ["with gradients: CPU s", *heads[1:]]
+    return table(["network", "batch", *heads, *with_gradients, "chosen"], lines)
 
 
 def side_by_side(rows: list[dict[str, Any]], keys: list[str], value: str, digits: int) -> list[Any]:
@@ -562,9 +630,12 @@ def main() -> None:
     add("--machine", default="a CPU", help="how the page calls the machine")
     add("--out", type=Path, default=ROOT / "results" / "reference" / "speed.md")
     args = parser.parse_args()
-    measure = {"precision": precision, "runner": runner, "start": start}
+    measure = {"precision": precision, "layout": layout, "runner": runner, "start": start}
     measure |= {"sweep": sweep, "store": store}
-    same = dict.fromkeys(PARTS, ("label",)) | {"precision": ("device", "network", "method")}
+    same = dict.fromkeys(PARTS, ("label",)) | {
+        "precision": ("device", "network", "method"),
+        "layout": ("network",),
+    }
     for part in args.parts:
         if part == "page":
             write_text(args.out, page(args.out, args.machine))

@@ -40,9 +40,10 @@ METHODS = ("source", "lame", "bn_adapt", "tent", "cotta")
 SEEDS = 3
 STORE = "runtime.feature_store=ROOT/store"
 SIDES = {
+    "one command, `channels_last=false`": ["channels_last=false"],
     "one command": [],
     "with `runtime.feature_store`": [STORE],
-    "and `channels_last=true precision=bf16`": [STORE, "channels_last=true", "precision=bf16"],
+    "and `precision=bf16`": [STORE, "precision=bf16"],
 }
 
 

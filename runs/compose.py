@@ -35,6 +35,10 @@ from driftline.streams.store import ImageStore
 
 Stream = TaskStream | ShiftStream
 
+# How tags of timm begin whose networks channels_last makes faster by a fifth or more
+# (benchmarks/bench_speed.py layout); others gain less, or lose, and keep their bits.
+CHANNELS_LAST = ("efficientnet", "tf_efficientnet", "mobilenetv3", "regnet")
+
 
 def load_option(group: str, name: str) -> DictConfig:
     """One file of conf/<group>/ as a node."""
@@ -44,7 +48,7 @@ def load_option(group: str, name: str) -> DictConfig:
 
 
 def complete(cfg: DictConfig) -> DictConfig:
-    """Fill in what depends on whether real data is given: label and backbone.
+    """Fill in what depends on other settings: backbone, layout, label.
 
     Without `data.root` a scenario of ours is embedded and labelled so. Corruptions
     made on the fly from real images are labelled as well: they are not the released files. The
@@ -58,6 +62,8 @@ def complete(cfg: DictConfig) -> DictConfig:
         choice = cfg.scenario.pop("backbones")
         if cfg.backbone.name == "auto":
             cfg.backbone = load_option("backbone", _automatic(cfg, choice, real))
+        if cfg.channels_last is None:
+            cfg.channels_last = str(cfg.backbone.get("tag")).startswith(CHANNELS_LAST)
         label = cfg.scenario.pop("label", None) or cfg.scenario.name
         defaults = {k: cfg.scenario.pop(k, {}) for k in ("real", "embedded")}
         for key, value in defaults["real" if real else "embedded"].items():

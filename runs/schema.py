@@ -69,7 +69,7 @@ class Settings(TypedDict):
     seed: Seed
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
     deterministic: bool
-    channels_last: bool
+    channels_last: bool | None
     kernel: Kernel
     forgetting: Literal["standard", "nonnegative", "first_minus_last"]
     guard: Reaction

@@ -13,7 +13,7 @@ import torch
 from driftline.backbones.backbone import Backbone
 from driftline.core.errors import UserError
 from driftline.runs import machine
-from driftline.runs.compose import arithmetic
+from driftline.runs.compose import arithmetic, complete
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of tiny tasks
 
@@ -82,8 +82,13 @@ def test_half_precision_needs_a_gpu(configure):
         ([], []),
         (["precision=bf16"], ["bf16"]),
         (["precision=tf32", "channels_last=true"], ["tf32", "channels_last"]),
+        (["backbone=efficientnet_lite0_in1k"], ["channels_last"]),
+        (["backbone=efficientnet_lite0_in1k", "channels_last=false"], []),
+        (["backbone=timm", "backbone.tag=mobilenetv3_large_100.ra_in1k"], ["channels_last"]),
+        (["backbone=timm", "backbone.tag=vit_tiny_patch16_224.augreg_in21k_ft_in1k"], []),
+        (["backbone=resnet50_in1k"], []),
     ],
 )
 def test_what_rounds_otherwise_is_named(configure, words, said):
     """In the line of the run, and in the key of what was prepared on source images."""
-    assert arithmetic(configure(*words)) == said
+    assert arithmetic(complete(configure(*words))) == said
