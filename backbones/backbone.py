@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Backbone(nn.Module):
         self.input_size, self.interpolation, self.classes = input_size, interpolation, classes
         self.passes = Passes()
         self.store: FeatureStore | None = None  # of runs, for answers that cannot change
-        self._one_pass: bool | None = None
+        self._one_pass: bool | None = None  # gives features and logits; None: not tried yet
         _check_normalization(mean, std)
         for key, value in (("mean", mean), ("std", std)):
             stored = None if value is None else torch.tensor(value).view(1, -1, 1, 1)
@@ -212,6 +213,12 @@ class Backbone(nn.Module):
             f"images it read {shapes or 'none'}. Use another backbone"
         )
 
+    def frozen_copy(self) -> Backbone:
+        """A copy that stays as this network is now, with a store if this one has one."""
+        copy = deepcopy(self).requires_grad_(False)
+        copy.store = None if self.store is None else self.store.another()
+        return copy
+
     @torch.no_grad()
     def frozen_features(self, x: Tensor) -> Tensor:
         """`features` of a network that nothing moves; see `store`."""
@@ -230,15 +237,18 @@ class Backbone(nn.Module):
 
     def _frozen(self, x: Tensor, *wanted: str) -> tuple[Tensor, ...]:
         """From the store where it has them; else from one pass, which is stored."""
-        if self.store is None:
+        if self.store is None or (key := self.store.key(self, x)) is None:
             return self._passed(x, wanted)
-        key = self.store.key(x)
         if (stored := self.store.find(key, wanted)) is not None:
             self.passes.recalled += len(x)
             return tuple(stored[name].to(x.device) for name in wanted)
-        names = ("features", "logits") if self._reads_features(x) else wanted
+        names = ("features", "logits") if self._one_pass else wanted
+        drawn = _drawn(x.device)
         tensors = dict(zip(names, self._passed(x, names), strict=True))
-        self.store.add(key, tensors)
+        if torch.equal(drawn, _drawn(x.device)) and self.store.key(self, x) == key:
+            if self._one_pass is None:
+                tensors |= self._both(x)
+            self.store.add(key, tensors)
         return tuple(tensors[name] for name in wanted)
 
     def _passed(self, x: Tensor, wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -247,17 +257,14 @@ class Backbone(nn.Module):
             return (self.features(x),)
         return (self.logits(x),) if wanted == ("logits",) else self.features_and_logits(x)
 
-    def _reads_features(self, x: Tensor) -> bool:
-        """Whether the head reads what `features` gives, bit by bit: then one pass gives both."""
-        if self._one_pass is None:
-            before = self.passes.forward
-            try:
-                read = self.features_and_logits(x)[0]
-                self._one_pass = torch.equal(read, self.features(x))
-            except UserError:
-                self._one_pass = False
-            self.passes.forward = before
-        return self._one_pass
+    def _both(self, x: Tensor) -> dict[str, Tensor]:
+        """Features and logits where the head reads what `features` gives, bit by bit; else none."""
+        before, both = self.passes.forward, {}
+        with suppress(UserError):
+            both = dict(zip(("features", "logits"), self.features_and_logits(x), strict=True))
+        self._one_pass = bool(both) and torch.equal(both["features"], self.features(x))
+        self.passes.forward = before
+        return both if self._one_pass else {}
 
     @contextmanager
     def passing(self, x: Tensor) -> Generator[Tensor]:
@@ -316,6 +323,12 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(x)
+
+
+def _drawn(device: torch.device) -> Tensor:
+    """The state of the random numbers that a network on `device` may draw."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
 
 
 @contextmanager

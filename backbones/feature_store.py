@@ -1,9 +1,10 @@
 """Answers of a network that never learns, kept in a folder for all runs that name it.
 
-What such a network makes of a batch follows from its weights, from the images and from the
-arithmetic. An entry is named by a digest of all three and holds its own checksum: another number
-than the one that a pass would give is never taken, on any machine, and a damaged entry counts as
-none. Many processes may share a folder.
+What such a network makes of a batch follows from its layers and weights, from the images and from
+the arithmetic. An entry is named by a digest of all three and holds its own checksum: another
+number than the one that a pass would give is never taken, on any machine, and a damaged entry
+counts as none. A network that moves after all, that draws random numbers, or that a hook acts on
+has its passes as without a store. Many processes may share a folder.
 """
 
 from __future__ import annotations
@@ -19,37 +20,107 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from driftline.core.errors import UserError
 from driftline.core.files import read_checked, sweep_away, write_checked
 
 KIND = "features-1"
 
+# Hooks that change no answer: checks of what comes in, and adapters, which the methods that ask for
+# the plain network have switched off.
+HARMLESS = ("driftline.parts.adapters.bank", "enough_in_training", "enough_values")
+
+
+class Condition:
+    """A network as it stands, by which a later change is noticed: tensors, layers and modes."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.tensors = [*net.parameters(), *net.buffers()]  # held, so that no other takes its id
+        self.versions = [tensor._version for tensor in self.tensors]
+        self.modes = [(module, module.training) for module in net.modules()]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Condition)
+            and [*map(id, self.tensors)] == [*map(id, other.tensors)]
+            and (self.versions, self.modes) == (other.versions, other.modes)
+        )
+
+
+def _digest(net: nn.Module) -> str:
+    """SHA-256 over the kinds, options and modes of all layers and over all tensors."""
+    digest = hashlib.sha256()
+    for name, module in net.named_modules():
+        kind = type(module)
+        about = (name, kind.__module__, kind.__qualname__, module.extra_repr(), module.training)
+        digest.update(repr(about).encode())
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        flat = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
+        digest.update(_bytes(flat))
+    return digest.hexdigest()
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    return flat.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def _acts(hook: Any) -> bool:
+    """Whether a hook may change what the network answers."""
+    names = getattr(hook, "__module__", None), getattr(hook, "__name__", None)
+    return not any(name in HARMLESS for name in names)
+
 
 class FeatureStore:
-    """Tensors by the batch of images that they belong to.
+    """Tensors by the network and the batch of images that they belong to.
 
     Args:
         folder: of all entries; made with the first one.
         limit_gb: of the folder, GiB; beyond it the entries longest not asked for go.
-        network: what names the network and its arithmetic, see `arithmetic_of`.
+        arithmetic: in words, see `arithmetic_of`.
+
+    A store serves one network, see `another`.
     """
 
-    def __init__(self, folder: Path, limit_gb: float, network: str) -> None:
-        self.folder, self.limit, self.network = folder, int(limit_gb * 2**30), network
+    def __init__(self, folder: Path, limit_gb: float, arithmetic: str) -> None:
+        self.folder, self.limit_gb, self.arithmetic = folder, limit_gb, arithmetic
         self.writes = True
         self._size: int | None = None  # bytes in the folder, as far as this process knows
+        self._condition: Condition | None = None  # in which the network has its digest
+        self._network: str | None = None  # that digest
+        self._moved = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a network may learn: it has no store."""
         return None
 
-    def key(self, x: Tensor) -> str:
-        """24 hex digits that name the images x [B, 3, H, W] under the network."""
+    def another(self) -> FeatureStore:
+        """The same folder for another network."""
+        return FeatureStore(self.folder, self.limit_gb, self.arithmetic)
+
+    def key(self, net: nn.Module, x: Tensor) -> str | None:
+        """24 hex digits that name the images x [B, 3, H, W] under a network.
+
+        None while a hook acts on the network, and for good once it is another one than at the
+        first call.
+        """
+        if self._moved or any(_acts(hook) for part in net.modules() for hook in _hooks(part)):
+            return None
+        now = Condition(net)
+        if now != self._condition:  # or the same numbers were written once more
+            first, self._network = self._network, _digest(net)
+            self._condition, self._moved = now, first not in (None, self._network)
+            if self._moved:
+                return None
         flat = x.detach().cpu().contiguous()
-        digest = hashlib.sha256(f"{self.network} {flat.dtype} {tuple(flat.shape)}".encode())
-        digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        about = (self.arithmetic, self._network, flat.dtype, tuple(flat.shape))
+        digest = hashlib.sha256(repr(about).encode())
+        digest.update(_bytes(flat))
         return digest.hexdigest()[:24]
 
     def find(self, key: str, names: Collection[str]) -> dict[str, Tensor] | None:
@@ -77,7 +148,7 @@ class FeatureStore:
                 self._size = sum(size for _, size, _ in self._entries())
             else:
                 self._size += path.stat().st_size
-            if self._size > self.limit:
+            if self._size > self.limit_gb * 2**30:
                 self._shrink()
         except OSError as error:
             self.writes = False
@@ -104,7 +175,7 @@ class FeatureStore:
         entries = sorted(self._entries())
         self._size = sum(size for _, size, _ in entries)
         for _, size, path in entries:
-            if self._size <= 0.9 * self.limit:
+            if self._size <= 0.9 * self.limit_gb * 2**30:
                 break
             with suppress(OSError):
                 os.unlink(path)

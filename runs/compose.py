@@ -190,9 +190,7 @@ def _feature_store(
         raise UserError(f"runtime.feature_store={folder} is a file; name a folder")
     if distributed.size() > 1:
         raise UserError("runtime.feature_store: a run of several processes has none; leave it out")
-    tensors = {**backbone.state_dict(), "mean": backbone.mean, "std": backbone.std}
-    network = weights_hash({k: t for k, t in tensors.items() if isinstance(t, torch.Tensor)})
-    words = [backbone.tag, network, *arithmetic(cfg), arithmetic_of(device)]
+    words = [backbone.tag, *arithmetic(cfg), arithmetic_of(device)]
     return FeatureStore(folder, cfg.runtime.feature_store_gb, " ".join(words))
 
 

@@ -139,7 +139,7 @@ def test_no_graph_but_the_students_and_no_clean_pass_beside_views():
     method, (x,) = make(network(), threshold=2.0, views=2), images(1)
     graphs: dict[str, list[bool]] = {"backbone": [], "teacher": [], "anchor": []}
     for name, seen in graphs.items():
-        getattr(method, name).register_forward_hook(
+        getattr(method, name).net.register_forward_hook(
             lambda module, inputs, out, seen=seen: seen.append(out.requires_grad)
         )
     method.adapt(x)

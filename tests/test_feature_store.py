@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
 import warnings
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import test_contract as contract
 import timm
 import torch
 from conftest import equal
+from omegaconf import OmegaConf
 from test_runs import SMALL, records, settings
 
 from driftline.analysis.runs import load_runs, select
 from driftline.backbones.backbone import Backbone
 from driftline.backbones.feature_store import FeatureStore, arithmetic_of
+from driftline.core.build import locate, nodes
 from driftline.core.errors import UserError
 from driftline.runs.execute import run_experiment
 
@@ -27,7 +32,7 @@ X = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 def network(folder: Path, kind: str = "test_resnet", limit: float = 1) -> Backbone:
     torch.manual_seed(0)
     net = Backbone(timm.create_model(kind, num_classes=10), input_size=32).eval()
-    net.store = FeatureStore(folder, limit, f"{kind} {arithmetic_of(CPU)}")
+    net.store = FeatureStore(folder, limit, arithmetic_of(CPU))
     return net
 
 
@@ -78,7 +83,8 @@ def test_a_bit_of_the_images_another_network_and_a_copy_find_nothing(tmp_path):
     net.frozen_features(X[:3])
     assert net.passes.recalled == 0
     elsewhere = network(tmp_path)
-    elsewhere.store = FeatureStore(tmp_path, 1, "other weights")
+    with torch.no_grad():
+        next(elsewhere.parameters()).mul_(1 + 2**-20)
     elsewhere.frozen_features(X)
     assert elsewhere.passes.recalled == 0
     assert deepcopy(net).store is None
@@ -114,10 +120,10 @@ def test_the_folder_keeps_to_its_limit_and_drops_what_is_longest_unused(tmp_path
     batches = [X + i for i in range(8)]
     net.frozen_features(batches[0])
     size = sum(p.stat().st_size for p in tmp_path.rglob("*.npz"))
-    net.store = FeatureStore(tmp_path, 4.5 * size / 2**30, net.store.network)
+    net.store = FeatureStore(tmp_path, 4.5 * size / 2**30, "limited")
     for age, x in enumerate(batches):
         net.frozen_features(x)
-        os.utime(net.store._path(net.store.key(x)), (age, age))
+        os.utime(net.store._path(net.store.key(net, x)), (age, age))
         net.frozen_features(batches[0])  # asked for all the time
         assert len(list(tmp_path.rglob("*.npz"))) <= 4
     before = net.passes.recalled
@@ -200,3 +206,109 @@ def test_without_room_the_run_goes_on_without_it(configure, tmp_path, monkeypatc
     with pytest.warns(UserWarning, match="no more features go to .*: .*No space"):
         other = run_experiment(configure(*words, store, "on_exists=rerun"), [])
     assert other["metrics"] == plain["metrics"]
+
+
+# ------------------------------------------------------------------------ no other number
+
+
+def asks(case: contract.Case) -> bool:
+    """Whether a method, or what it is made of, asks for answers of a frozen network."""
+    kinds = [locate(node["_target_"]) for node in nodes(OmegaConf.create(case.node))]
+    bases = {base for kind in kinds for base in getattr(kind, "__mro__", ())}
+    modules = {inspect.getmodule(base) for base in bases if base.__module__[:9] == "driftline"}
+    return any("frozen_" in inspect.getsource(module) for module in modules)
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("case", [*filter(asks, contract.CASES)], ids=lambda case: case.name)
+def test_no_method_gives_another_number_with_it(case, tmp_path, monkeypatch):
+    """The networks draw dropout, some methods move statistics or weights, rules go back."""
+
+    def answers() -> list[Any]:
+        method = contract.make(case)
+        return [result for _, result in contract.drive(method, case)] + [
+            method.predict(x) for x in contract.images(case, 2, 3)
+        ]
+
+    want, plain = answers(), contract.network
+
+    def stored(kind, **options):
+        made = plain(kind, **options)
+        made.store = FeatureStore(tmp_path, 1, kind)
+        return made
+
+    monkeypatch.setattr(contract, "network", stored)
+    assert equal(answers(), want)
+    assert equal(answers(), want)
+
+
+def moves(net: Backbone) -> None:
+    net.train()(X)
+
+
+def learns(net: Backbone) -> None:
+    with torch.no_grad():
+        net.net.conv1[0].weight.add_(1)
+
+
+def another_layer(net: Backbone) -> None:
+    net.net.conv1[0] = deepcopy(net.net.conv1[0])
+    net.net.conv1[0].stride = (1, 1)
+
+
+def a_hook(net: Backbone) -> None:
+    net.net.layer2.register_forward_hook(lambda module, args, out: -out)
+
+
+@pytest.mark.parametrize("change", [moves, learns, another_layer, a_hook])
+def test_a_network_that_has_changed_finds_and_leaves_nothing(tmp_path, change):
+    net = network(tmp_path)
+    net.frozen_logits(X)
+    change(net)
+    with torch.no_grad():
+        want = deepcopy(net)(X)
+    before = net.passes.recalled, len([*tmp_path.rglob("*.npz")])
+    assert torch.equal(net.frozen_logits(X), want)
+    net.frozen_logits(X + 1)
+    assert (net.passes.recalled, len([*tmp_path.rglob("*.npz")])) == before
+
+
+def test_the_same_numbers_written_once_more_change_nothing(tmp_path):
+    net = network(tmp_path)
+    net.frozen_logits(X)
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()})
+    net.frozen_logits(X)
+    assert net.passes.recalled == 4
+
+
+def test_a_pass_that_draws_is_never_stored(tmp_path):
+    net = network(tmp_path)
+    net.net.drop_rate = 0.5
+    net.train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    assert not torch.equal(net.frozen_logits(X), net.frozen_logits(X))
+    assert net.passes.recalled == 0 and not list(tmp_path.rglob("*.npz"))
+
+
+def test_dropout_that_an_estimate_puts_into_a_frozen_network_is_drawn(configure, tmp_path):
+    words = [*settings("source"), *SMALL, "backbone=embedded_resnet", "estimate=accuracy"]
+    plain = run_experiment(configure(*words), [])
+    store = [f"runtime.feature_store={tmp_path / 'store'}", "on_exists=rerun"]
+    for _ in range(2):
+        assert run_experiment(configure(*words, *store), [])["metrics"] == plain["metrics"]
+
+
+def test_another_seed_of_cotta_finds_what_its_anchor_answers(configure, tmp_path):
+    words = [*settings("cotta"), *SMALL, "backbone=embedded_resnet"]
+    store = [f"runtime.feature_store={tmp_path / 'store'}", "on_exists=rerun"]
+    run_experiment(configure(*words, *store), [])
+    plain = run_experiment(configure(*words, "seed=1"), [])
+    stored = run_experiment(configure(*words, *store, "seed=1"), [])
+    assert stored["metrics"] == plain["metrics"]
+    passes = [
+        run["cost"]["forward_images"] + run["cost"]["evaluation_forward_images"]
+        for run in (plain, stored)
+    ]
+    assert stored["cost"]["recalled_images"] == passes[0] - passes[1] > 0

@@ -176,7 +176,7 @@ def test_cotta(name: str, dtype: torch.dtype) -> None:
         head.weight.data.mul_(2.0)
     student: list[Any] = []
     method.backbone.register_forward_hook(lambda *a: student.append(a[2].detach().numpy()))
-    method.anchor.register_forward_hook(
+    method.anchor.net.register_forward_hook(
         lambda *a: method.confidence.append(a[2].softmax(1).amax(1).mean().item())
     )
     results: dict[str, Any] = record(method, case)

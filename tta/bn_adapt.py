@@ -14,7 +14,7 @@ fused layers stays (the code's replacement layer would drop it).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class BNAdapt(TTAStrategy):
 
     needs = frozenset({"head", "batch_norm"})
     batch_dependent = True
+    backbone: Any  # a Backbone; the parent promises less
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class BNAdapt(TTAStrategy):
 
     def predict(self, x: Tensor) -> Tensor:
         with evaluating(self.backbone):
-            return self.backbone(x)
+            return self.backbone.frozen_logits(x)
 
     @torch.no_grad()
     def adapt(self, x: Tensor) -> Tensor:
@@ -99,4 +100,4 @@ class BNAdapt(TTAStrategy):
                 self.backbone(x)
             finally:
                 self.backbone.eval()
-        return self.backbone(x)
+        return self.backbone.frozen_logits(x)

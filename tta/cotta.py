@@ -106,7 +106,7 @@ class CoTTA(TTAStrategy):
         train_only(self.backbone.train(mode == "train"), trained)
         use_batch_statistics(backbone.net)
         self.teacher = deepcopy(backbone).requires_grad_(False)
-        self.anchor = deepcopy(backbone).requires_grad_(False)
+        self.anchor = backbone.frozen_copy()
         sources = collect_parameters(self.anchor.net).values()
         self.restorable = list(zip(trained, sources, strict=True))
         self.optim = optim
@@ -207,7 +207,7 @@ class CoTTA(TTAStrategy):
     @torch.no_grad()
     def target(self, x: Tensor) -> Tensor:
         """What the student learns, and what is returned: logits [B, C] of the teacher."""
-        confidence = self.anchor(x).softmax(1).amax(1)
+        confidence = self.anchor.frozen_logits(x).softmax(1).amax(1)
         if self.gate == "batch":
             confidence = confidence.mean(0, keepdim=True)
         unsure = confidence < self.threshold  # [1] or [B]

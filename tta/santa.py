@@ -16,7 +16,6 @@ code gets NaN everywhere; BatchNorm1d layers use batch statistics without keepin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -80,7 +79,7 @@ class SANTA(TTAStrategy):
         self.source_batch, self.prototype_images = source_batch, prototype_images
         head = linear_head(backbone, "santa")
         trained = list(train_norms(backbone.eval(), layers, strategy="santa").values())
-        self.anchor = deepcopy(backbone).requires_grad_(False)
+        self.anchor = backbone.frozen_copy()
         contrast = Contrast(backbone.dim, projection, temperature, self.rng("projector"))
         self.contrast = contrast.to(head.weight).eval()
         groups = {"norms": trained, "projector": self.contrast.parameters()}
@@ -125,8 +124,7 @@ class SANTA(TTAStrategy):
     @torch.enable_grad()
     def _update(self, x: Tensor) -> Tensor:
         view = self.augment(x)
-        with torch.no_grad():
-            anchor = self.anchor(x)
+        anchor = self.anchor.frozen_logits(x)
 
         def gradients() -> Tensor:
             features, of_view = self.backbone.features(x), self.backbone.features(view)
