@@ -237,15 +237,16 @@ class Backbone(nn.Module):
 
     def _frozen(self, x: Tensor, *wanted: str) -> tuple[Tensor, ...]:
         """From the store where it has them; else from one pass, which is stored."""
-        if self.store is None or (key := self.store.key(self, x)) is None:
+        if self.store is None or (network := self.store.digest(self)) is None:
             return self._passed(x, wanted)
+        key = self.store.key(network, x)
         if (stored := self.store.find(key, wanted)) is not None:
             self.passes.recalled += len(x)
             return tuple(stored[name].to(x.device) for name in wanted)
         names = ("features", "logits") if self._one_pass else wanted
         drawn = _drawn(x.device)
         tensors = dict(zip(names, self._passed(x, names), strict=True))
-        if torch.equal(drawn, _drawn(x.device)) and self.store.key(self, x) == key:
+        if torch.equal(drawn, _drawn(x.device)) and self.store.digest(self) == network:
             if self._one_pass is None:
                 tensors |= self._both(x)
             self.store.add(key, tensors)

@@ -103,11 +103,10 @@ class FeatureStore:
         """The same folder for another network."""
         return FeatureStore(self.folder, self.limit_gb, self.arithmetic)
 
-    def key(self, net: nn.Module, x: Tensor) -> str | None:
-        """24 hex digits that name the images x [B, 3, H, W] under a network.
+    def digest(self, net: nn.Module) -> str | None:
+        """What names the network as it is now.
 
-        None while a hook acts on the network, and for good once it is another one than at the
-        first call.
+        None while a hook acts on it, and for good once it is another one than at the first call.
         """
         if self._moved or any(_acts(hook) for part in net.modules() for hook in _hooks(part)):
             return None
@@ -115,10 +114,12 @@ class FeatureStore:
         if now != self._condition:  # or the same numbers were written once more
             first, self._network = self._network, _digest(net)
             self._condition, self._moved = now, first not in (None, self._network)
-            if self._moved:
-                return None
+        return None if self._moved else self._network
+
+    def key(self, network: str, x: Tensor) -> str:
+        """24 hex digits that name the images x [B, 3, H, W] under a network, see `digest`."""
         flat = x.detach().cpu().contiguous()
-        about = (self.arithmetic, self._network, flat.dtype, tuple(flat.shape))
+        about = (self.arithmetic, network, flat.dtype, tuple(flat.shape))
         digest = hashlib.sha256(repr(about).encode())
         digest.update(_bytes(flat))
         return digest.hexdigest()[:24]

@@ -356,6 +356,7 @@ def store(args: argparse.Namespace) -> list[dict[str, Any]]:
     commands = {
         "`-m strategy=source,lame,t3a,neo`": stream_words("lite0", args),
         "`-m strategy=simplecil,slda,fecam scenario.order_seed=1993,1,2`": tasks,
+        **dict.fromkeys(TYPED, SWEEP),
     }
     rows = []
     for what, words in commands.items():
@@ -439,7 +440,8 @@ STORE = """\
 Whole commands on real images, without the store and with it, which is empty at the start: {images}
 photographs under each of two corruptions on EfficientNet-Lite0 at 224 px; and 300 + 300 photographs
 of CIFAR-10 as class folders, in tasks of two classes, on ViT-Tiny at 224 px with
-`scenario.test_batches=one_class`. Images: through the network for the stream and for test images;
+`scenario.test_batches=one_class`; the last row is the sweep of the section above, on embedded images,
+where the anchor of CoTTA answers once for three seeds. Images: through the network for the stream and for test images;
 training images that are measured are not counted. Every run reads its images.
 """
 PAPER = """\

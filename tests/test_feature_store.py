@@ -123,7 +123,7 @@ def test_the_folder_keeps_to_its_limit_and_drops_what_is_longest_unused(tmp_path
     net.store = FeatureStore(tmp_path, 4.5 * size / 2**30, "limited")
     for age, x in enumerate(batches):
         net.frozen_features(x)
-        os.utime(net.store._path(net.store.key(net, x)), (age, age))
+        os.utime(net.store._path(net.store.key(net.store.digest(net), x)), (age, age))
         net.frozen_features(batches[0])  # asked for all the time
         assert len(list(tmp_path.rglob("*.npz"))) <= 4
     before = net.passes.recalled
