@@ -15,6 +15,7 @@ import platform
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +28,64 @@ from driftline.core.files import read_checked, sweep_away, write_checked
 
 KIND = "features-1"
 
+# Attributes of layers that are no options: torch's own, and what a Backbone notes of its passes.
+NO_OPTIONS = {*vars(nn.Module())} - {"training"} | {"passes", "store", "checks_images", "_one_pass"}
+
+# How variables begin by which libraries choose how they compute.
+SWITCHES = ("TIMM_", "ONEDNN_", "DNNL_", "MKL_", "ATEN_", "TORCH_", "PYTORCH_", "CUBLAS_", "CUDNN_")
+SWITCHES += ("NVIDIA_TF32", "OMP_NUM")
+
 # Hooks that change no answer: checks of what comes in, and adapters, which the methods that ask for
 # the plain network have switched off.
 HARMLESS = ("driftline.parts.adapters.bank", "enough_in_training", "enough_values")
 
 
 class Condition:
-    """A network as it stands, by which a later change is noticed: tensors, layers and modes."""
+    """A network as it stands, by which a later change is noticed: tensors, layers and options."""
 
     def __init__(self, net: nn.Module) -> None:
         self.tensors = [*net.parameters(), *net.buffers()]  # held, so that no other takes its id
         self.versions = [tensor._version for tensor in self.tensors]
-        self.modes = [(module, module.training) for module in net.modules()]
+        self.layers = [(module, _options(module)) for module in net.modules()]
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Condition)
             and [*map(id, self.tensors)] == [*map(id, other.tensors)]
-            and (self.versions, self.modes) == (other.versions, other.modes)
+            and (self.versions, self.layers) == (other.versions, other.layers)
         )
 
 
 def _digest(net: nn.Module) -> str:
-    """SHA-256 over the kinds, options and modes of all layers and over all tensors."""
+    """SHA-256 over the kinds and options of all layers and over all tensors."""
     digest = hashlib.sha256()
     for name, module in net.named_modules():
-        kind = type(module)
-        about = (name, kind.__module__, kind.__qualname__, module.extra_repr(), module.training)
-        digest.update(repr(about).encode())
+        digest.update(repr((name, type(module), module.extra_repr(), _options(module))).encode())
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        flat = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
-        digest.update(_bytes(flat))
+        digest.update(f"{name} {tensor.dtype} {_form(tensor)}".encode())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
-def _bytes(flat: Tensor) -> memoryview:
-    return flat.reshape(-1).view(torch.uint8).numpy().data
+def _options(module: nn.Module) -> dict[str, Any]:
+    """The mode and all other attributes of a layer that are plain values; of others the kind."""
+    return {k: _plain(v) for k, v in vars(module).items() if k not in NO_OPTIONS}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    return getattr(value, "__qualname__", type(value))
+
+
+def _form(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(tensor.shape), tensor.stride()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -118,10 +140,9 @@ class FeatureStore:
 
     def key(self, network: str, x: Tensor) -> str:
         """24 hex digits that name the images x [B, 3, H, W] under a network, see `digest`."""
-        flat = x.detach().cpu().contiguous()
-        about = (self.arithmetic, network, flat.dtype, tuple(flat.shape))
+        about = (self.arithmetic, network, x.dtype, _form(x))
         digest = hashlib.sha256(repr(about).encode())
-        digest.update(_bytes(flat))
+        digest.update(_bytes(x))
         return digest.hexdigest()[:24]
 
     def find(self, key: str, names: Collection[str]) -> dict[str, Tensor] | None:
@@ -185,11 +206,24 @@ class FeatureStore:
 
 def arithmetic_of(device: torch.device) -> str:
     """What the last bits of a pass depend on beside the weights and the images."""
-    words = [torch.__version__, platform.machine(), device.type]
+    words = [torch.__version__, *map(version, ("timm", "torchvision")), device.type]
+    words += [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(SWITCHES)]
+    words += [torch.get_float32_matmul_precision(), str(torch.get_default_dtype())]
+    words += [str(torch.are_deterministic_algorithms_enabled())]
     if device.type == "cuda":
         words += [torch.cuda.get_device_name(device), str(torch.version.cuda)]
         words += [str(torch.backends.cuda.matmul.allow_tf32), str(torch.backends.cudnn.benchmark)]
+        words += [str(torch.backends.cudnn.allow_tf32)]
     else:
-        words += [torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
-    words += [str(torch.are_deterministic_algorithms_enabled())]
+        words += [platform.machine(), _instructions(), str(torch.get_num_threads())]
+        words += [torch.backends.cpu.get_cpu_capability(), str(torch.backends.mkldnn.enabled)]
     return " ".join(words)
+
+
+def _instructions() -> str:
+    """The instructions that this processor has, where the system says so, else its name."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((x for x in lines if x.lower().startswith(("flags", "features"))), "")
+        return hashlib.sha256(flags.encode()).hexdigest()[:16]
+    return platform.processor()

@@ -37,7 +37,7 @@ Stream = TaskStream | ShiftStream
 
 # How tags of timm begin whose networks channels_last makes faster by a fifth or more
 # (benchmarks/bench_speed.py layout); others gain less, or lose, and keep their bits.
-CHANNELS_LAST = ("efficientnet", "tf_efficientnet", "mobilenetv3", "regnet")
+CHANNELS_LAST = ("efficientnet", "tf_efficientnet", "mobilenetv3", "tf_mobilenetv3", "regnet")
 
 
 def load_option(group: str, name: str) -> DictConfig:

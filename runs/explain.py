@@ -157,6 +157,10 @@ def _setting(
         images = "embedded" if embedded(cfg) else "real"
         filled = OmegaConf.select(cfg, f"scenario.{images}.{key.removeprefix('scenario.')}")
         line += f"    here {_yaml(filled)}, for {images} images" if filled is not None else ""
+    if key == "channels_last" and value is None:
+        from driftline.runs.compose import complete
+
+        line += f"    here {_yaml(complete(cfg).channels_last)}"
     near = [s for s in sources if not s.node or key.startswith(f"{s.node}.")]
     near.sort(key=lambda source: -len(source.node))
     if whence := next((w for k, w in given.items() if key == k or key.startswith(f"{k}.")), None):

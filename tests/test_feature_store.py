@@ -219,10 +219,15 @@ def asks(case: contract.Case) -> bool:
     return any("frozen_" in inspect.getsource(module) for module in modules)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", [*filter(asks, contract.CASES)], ids=lambda case: case.name)
-def test_no_method_gives_another_number_with_it(case, tmp_path, monkeypatch):
-    """The networks draw dropout, some methods move statistics or weights, rules go back."""
+def test_no_method_gives_another_number_with_it(case, shared, monkeypatch):
+    """Networks draw dropout, methods move statistics or weights, rules go back; one folder."""
 
     def answers() -> list[Any]:
         method = contract.make(case)
@@ -234,7 +239,7 @@ def test_no_method_gives_another_number_with_it(case, tmp_path, monkeypatch):
 
     def stored(kind, **options):
         made = plain(kind, **options)
-        made.store = FeatureStore(tmp_path, 1, kind)
+        made.store = FeatureStore(shared, 1, "shared")
         return made
 
     monkeypatch.setattr(contract, "network", stored)
@@ -251,6 +256,27 @@ def learns(net: Backbone) -> None:
         net.net.conv1[0].weight.add_(1)
 
 
+def an_option(net: Backbone) -> None:
+    net.net.bn1.eps = 0.1
+
+
+def of_its_own(net: Backbone) -> None:
+    net.net.layer2[0].act2 = Powered(net.net.layer2[0].act2)
+    net.frozen_logits(X)
+    net.net.layer2[0].act2.power = 2.0
+
+
+class Powered(torch.nn.Module):
+    """A layer with a plain attribute that neither its state nor its description has."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.power = inner, 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) ** self.power
+
+
 def another_layer(net: Backbone) -> None:
     net.net.conv1[0] = deepcopy(net.net.conv1[0])
     net.net.conv1[0].stride = (1, 1)
@@ -260,7 +286,7 @@ def a_hook(net: Backbone) -> None:
     net.net.layer2.register_forward_hook(lambda module, args, out: -out)
 
 
-@pytest.mark.parametrize("change", [moves, learns, another_layer, a_hook])
+@pytest.mark.parametrize("change", [moves, learns, an_option, of_its_own, another_layer, a_hook])
 def test_a_network_that_has_changed_finds_and_leaves_nothing(tmp_path, change):
     net = network(tmp_path)
     net.frozen_logits(X)
@@ -271,6 +297,36 @@ def test_a_network_that_has_changed_finds_and_leaves_nothing(tmp_path, change):
     assert torch.equal(net.frozen_logits(X), want)
     net.frozen_logits(X + 1)
     assert (net.passes.recalled, len([*tmp_path.rglob("*.npz")])) == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"power": 2.0}, {"exponents": (1, 2)}, {"operator": torch.sin}, {"training": False}]
+)
+def test_networks_that_differ_in_a_plain_attribute_have_nothing_in_common(tmp_path, change):
+    """Of one state and one description: the temperature of UnMix-TNS is such an attribute."""
+
+    def other(**change: Any) -> str | None:
+        net = network(tmp_path)
+        net.net.layer2[0].act2 = Powered(net.net.layer2[0].act2)
+        vars(net.net.layer2[0].act2).update({"operator": torch.cos, "exponents": (1, 1)} | change)
+        return net.store.digest(net)
+
+    assert other() == other() != other(**change)
+
+
+@pytest.mark.parametrize("name", ["TIMM_FUSED_ATTN", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"])
+def test_variables_that_choose_how_to_compute_are_part_of_the_arithmetic(monkeypatch, name):
+    monkeypatch.delenv(name, raising=False)
+    before = arithmetic_of(CPU)
+    monkeypatch.setenv(name, "0")
+    assert arithmetic_of(CPU) != before
+
+
+def test_the_layout_of_images_names_an_entry(tmp_path):
+    net = network(tmp_path)
+    net.frozen_logits(X)
+    net.frozen_logits(X.contiguous(memory_format=torch.channels_last))
+    assert net.passes.recalled == 0 and len(list(tmp_path.rglob("*.npz"))) == 2
 
 
 def test_the_same_numbers_written_once_more_change_nothing(tmp_path):
