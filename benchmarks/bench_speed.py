@@ -409,7 +409,7 @@ chooses the layout for families of timm that gain a fifth or more; the others ga
 in one measurement and not in another (ResNeXt-29: 1.22x and 1.04x in one before this), and keep their
 bits. `channels_last=false` brings the bits of the default layout back for all; the layout is part of a
 run's identity.
-"""
+"""  # noqa: E501
 RUNNER = """\
 ## The runner at batches of one image
 
@@ -445,7 +445,7 @@ of CIFAR-10 as class folders, in tasks of two classes, on ViT-Tiny at 224 px wit
 `scenario.test_batches=one_class`; the last row is the sweep of the section above on embedded images,
 where the anchor of CoTTA answers once for three seeds. Images: through the network for the stream and
 for test images; training images that are measured are not counted. Every run reads its images.
-"""
+"""  # noqa: E501
 PAPER = """\
 ## A table of five methods over three seeds
 
