@@ -24,7 +24,7 @@ import huggingface_hub
 import timm
 import torch
 import torchvision
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Predicate
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -277,10 +277,15 @@ def label_space(full: str, outputs: int) -> str | None:
     return space
 
 
+def without_hub(tag: str) -> bool:
+    """architecture.tag as in timm.list_pretrained(), without hf_hub: or timm/ before it"""
+    return tag != "" and not {*":/"} & {*tag}
+
+
 def timm_backbone(
     *,
     name: PlainName,
-    tag: str,
+    tag: Annotated[str, Predicate(without_hub)],
     checkpoint: str | None,
     checkpoint_key: str | None,
     normalize: Literal["checkpoint", "none", "imagenet"],

@@ -62,6 +62,12 @@ def test_full_tags_pass_and_single_tags_are_completed() -> None:
     assert load.resolve_tag("botnet50ts_256") == "botnet50ts_256"  # no weights are published
 
 
+@pytest.mark.parametrize("tag", ["hf_hub:timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k"])
+def test_a_tag_has_no_hub_before_it(tag: str) -> None:
+    with pytest.raises(UserError, match=r"^backbone\.tag must be .*, without hf_hub: or timm/"):
+        config("timm", tag=tag)
+
+
 @pytest.mark.parametrize(
     ("tag", "named"),
     [
@@ -101,7 +107,7 @@ def test_every_configuration_names_weights_that_exist() -> None:
 
 
 def test_the_general_configuration_asks_for_a_tag() -> None:
-    with pytest.raises(UserError, match="backbone.tag must be text that is not empty, got None"):
+    with pytest.raises(UserError, match="backbone.tag must be architecture.tag as in .*, got None"):
         config("timm")
     with pytest.raises(UserError, match="backbone.arch must be text that is not empty, got None"):
         config("torchvision")

@@ -195,7 +195,7 @@ def test_explain_answers_what_a_run_would_not_take(words, said, wide, monkeypatc
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["backbone=timm"], "not yet a run: backbone.tag must be text"),
+        (["backbone=timm"], "not yet a run: backbone.tag must be architecture.tag"),
         (["around=weight_average"], "not yet a run: around=[weight_average]: goes around methods"),
     ],
 )
