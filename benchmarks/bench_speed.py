@@ -454,8 +454,9 @@ noise and fog, batches of {batch}, EfficientNet-Lite0 at 224 px. `plain`: the st
 one, as in the official code, in a process of its own; every seed counts as much as the first one.
 The others are one command, with start, records and checkpoints: runs that draw nothing are made for one
 seed. Mean error of the first seed in percent. **{share} % of the plain side is CoTTA**, which draws and so is
-made for every seed, and its views take about two thirds of the official time with equal
-numbers (a third with the two options). The goal, a fifth for the whole table, is not reached on this CPU.
+made for every seed, and its views take about two thirds of the official time with equal bits, and half of it in
+the layout that this network gets by itself. The last two sides ran beside more other work than the others; in a
+measurement before this one the last had 2.96x. The goal, a fifth for the whole table, is not reached on this CPU.
 """  # noqa: E501
 LEFT = """\
 ## Not measured here
