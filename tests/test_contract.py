@@ -950,8 +950,8 @@ OF_TASK_RULES = [
     frozen_weights_stay,
     a_killed_run_goes_on,
 ]
-KILLED = {*INSIDE, *(case.name for case in OF_FILES[::3])}
-SHARED = [  # properties of which a method has every other one by default
+KILLED = {*INSIDE, *(case.name for case in OF_FILES[::4])}
+SHARED = [  # properties of which a method has every third one by default
     predict_changes_nothing,
     labels_never_arrive,
     odd_batches_are_taken,
@@ -994,7 +994,7 @@ def by_default(case: Case, property_: Callable[..., None]) -> bool:
         return property_ not in SHARED or (case.name, property_.__name__) in EXEMPT
     if not case.rule:  # a snapshot of each is tried; the runner treats all of a kind alike
         if property_ in SHARED:
-            return (OF_FILES.index(case) + SHARED.index(property_)) % 2 == 0
+            return (OF_FILES.index(case) + SHARED.index(property_)) % 3 == 0
         return property_ is not a_killed_run_goes_on or case.name in KILLED
     inside = case.name.split("-")[0]
     if not case.adapts or inside == INSIDE[0]:
@@ -1031,9 +1031,9 @@ def test_by_default_no_method_no_property_and_no_rule_is_left_out():
     for case in OF_FILES:
         properties = {p for name, _, p in tried if name == case.name}
         assert {*PROPERTIES} - {*SHARED, a_killed_run_goes_on} <= properties, case.name
-        assert len(properties & {*SHARED}) == len(SHARED) / 2, case.name
+        assert properties & {*SHARED}, case.name
     for p in (*SHARED, a_killed_run_goes_on):
-        assert sum((c.name, "", p) in tried for c in OF_FILES) >= len(OF_FILES) / 3, p
+        assert sum((c.name, "", p) in tried for c in OF_FILES) >= len(OF_FILES) / 4, p
     assert {(n, "", a_snapshot_is_the_whole_state) for n in VARIANTS} <= tried
     for rule in RULES:
         properties = {p for _, held, p in tried if held == rule}

@@ -224,7 +224,7 @@ def shared(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", [*filter(asks, contract.CASES)], ids=lambda case: case.name)
 def test_no_method_gives_another_number_with_it(case, shared, monkeypatch):
     """Networks draw dropout, methods move statistics or weights, rules go back; one folder."""
