@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from driftline.backbones.feature_store import FeatureStore
 from driftline.core import distributed
 from driftline.core.errors import UserError
+from driftline.core.exact import content
+from driftline.core.seed import standing
 
 
 class Passes:
@@ -244,9 +246,9 @@ class Backbone(nn.Module):
             self.passes.recalled += len(x)
             return tuple(stored[name].to(x.device) for name in wanted)
         names = ("features", "logits") if self._one_pass else wanted
-        drawn = _drawn(x.device)
+        drawn = standing()
         tensors = dict(zip(names, self._passed(x, names), strict=True))
-        if torch.equal(drawn, _drawn(x.device)) and self.store.digest(self) == network:
+        if standing() == drawn and self.store.digest(self) == network:
             if self._one_pass is None:
                 tensors |= self._both(x)
             self.store.add(key, tensors)
@@ -324,12 +326,6 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(x)
-
-
-def _drawn(device: torch.device) -> Tensor:
-    """The state of the random numbers that a network on `device` may draw."""
-    on_gpu = device.type == "cuda"
-    return torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
 
 
 @contextmanager
@@ -447,7 +443,7 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     """First 16 hex digits of SHA-256 over names, shapes and bytes, independent of order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(content(tensor))
     return digest.hexdigest()[:16]

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from driftline.core.errors import UserError
+from driftline.core.exact import content
 from driftline.core.files import read_checked, sweep_away, write_checked
+from driftline.core.record import cpu_fact
 
 KIND = "features-1"
 
@@ -63,7 +65,7 @@ def _digest(net: nn.Module) -> str:
         digest.update(repr((name, type(module), module.extra_repr(), _options(module))).encode())
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {_form(tensor)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(content(tensor))
     return digest.hexdigest()
 
 
@@ -82,10 +84,6 @@ def _plain(value: Any) -> Any:
 
 def _form(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(tensor.shape), tensor.stride()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _hooks(module: nn.Module) -> list[Any]:
@@ -110,7 +108,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: Path, limit_gb: float, arithmetic: str) -> None:
-        self.folder, self.limit_gb, self.arithmetic = folder, limit_gb, arithmetic
+        self.folder, self.limit, self.arithmetic = folder, limit_gb * 2**30, arithmetic
         self.writes = True
         self._size: int | None = None  # bytes in the folder, as far as this process knows
         self._condition: Condition | None = None  # in which the network has its digest
@@ -123,7 +121,7 @@ class FeatureStore:
 
     def another(self) -> FeatureStore:
         """The same folder for another network."""
-        return FeatureStore(self.folder, self.limit_gb, self.arithmetic)
+        return FeatureStore(self.folder, self.limit / 2**30, self.arithmetic)
 
     def digest(self, net: nn.Module) -> str | None:
         """What names the network as it is now.
@@ -142,7 +140,7 @@ class FeatureStore:
         """24 hex digits that name the images x [B, 3, H, W] under a network, see `digest`."""
         about = (self.arithmetic, network, x.dtype, _form(x))
         digest = hashlib.sha256(repr(about).encode())
-        digest.update(_bytes(x))
+        digest.update(content(x))
         return digest.hexdigest()[:24]
 
     def find(self, key: str, names: Collection[str]) -> dict[str, Tensor] | None:
@@ -170,7 +168,7 @@ class FeatureStore:
                 self._size = sum(size for _, size, _ in self._entries())
             else:
                 self._size += path.stat().st_size
-            if self._size > self.limit_gb * 2**30:
+            if self._size > self.limit:
                 self._shrink()
         except OSError as error:
             self.writes = False
@@ -197,7 +195,7 @@ class FeatureStore:
         entries = sorted(self._entries())
         self._size = sum(size for _, size, _ in entries)
         for _, size, path in entries:
-            if self._size <= 0.9 * self.limit_gb * 2**30:
+            if self._size <= 0.9 * self.limit:
                 break
             with suppress(OSError):
                 os.unlink(path)
@@ -215,15 +213,8 @@ def arithmetic_of(device: torch.device) -> str:
         words += [str(torch.backends.cuda.matmul.allow_tf32), str(torch.backends.cudnn.benchmark)]
         words += [str(torch.backends.cudnn.allow_tf32)]
     else:
-        words += [platform.machine(), _instructions(), str(torch.get_num_threads())]
+        instructions = cpu_fact("flags", "Features") or platform.processor()
+        words += [platform.machine(), hashlib.sha256(instructions.encode()).hexdigest()[:16]]
+        words += [str(torch.get_num_threads())]
         words += [torch.backends.cpu.get_cpu_capability(), str(torch.backends.mkldnn.enabled)]
     return " ".join(words)
-
-
-def _instructions() -> str:
-    """The instructions that this processor has, where the system says so, else its name."""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next((x for x in lines if x.lower().startswith(("flags", "features"))), "")
-        return hashlib.sha256(flags.encode()).hexdigest()[:16]
-    return platform.processor()

@@ -1,4 +1,4 @@
-"""Arithmetic that gives the same bits on every device."""
+"""Arithmetic that gives the same bits on every device, and the bits of a tensor."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def divide_(values: Tensor, number: float) -> Tensor:
     if values.device.type == "cpu":
         return values.div_(number)
     return values.div_(torch.full((), number, dtype=values.dtype, device=values.device))
+
+
+def content(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in the order of its shape, whatever its strides and its device."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

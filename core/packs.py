@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from driftline.core.exact import content
 from driftline.core.files import Damaged, read_checked, write_checked
 
 SMALLEST = 2**16  # bytes of a tensor that is looked at
@@ -155,9 +156,8 @@ def _look(tensor: Tensor) -> tuple[Any, ...] | None:
 
 def _digest(tensor: Tensor) -> str:
     """Of type, shape and bytes."""
-    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     name = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    return hashlib.blake2b(values.data, digest_size=16, key=name[:64]).hexdigest()
+    return hashlib.blake2b(content(tensor), digest_size=16, key=name[:64]).hexdigest()
 
 
 def _each(value: Any, tensor: Callable[[Tensor], Any], mark: Callable[[Any], Any] = dict) -> Any:

@@ -61,14 +61,16 @@ def device_name(device: torch.device) -> str:
 
 def cpu_name() -> str:
     """The processor's model name, or its architecture."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            ]
-        return names[0] if names else platform.machine()
-    except OSError:
-        return platform.machine()
+    return cpu_fact("model name") or platform.machine()
+
+
+def cpu_fact(*names: str) -> str:
+    """What the system says of its first processor under one of `names`; empty where nothing."""
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith(names):
+                return line.split(":", 1)[1].strip()
+    return ""
 
 
 class RunLogger:

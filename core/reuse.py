@@ -11,9 +11,9 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from driftline.core.exact import content
 from driftline.core.strategy import Strategy, TTAStrategy
 
 Leaf = tuple[str, Any]  # where a value stands in a state, and the value
@@ -87,6 +87,5 @@ def _digest(leaf: Leaf) -> str:
     if not isinstance(value, Tensor):
         return hashlib.sha256(f"{at} {value!r}".encode()).hexdigest()[:32]
     digest = hashlib.sha256(f"{at} {value.dtype} {tuple(value.shape)}".encode())
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)
+    digest.update(content(value))
     return digest.hexdigest()[:32]

@@ -48,7 +48,7 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-def _standing() -> tuple[Any, ...]:
+def standing() -> tuple[Any, ...]:
     """The global generators as they stand, to be compared."""
     legacy: Any = np.random.get_state(legacy=True)
     _, keys, *rest = legacy
@@ -70,13 +70,13 @@ class Draws:
     def __init__(self, seed: int) -> None:
         now = rng_state()
         seed_all(seed)
-        self._seeded, self.drawn = _standing(), False
+        self._seeded, self.drawn = standing(), False
         set_rng_state(now)
         self.look()
 
     def look(self) -> bool:
         """Whether something has drawn by now."""
-        self.drawn = self.drawn or _standing() != self._seeded
+        self.drawn = self.drawn or standing() != self._seeded
         return self.drawn
 
     def snapshot(self) -> dict[str, Any]:

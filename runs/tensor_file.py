@@ -7,12 +7,12 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from driftline.core.errors import UserError
+from driftline.core.exact import content
 from driftline.core.files import BadFile, replacing
 
 
@@ -53,6 +53,5 @@ def _checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
     for name, tensor in sorted(tensors.items()):
         about = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
         checksum = zlib.crc32(about.encode(), checksum)
-        content = tensor.reshape(-1).view(torch.uint8).numpy()
-        checksum = zlib.crc32(content.data, checksum)
+        checksum = zlib.crc32(content(tensor), checksum)
     return f"{checksum:08x}"

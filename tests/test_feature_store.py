@@ -329,6 +329,12 @@ def test_the_layout_of_images_names_an_entry(tmp_path):
     assert net.passes.recalled == 0 and len(list(tmp_path.rglob("*.npz"))) == 2
 
 
+def test_a_network_with_a_strided_vector_has_a_digest(tmp_path):
+    net = network(tmp_path)
+    net.net.register_buffer("every_other", torch.arange(8.0)[::2])
+    assert net.store.digest(net) is not None
+
+
 def test_the_same_numbers_written_once_more_change_nothing(tmp_path):
     net = network(tmp_path)
     net.frozen_logits(X)
